@@ -1,0 +1,1 @@
+"""Writes tokens: KV in, tokens out."""

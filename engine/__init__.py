@@ -1,0 +1,1 @@
+"""The token machine shared by both workers: models, weights, paged KV cache, sampler, step loop."""

@@ -1,0 +1,71 @@
+"""Pure: what one step computes, and what it gave; the messages between a scheduler and the torch thread."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tandem.ids import BlockId
+from tandem.sampling import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One token to draw from a slice's last position.
+
+    `key` names the sequence to its scheduler and comes back in the result. `output_index` is the index of the
+    drawn token in its sample's output: with (seed, sample_index) it determines the random number.
+    `history` holds prompt and output tokens when `params.needs_history`, else it is empty;
+    `prompt_tokens` says how many of them are the prompt.
+    `banned` are token ids that may not be drawn now (end tokens before min_tokens is reached).
+    """
+
+    key: int
+    sample_index: int
+    output_index: int
+    params: SamplingParams
+    history: Sequence[int] = ()
+    prompt_tokens: int = 0
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSlice:
+    """Consecutive tokens of one sequence to feed in this step.
+
+    KV of `token_ids` is written at positions start .. start+len-1 through `block_table`, which covers all of
+    them; KV of positions < start is in the cache. `samples` is empty for a prompt chunk that is not the last.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[BlockId]
+    samples: tuple[SampleRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All that one step does: first the block copies (copy-on-write), then the slices."""
+
+    step: int
+    slices: tuple[SequenceSlice, ...]
+    copies: tuple[tuple[BlockId, BlockId], ...] = ()
+    """(source, target) pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token drawn for the SampleRequest of the same key and sample index."""
+
+    key: int
+    sample_index: int
+    token_id: int
+    logprob: TokenLogprob | None
+    """Present when params.logprobs is not None."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave; `compute_s` is its duration on the torch thread."""
+
+    step: int
+    tokens: tuple[SampledToken, ...]
+    compute_s: float

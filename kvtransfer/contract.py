@@ -1,0 +1,147 @@
+"""Pure: what a transport of KV blocks promises, and the messages at its border.
+
+The puller (sink) drives: it asks the source for a lease on blocks, moves them over one transport, verifies
+the checksums and commits. The contract fits one-sided transports (shm, cuda_ipc: the sink reads the source's
+memory under the lease) and two-sided, ordered ones (tcp, nccl: the source sends when it grants the pull; the
+sink numbers the transfers of a pair and the source serves them in that order).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tandem.ids import BlockId, LegId
+from tandem.worker import WorkerRecord
+
+
+class BlockMemory(Protocol):
+    """The bytes of a worker's KV pool, block by block."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        ...
+
+    def view(self, block: BlockId) -> memoryview:
+        """Writable bytes of one block, length block_bytes, without a copy."""
+        ...
+
+    def fileno(self) -> int | None:
+        """Descriptor of the shared memory with block i at offset i * block_bytes; None if there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffKey:
+    """Names one hand-off; a source refuses an epoch older than the one it offered."""
+
+    leg_id: LegId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRange:
+    """Part of a leg's KV: blocks by index in its block list, layers by number; num_layers 0 means all."""
+
+    first_block: int
+    num_blocks: int
+    first_layer: int = 0
+    num_layers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PullGrant:
+    """The source's consent: its blocks stay put until `lease_until_s` on the sink's monotonic clock.
+
+    `lease_until_s` is computed by the sink from the time it *sent* the request, so it never ends later than
+    the source believes. `source_blocks` index the source's pool; `checksums` are XXH3-64, one a block.
+    """
+
+    transfer_number: int
+    source_blocks: tuple[BlockId, ...]
+    checksums: tuple[int, ...]
+    length_bytes: int
+    lease_until_s: float
+
+
+class SourceTransport(Protocol):
+    """The giving side of one transport, for all sinks of a worker."""
+
+    name: str
+
+    async def start(self) -> None:
+        """Opens what must be open before `endpoint` is asked."""
+        ...
+
+    def endpoint(self, sink: WorkerRecord, ticket: bytes) -> str | None:
+        """Address for this sink, who will prove `ticket`; None if the pair cannot use this transport."""
+        ...
+
+    async def send(self, sink: WorkerRecord, number: int, key: HandoffKey, blocks: Sequence[BlockId]) -> None:
+        """Gives the blocks; when it returns or raises TransferError, nothing here reads them any more.
+
+        One-sided transports return at once. Bounded by the lease that the caller enforces by cancelling.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends everything within 2 s; idempotent."""
+        ...
+
+
+class SinkTransport(Protocol):
+    """The taking side of one transport, for all sources of a worker."""
+
+    name: str
+
+    async def connect(self, source: WorkerRecord, address: str, ticket: bytes, block_bytes: int) -> None:
+        """Makes the pair usable; raises TransferError. Idempotent for the same incarnation."""
+        ...
+
+    async def receive(
+        self, source: WorkerRecord, key: HandoffKey, grant: PullGrant, target: Sequence[BlockId]
+    ) -> None:
+        """Writes the granted blocks into the target blocks of this worker's memory, in order.
+
+        Raises TransferError on failure or when the lease would be overrun. When it returns, raises or was
+        cancelled, nothing writes the target blocks or reads the source's any more.
+        """
+        ...
+
+    async def disconnect(self, source: WorkerRecord) -> None:
+        """Forgets one incarnation of a source; idempotent."""
+        ...
+
+    async def close(self) -> None:
+        """Ends everything within 2 s; idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PullReport:
+    """What a successful pull cost."""
+
+    transport: str
+    moved_bytes: int
+    accept_s: float
+    move_s: float
+    commit_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig:
+    """How a worker gives and takes KV; `transports` are tried in this order."""
+
+    transports: tuple[str, ...] = ("shm", "tcp")
+    bind_host: str = "127.0.0.1"
+    advertise_host: str = "127.0.0.1"
+    lease_s: float = 5.0
+    park_s: float = 30.0
+    connect_timeout_s: float = 2.0
+    checksum: bool = True
+    copy_threads: int = 1

@@ -1,0 +1,1 @@
+"""Reads prompts: prompt in, first token and KV out."""

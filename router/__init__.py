@@ -1,0 +1,1 @@
+"""The front door: gRPC and OpenAI HTTP, admission, dispatch, sessions, SLO accounting."""

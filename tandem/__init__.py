@@ -1,0 +1,1 @@
+"""What a user of Tandem imports: the vocabulary of requests, the client, the command line."""

@@ -1,0 +1,27 @@
+"""Pure: the compatibility digest; only workers with equal digests exchange KV (field-notes, pain 10)."""
+
+import hashlib
+import json
+from pathlib import Path
+
+PROTOCOL_VERSION = 1
+"""Grows with every incompatible change of worker.proto or of the KV layout."""
+
+KV_LAYOUT = "block-major/layers,2,block,kv_heads,head_dim"
+
+
+def compatibility_digest(model_folder: Path, kv_dtype: str, block_size: int) -> str:
+    """Digest of model, revision, KV dtype, layout and protocol: 32 hex digits.
+
+    The model's revision is its config.json and the name and size of each weight file.
+    """
+    weights = sorted((p.name, p.stat().st_size) for p in model_folder.glob("*.safetensors"))
+    facts = {
+        "config": json.loads((model_folder / "config.json").read_text()),
+        "weights": weights,
+        "kv_dtype": kv_dtype,
+        "block_size": block_size,
+        "layout": KV_LAYOUT,
+        "protocol": PROTOCOL_VERSION,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,43 @@
+"""Pure: what a worker process is told at its start, by cluster.yaml or by hand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.ids import Incarnation, WorkerId
+from tandem.worker import Role
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One worker's settings.
+
+    `model_folder` is a Hugging Face folder (a GGUF file is converted into one first).
+    `pool_blocks` is the size of the KV pool. `token_budget` bounds the tokens of one prefill step,
+    `max_batch` the sequences of one decode step, `max_waiting` the legs queued at the worker.
+    `port` 0 lets the system choose; `metrics_port` None serves no metrics. The cluster token comes from the
+    environment variable TANDEM_CLUSTER_TOKEN, never from here.
+    """
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    role: Role
+    model_folder: Path
+    model_name: str
+    pool_blocks: int
+    block_size: int = 16
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    context_tokens: int | None = None
+    token_budget: int = 512
+    max_batch: int = 64
+    max_waiting: int = 256
+    prefix_cache: bool = True
+    bind_host: str = "127.0.0.1"
+    advertise_host: str = "127.0.0.1"
+    port: int = 0
+    metrics_port: int | None = None
+    transports: tuple[str, ...] = ("shm", "tcp")
+    lease_s: float = 5.0
+    park_s: float = 30.0
+    checksum: bool = True
