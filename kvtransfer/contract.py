@@ -6,11 +6,11 @@ memory under the lease) and two-sided, ordered ones (tcp, nccl: the source sends
 sink numbers the transfers of a pair and the source serves them in that order).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tandem.ids import BlockId, LegId
+from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.worker import WorkerRecord
 
 
@@ -37,6 +37,19 @@ class BlockMemory(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PeerId:
+    """One life of a worker."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+
+    @classmethod
+    def of(cls, record: WorkerRecord) -> "PeerId":
+        """The life that a record describes."""
+        return cls(record.worker_id, record.incarnation)
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffKey:
     """Names one hand-off; a source refuses an epoch older than the one it offered."""
 
@@ -55,14 +68,27 @@ class BlockRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Transfer:
+    """Names one attempt to move one range; both sides of a two-sided transport check all of it.
+
+    `number` grows with every attempt of a sink, so a source can tell a late message from a new one.
+    """
+
+    key: HandoffKey
+    number: int
+    block_range: BlockRange
+
+
+@dataclass(frozen=True, slots=True)
 class PullGrant:
     """The source's consent: its blocks stay put until `lease_until_s` on the sink's monotonic clock.
 
     `lease_until_s` is computed by the sink from the time it *sent* the request, so it never ends later than
-    the source believes. `source_blocks` index the source's pool; `checksums` are XXH3-64, one a block.
+    the source believes. `source_blocks` index the source's pool; `checksums` are XXH3-64, one a block, or
+    none when the source does not compute them.
     """
 
-    transfer_number: int
+    transfer: Transfer
     source_blocks: tuple[BlockId, ...]
     checksums: tuple[int, ...]
     length_bytes: int
@@ -72,20 +98,37 @@ class PullGrant:
 class SourceTransport(Protocol):
     """The giving side of one transport, for all sinks of a worker."""
 
-    name: str
-
-    async def start(self) -> None:
-        """Opens what must be open before `endpoint` is asked."""
+    @property
+    def name(self) -> str:
+        """Name in cluster.yaml and in the messages."""
         ...
 
-    def endpoint(self, sink: WorkerRecord, ticket: bytes) -> str | None:
+    @property
+    def direct(self) -> bool:
+        """Whether sinks read this process's memory themselves, so that only they know when they stopped."""
+        ...
+
+    @property
+    def same_host(self) -> bool:
+        """Whether it only works between processes of one host."""
+        ...
+
+    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
+        """Opens what must be open before `endpoint` is asked; raises OSError if it cannot.
+
+        `on_link_lost` is called on the event loop when the last link to a sink broke: the sink is dead, or it
+        had ended all its reading before it closed the link.
+        """
+        ...
+
+    def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """Address for this sink, who will prove `ticket`; None if the pair cannot use this transport."""
         ...
 
-    async def send(self, sink: WorkerRecord, number: int, key: HandoffKey, blocks: Sequence[BlockId]) -> None:
-        """Gives the blocks; when it returns or raises TransferError, nothing here reads them any more.
+    async def send(self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId]) -> None:
+        """Gives the blocks; when it returns, raises TransferError or was cancelled, nothing here reads them.
 
-        One-sided transports return at once. Bounded by the lease that the caller enforces by cancelling.
+        Direct transports return at once. Bounded by the lease that the caller enforces by cancelling.
         """
         ...
 
@@ -97,15 +140,16 @@ class SourceTransport(Protocol):
 class SinkTransport(Protocol):
     """The taking side of one transport, for all sources of a worker."""
 
-    name: str
-
-    async def connect(self, source: WorkerRecord, address: str, ticket: bytes, block_bytes: int) -> None:
-        """Makes the pair usable; raises TransferError. Idempotent for the same incarnation."""
+    @property
+    def name(self) -> str:
+        """Name in cluster.yaml and in the messages."""
         ...
 
-    async def receive(
-        self, source: WorkerRecord, key: HandoffKey, grant: PullGrant, target: Sequence[BlockId]
-    ) -> None:
+    async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
+        """Makes the pair usable; raises TransferError. Cheap when the link to the same incarnation lives."""
+        ...
+
+    async def receive(self, source: PeerId, grant: PullGrant, target: Sequence[BlockId]) -> None:
         """Writes the granted blocks into the target blocks of this worker's memory, in order.
 
         Raises TransferError on failure or when the lease would be overrun. When it returns, raises or was
@@ -113,8 +157,8 @@ class SinkTransport(Protocol):
         """
         ...
 
-    async def disconnect(self, source: WorkerRecord) -> None:
-        """Forgets one incarnation of a source; idempotent."""
+    async def disconnect(self, source: PeerId) -> None:
+        """Forgets one incarnation of a source, ending what runs with it first; idempotent."""
         ...
 
     async def close(self) -> None:
@@ -124,7 +168,7 @@ class SinkTransport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PullReport:
-    """What a successful pull cost."""
+    """What a successful pull cost; `transport` is empty when no block had to move."""
 
     transport: str
     moved_bytes: int
@@ -135,7 +179,13 @@ class PullReport:
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    """How a worker gives and takes KV; `transports` are tried in this order."""
+    """How a worker gives and takes KV; `transports` are tried in this order.
+
+    `fence_margin_s` is how long after a lease's end the source still keeps blocks that a sink may be reading.
+    `regrasp_s` is how long a sink whose link broke has to pull again before its hand-off is given up.
+    `settle_s` bounds the wait for a commit to be acknowledged; `forget_s` is how long a source remembers an
+    ended hand-off. `max_pulls` bounds the transfers of a sink at one time; others wait by priority.
+    """
 
     transports: tuple[str, ...] = ("shm", "tcp")
     bind_host: str = "127.0.0.1"
@@ -144,4 +194,8 @@ class TransferConfig:
     park_s: float = 30.0
     connect_timeout_s: float = 2.0
     checksum: bool = True
-    copy_threads: int = 1
+    max_pulls: int = 4
+    fence_margin_s: float = 0.25
+    regrasp_s: float = 1.0
+    settle_s: float = 1.0
+    forget_s: float = 10.0

@@ -12,7 +12,12 @@ class RouterConfig:
 
     `model_folder` holds tokenizer and chat template. `dispatch` names a policy of router/dispatch.py.
     `max_queued` bounds the requests waiting for a prefill worker, `max_active` the admitted ones.
+    `max_replacements` bounds the failures of one sample, each of which places it anew.
     `park_requests_s` bounds how long a request waits for a worker to come (back) before it fails.
+    `prefill_window_tokens` and `decode_window_legs` bound what this router has outstanding at one worker; the
+    rest waits at the router, where the choice is still open. A lone leg is always let through.
+    `worker_silence_s`: a worker that says nothing for so long, pings unanswered, is lost.
+    `drain_timeout_s` bounds the wait for running requests at the end.
     The API key comes from TANDEM_API_KEY and the cluster token from TANDEM_CLUSTER_TOKEN, never from here.
     """
 
@@ -33,3 +38,8 @@ class RouterConfig:
     bind_host: str = "127.0.0.1"
     grpc_port: int = 50051
     http_port: int = 8000
+    prefill_window_tokens: int = 16_384
+    decode_window_legs: int = 16
+    worker_silence_s: float = 1.75
+    drain_timeout_s: float = 30.0
+    max_body_bytes: int = 8 * 1024 * 1024

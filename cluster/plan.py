@@ -1,0 +1,148 @@
+"""Pure: from cluster.yaml and the model's facts to what each router and worker is told."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+
+from cluster.config import ClusterConfig, DecodePool, PoolSection, PrefillPool
+from router.config import RouterConfig
+from tandem.errors import ConfigError
+from tandem.ids import Incarnation, WorkerId
+from tandem.slo import SloClass
+from tandem.worker import Role
+from tandem.worker_config import WorkerConfig
+
+UNBORN = Incarnation(0)
+"""Incarnation in a plan; each start of the worker takes a real one from the registry."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What planning needs of a model folder."""
+
+    folder: Path
+    digest: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    context_tokens: int
+
+    def block_bytes(self, block_size: int, dtype: str) -> int:
+        """Bytes of one KV block: K and V of all layers for block_size tokens."""
+        return self.layers * 2 * block_size * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+
+def served_name(config: ClusterConfig) -> str:
+    """Name of the model that clients use."""
+    source = config.model.source
+    path = PurePath(source)
+    return config.model.name or (path.stem if path.suffix == ".gguf" else path.name) or source
+
+
+def context_tokens(config: ClusterConfig, model: ModelFacts) -> int:
+    """Most tokens of prompt and output together. Raises ConfigError when the model cannot do it."""
+    wanted = config.model.context
+    if wanted is None:
+        return model.context_tokens
+    if wanted > model.context_tokens:
+        raise ConfigError(
+            f"model.context: {wanted} is more than the model's {model.context_tokens} tokens; "
+            f"allowed: 16 to {model.context_tokens}"
+        )
+    return wanted
+
+
+def router_config(config: ClusterConfig, model: ModelFacts) -> RouterConfig:
+    """What the router is told."""
+    router = config.router
+    return RouterConfig(
+        model_folder=model.folder,
+        model_name=served_name(config),
+        digest=model.digest,
+        slo_classes=tuple(
+            SloClass(name, slo.ttft_s, slo.tpot_s, slo.longest_gap_s)
+            for name, slo in config.slo_classes.items()
+        ),
+        default_slo_class=config.default_slo_class,
+        context_tokens=context_tokens(config, model),
+        block_size=config.block_size,
+        dispatch=config.policies.dispatch,
+        max_queued=router.max_queued,
+        max_active=router.max_active,
+        max_replacements=router.max_replacements,
+        request_timeout_s=router.request_timeout_s,
+        park_requests_s=router.park_requests_s,
+        canary_interval_s=router.canary_interval_s,
+        bind_host=router.bind_host,
+        grpc_port=router.grpc_port,
+        http_port=router.http_port,
+        drain_timeout_s=config.ray.drain_timeout_s,
+    )
+
+
+def worker_configs(config: ClusterConfig, model: ModelFacts, cores: int) -> tuple[WorkerConfig, ...]:
+    """What each worker is told, prefill first; `cores` are those of the machine that holds them all."""
+    pools: tuple[tuple[Role, PoolSection], ...] = (
+        (Role.PREFILL, config.pools.prefill),
+        (Role.DECODE, config.pools.decode),
+    )
+    workers = sum(pool.replicas for _, pool in pools)
+    auto_threads = max(1, cores // workers)
+    return tuple(
+        _worker(config, model, role, pool, index, auto_threads)
+        for role, pool in pools
+        for index in range(pool.replicas)
+    )
+
+
+def _worker(
+    config: ClusterConfig, model: ModelFacts, role: Role, pool: PoolSection, index: int, auto_threads: int
+) -> WorkerConfig:
+    bind = config.workers.bind_host
+    worker = WorkerConfig(
+        worker_id=WorkerId(f"{role.value}-{index}"),
+        incarnation=UNBORN,
+        role=role,
+        model_folder=model.folder,
+        model_name=served_name(config),
+        pool_blocks=_pool_blocks(config, model, role, pool),
+        block_size=config.block_size,
+        dtype=config.model.dtype,
+        device=pool.device,
+        threads=auto_threads if pool.threads == "auto" else pool.threads,
+        context_tokens=context_tokens(config, model),
+        max_waiting=pool.max_waiting,
+        prefix_cache=pool.prefix_cache,
+        bind_host=bind,
+        advertise_host=bind if config.workers.advertise_host == "auto" else config.workers.advertise_host,
+        metrics_port=None if pool.metrics_port is None else _port_of(pool.metrics_port, index),
+        transports=config.workers.transports,
+        lease_s=config.leases.handoff_s,
+        park_s=config.leases.park_s,
+        checksum=config.workers.checksum,
+    )
+    if isinstance(pool, PrefillPool):
+        return replace(worker, token_budget=pool.token_budget)
+    if isinstance(pool, DecodePool):
+        return replace(worker, max_batch=pool.max_batch)
+    return worker
+
+
+def _port_of(first: int, index: int) -> int:
+    return first + index if first else 0
+
+
+def _pool_blocks(config: ClusterConfig, model: ModelFacts, role: Role, pool: PoolSection) -> int:
+    """Blocks of a pool; raises ConfigError when it cannot hold one context."""
+    block_bytes = model.block_bytes(config.block_size, config.model.dtype)
+    blocks = pool.pool_blocks if pool.pool_blocks is not None else int(pool.memory) // block_bytes
+    context = context_tokens(config, model)
+    needed = -(-context // config.block_size)
+    if blocks < needed:
+        key = "memory" if pool.pool_blocks is None else "pool_blocks"
+        raise ConfigError(
+            f"pools.{role.value}.{key}: {blocks} blocks cannot hold one context of {context} tokens; "
+            f"allowed: {needed} blocks ({needed * block_bytes} bytes) or more, or a smaller model.context"
+        )
+    return blocks

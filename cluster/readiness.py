@@ -1,0 +1,70 @@
+"""Edge: waits until a cluster serves, and says what is missing when it does not."""
+
+import asyncio
+from collections.abc import Callable, Collection
+
+from cluster.child_process import ChildProcess
+from cluster.store import Store
+from tandem.client import AsyncTandemClient
+from tandem.errors import NotReady, TandemError
+from tandem.ids import WorkerId
+
+POLL_S = 0.1
+
+
+async def wait_for_workers(
+    store: Store,
+    expected: Collection[WorkerId],
+    on_worker: Callable[[WorkerId], None],
+    timeout_s: float,
+    logs: Callable[[WorkerId], str],
+) -> None:
+    """Returns when all are registered. Raises NotReady that names those missing, with their logs' ends."""
+    missing = set(expected)
+    trouble = ""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                try:
+                    living = {worker.record.worker_id for worker in (await store.living()).workers}
+                except TandemError as error:
+                    trouble, living = f" ({error})", set()
+                for worker_id in sorted(missing & living):
+                    on_worker(worker_id)
+                missing -= living
+                if not missing:
+                    return
+                await asyncio.sleep(POLL_S)
+    except TimeoutError as error:
+        tails = "\n".join(
+            f"--- {worker_id}\n{logs(worker_id) or '(no log)'}" for worker_id in sorted(missing)
+        )
+        raise NotReady(
+            f"Not registered after {timeout_s:g} s: {', '.join(sorted(missing))}{trouble}\n{tails}"
+        ) from error
+
+
+async def wait_for_router(router: ChildProcess, address: str, timeout_s: float) -> None:
+    """Returns when the router can serve requests. Raises NotReady with its reason or its log's end."""
+    reason = "no answer yet"
+    async with AsyncTandemClient(address) as client:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while router.exit_code is None:
+                    try:
+                        status = await client.status()
+                    except TandemError as error:
+                        reason = str(error)
+                    else:
+                        if status.ready:
+                            return
+                        reason = status.not_ready_reason
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError as error:
+            raise NotReady(f"The router is not ready after {timeout_s:g} s: {reason}") from error
+    raise ended(router)
+
+
+def ended(child: ChildProcess) -> NotReady:
+    """The error for a process that ended by itself."""
+    return NotReady(f"{child.name} ended with code {child.exit_code}:\n{child.log_tail() or '(no log)'}")

@@ -1,0 +1,192 @@
+"""Edge: the registry in Redis: who lives, which life it is, what is wanted; the only module that knows Redis.
+
+Every call is one atomic script and takes at most CALL_TIMEOUT_S. Leases are measured on the server's clock.
+Losing the server's data is harmless: workers write themselves back, and incarnations keep growing because
+they are never smaller than the server's time in milliseconds.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import structlog
+from pydantic import TypeAdapter, ValidationError
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, RedisError
+
+from tandem.errors import ConfigError, NotReady
+from tandem.ids import Incarnation, WorkerId
+from tandem.worker import WorkerRecord
+
+log = structlog.get_logger(__name__)
+
+CALL_TIMEOUT_S = 1.0
+
+_NOW = """
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+"""
+
+_NEXT_INCARNATION = (
+    _NOW
+    + """
+local last = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
+local mine = string.format('%.0f', math.max(last + 1, now))
+redis.call('HSET', KEYS[1], ARGV[1], mine)
+return mine
+"""
+)
+
+_REGISTER = (
+    _NOW
+    + """
+local last = tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0')
+if last > tonumber(ARGV[2]) then return 0 end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+redis.call('HSET', KEYS[1], ARGV[1], string.format('%.0f', now + ARGV[3]) .. ' ' .. ARGV[4])
+return 1
+"""
+)
+
+_DEREGISTER = """
+if redis.call('HGET', KEYS[2], ARGV[1]) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
+return 1
+"""
+
+_LIVING = (
+    _NOW
+    + """
+redis.call('SETNX', KEYS[2], ARGV[1])
+local answer = {redis.call('GET', KEYS[2])}
+local all = redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+  local expires, entry = string.match(all[i + 1], '^(%d+) (.*)$')
+  if expires and tonumber(expires) > now then
+    table.insert(answer, entry)
+  else
+    redis.call('HDEL', KEYS[1], all[i])
+  end
+end
+return answer
+"""
+)
+
+
+class StoreUnavailable(NotReady):
+    """The registry did not answer in time, or not with what was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """Where the registry is; the password is kept out of every text."""
+
+    url: str
+    namespace: str = "tandem"
+    tls_ca: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredWorker:
+    """A worker as the registry shows it; `pid` and `host` are for operators."""
+
+    record: WorkerRecord
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """Who holds a lease now; `epoch` changes when the registry lost its data."""
+
+    epoch: str
+    workers: tuple[RegisteredWorker, ...]
+
+
+_ENTRY = TypeAdapter(RegisteredWorker)
+
+
+class Store:
+    """A connection to the registry of one cluster.
+
+    Every method raises StoreUnavailable while the registry is away, ConfigError when it refuses the login.
+    """
+
+    def __init__(self, address: StoreAddress) -> None:
+        extra: dict[str, Any] = {}
+        if address.tls_ca is not None:
+            extra["ssl_ca_certs"] = address.tls_ca
+        if address.password is not None:
+            extra["password"] = address.password
+        self._redis = Redis.from_url(
+            address.url,
+            socket_timeout=CALL_TIMEOUT_S,
+            socket_connect_timeout=CALL_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            **extra,
+        )
+        self._url = address.url
+        # The braces keep all keys in one slot of a Redis Cluster, so that scripts may use them together.
+        self._prefix = f"{{{address.namespace}}}"
+
+    async def next_incarnation(self, worker_id: WorkerId) -> Incarnation:
+        """Starts a new life of a worker: a number greater than all before it."""
+        return Incarnation(int(await self._run(_NEXT_INCARNATION, ["incarnations"], [worker_id])))
+
+    async def register(self, worker: RegisteredWorker, lease_s: float) -> bool:
+        """Takes or renews the lease; False when a newer life of the worker has begun."""
+        record = worker.record
+        lease_ms, entry = round(lease_s * 1000), _ENTRY.dump_json(worker)
+        arguments = (record.worker_id, record.incarnation, lease_ms, entry)
+        return bool(await self._run(_REGISTER, ["workers", "incarnations"], arguments))
+
+    async def deregister(self, record: WorkerRecord) -> None:
+        """Gives the lease back at once; a newer life's lease is left alone."""
+        await self._run(_DEREGISTER, ["workers", "incarnations"], [record.worker_id, record.incarnation])
+
+    async def living(self) -> Living:
+        """Everyone who holds a lease, sorted by id."""
+        epoch, *entries = await self._run(_LIVING, ["workers", "epoch"], [secrets.token_hex(8)])
+        found = [worker for worker in map(_parse, entries) if worker is not None]
+        return Living(
+            epoch.decode(errors="replace"), tuple(sorted(found, key=lambda worker: worker.record.worker_id))
+        )
+
+    async def set_desired(self, replicas: Mapping[str, int]) -> None:
+        """Notes how many workers of each role are wanted."""
+        await self._run("return redis.call('SET', KEYS[1], ARGV[1])", ["desired"], [orjson.dumps(replicas)])
+
+    async def desired(self) -> dict[str, int]:
+        """How many workers of each role are wanted; empty when nobody said."""
+        text = await self._run("return redis.call('GET', KEYS[1])", ["desired"], [])
+        return {} if text is None else {str(role): int(count) for role, count in orjson.loads(text).items()}
+
+    async def close(self) -> None:
+        """Closes the connections; idempotent."""
+        await self._redis.aclose()
+
+    async def _run(self, script: str, keys: Sequence[str], arguments: Sequence[str | int | bytes]) -> Any:
+        full_keys = [f"{self._prefix}:{key}" for key in keys]
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await self._redis.eval(script, len(full_keys), *full_keys, *arguments)
+        except AuthenticationError as error:
+            raise ConfigError(
+                f"redis.url: {self._url} refuses the login; set TANDEM_REDIS_PASSWORD to its password"
+            ) from error
+        except (RedisError, OSError, TimeoutError) as error:
+            raise StoreUnavailable(f"The registry at {self._url} cannot be reached: {error}") from error
+
+
+def _parse(entry: bytes) -> RegisteredWorker | None:
+    """None for an entry that some other version wrote and we cannot read."""
+    try:
+        return _ENTRY.validate_json(entry)
+    except ValidationError as error:
+        log.warning("unreadable registry entry", faults=error.error_count())
+        return None

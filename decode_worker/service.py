@@ -1,0 +1,196 @@
+"""Edge: the decode worker: pulls KV when it has room, then writes tokens; one message a step."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+
+import grpc.aio
+import structlog
+
+from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, Reservation, SampleStart
+from engine.leg import DroppedLeg, DropReason, LoadNumbers
+from engine.worker import Worker, WorkerParts, open_worker
+from engine.worker_service import RouterLink
+from kvtransfer.contract import BlockRange, HandoffKey, PullReport
+from kvtransfer.settings import transfer_config
+from kvtransfer.sink import HandoffSink
+from tandem.errors import Overloaded, TandemError, TransferError
+from tandem.ids import LegId
+from tandem.v1 import worker_pb2 as wpb
+from tandem.wire import address_from_wire, sampling_from_wire
+from tandem.worker import Role, WorkerRecord
+from tandem.worker_config import WorkerConfig
+
+log = structlog.get_logger(__name__)
+
+
+class DecodeWorker(Worker[DecodeOutcome]):
+    """Fetches a leg's KV as soon as there is room, and decodes it in the running batch."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        config = parts.config
+        self._scheduler = DecodeScheduler(
+            parts.pool,
+            max_batch=config.max_batch,
+            max_waiting=config.max_waiting,
+            context_tokens=parts.engine.context_tokens,
+            eos_ids=parts.engine.eos_ids,
+        )
+        super().__init__(parts, self._scheduler)
+        self._sink = HandoffSink(
+            parts.record, parts.engine.cache, transfer_config(config), self._clock, parts.token
+        )
+        self._sources: dict[LegId, tuple[HandoffKey, WorkerRecord]] = {}
+        self._pulls: dict[LegId, asyncio.Task[PullReport]] = {}
+        self._committed = 0
+
+    @classmethod
+    def open(cls, config: WorkerConfig, token: str | None) -> AbstractAsyncContextManager["DecodeWorker"]:
+        """Loads the model and serves until the block ends."""
+        return open_worker(cls, config, token)
+
+    def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
+        """Queues a leg for its pull, or drops it with a reason."""
+        start = message.start_decode
+        leg_id = LegId(start.leg_id or message.start_prefill.leg_id)
+        if not self._take(link, leg_id):
+            return
+        try:
+            if not message.HasField("start_decode"):
+                raise TandemError("A decode worker takes no StartPrefill.")
+            self._scheduler.add(self._leg(start), self._clock())
+        except Overloaded as error:
+            self._drop_all([DroppedLeg(leg_id, DropReason.OVERLOADED, str(error))])
+        except TandemError as error:
+            self._drop_all([DroppedLeg(leg_id, DropReason.TOO_LARGE, str(error))])
+        else:
+            source = address_from_wire(start.source, Role.PREFILL)
+            self._sources[leg_id] = (HandoffKey(leg_id, start.epoch), source)
+            self._pull_what_fits()
+
+    def cancel(self, link: RouterLink, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
+        """Stops a leg or some of its samples; blocks that a pull writes come back when it has stopped."""
+        if self._legs.get(leg_id) is not link:
+            return
+        pulling = self._scheduler.cancel(leg_id, sample_indices)
+        if pulling and not sample_indices:
+            self._pulls[leg_id].cancel()
+        if not sample_indices or not self._scheduler.holds(leg_id):
+            self._forget(leg_id)
+        self._pull_what_fits()
+
+    def scheduler_load(self) -> LoadNumbers:
+        """What the scheduler knows of its load."""
+        return self._scheduler.load()
+
+    def handoffs_committed(self) -> int:
+        """Hand-offs committed since the start."""
+        return self._committed
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """A decode worker serves WorkerService only."""
+
+    @asynccontextmanager
+    async def transfers(self) -> AsyncIterator[None]:
+        """Keeps the sink open; cancels and awaits the pulls in flight at the end."""
+        try:
+            yield
+        finally:
+            pulls = list(self._pulls.values())
+            for pull in pulls:
+                pull.cancel()
+            await asyncio.gather(*pulls, return_exceptions=True)
+            await self._sink.close()
+
+    def after_step(self, outcome: DecodeOutcome) -> None:
+        """Blocks may have become free: fetches what fits now."""
+        self._pull_what_fits()
+
+    def holds(self, leg_id: LegId) -> bool:
+        """Whether the scheduler still has this leg."""
+        return self._scheduler.holds(leg_id)
+
+    def _forget(self, leg_id: LegId) -> None:
+        if leg_id not in self._pulls:
+            self._sources.pop(leg_id, None)
+        super()._forget(leg_id)
+
+    def _pull_what_fits(self) -> None:
+        for reservation in self._scheduler.reserve(self._clock()):
+            pull = asyncio.create_task(self._pull(reservation), name=f"pull {reservation.leg_id}")
+            self._pulls[reservation.leg_id] = pull
+            # A callback and not a `finally`: a task that is cancelled before its first step runs neither.
+            pull.add_done_callback(partial(self._pull_ended, reservation))
+        self._steps.wake()
+
+    async def _pull(self, reservation: Reservation) -> PullReport:
+        """Fetches the blocks of one reservation; when it ends, nothing writes them any more."""
+        key, source = self._sources[reservation.leg_id]
+        leg = self._scheduler.leg(reservation.leg_id)
+        return await self._sink.pull(
+            key,
+            source,
+            BlockRange(reservation.first_block, len(reservation.target_blocks)),
+            reservation.target_blocks,
+            leg.priority,
+            leg.deadline_s - self._clock(),
+        )
+
+    def _pull_ended(self, reservation: Reservation, pull: asyncio.Task[PullReport]) -> None:
+        """However a pull ended, the scheduler hears of it."""
+        leg_id = reservation.leg_id
+        del self._pulls[leg_id]
+        self._sources.pop(leg_id, None)
+        error = None if pull.cancelled() else pull.exception()
+        if pull.cancelled():
+            self._scheduler.failed(leg_id)
+        elif error is None:
+            self._landed(reservation, pull.result())
+        else:
+            self._scheduler.failed(leg_id)
+            fault = error.fault.value if isinstance(error, TransferError) else "internal"
+            log.warning("hand-off failed", leg_id=leg_id, fault=fault, error=str(error), exc_info=error)
+            self.metrics.transfer_faults.labels(fault).inc()
+            self._drop_all([DroppedLeg(leg_id, DropReason.HANDOFF_FAILED, str(error))])
+        self._pull_what_fits()
+
+    def _landed(self, reservation: Reservation, report: PullReport) -> None:
+        self._committed += 1
+        self._observe(reservation, report)
+        link = self._legs.get(reservation.leg_id)
+        if self._scheduler.landed(reservation.leg_id, self._clock()) and link is not None:
+            link.send(
+                wpb.WorkerMessage(
+                    kv_landed=wpb.KvLanded(
+                        leg_id=reservation.leg_id,
+                        transport=report.transport,
+                        moved_bytes=report.moved_bytes,
+                        reserve_s=reservation.waited_s,
+                        accept_s=report.accept_s,
+                        move_s=report.move_s,
+                        commit_s=report.commit_s,
+                    )
+                )
+            )
+
+    def _observe(self, reservation: Reservation, report: PullReport) -> None:
+        seconds = self.metrics.handoff_seconds
+        seconds.labels("reserve").observe(reservation.waited_s)
+        seconds.labels("accept").observe(report.accept_s)
+        seconds.labels("move").observe(report.move_s)
+        seconds.labels("commit").observe(report.commit_s)
+        self.metrics.handoff_bytes.labels(report.transport).inc(report.moved_bytes)
+
+    def _leg(self, message: wpb.StartDecode) -> DecodeLeg:
+        return DecodeLeg(
+            leg_id=LegId(message.leg_id),
+            token_ids=tuple(message.token_ids),
+            prompt_tokens=message.prompt_tokens,
+            samples=tuple(
+                SampleStart(sample.sample_index, tuple(sample.token_ids)) for sample in message.samples
+            ),
+            params=sampling_from_wire(message.sampling),
+            priority=message.priority,
+            deadline_s=self._clock() + message.remaining_s,
+        )

@@ -1,0 +1,183 @@
+"""Pure: the blocks of one worker's KV pool: free, referenced, shared, cached."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from engine.prefix_tree import PrefixTree
+from tandem.errors import OutOfBlocks, ProtocolError
+from tandem.ids import BlockHash, BlockId
+
+
+@dataclass(frozen=True, slots=True)
+class CacheDelta:
+    """Changes of the prefix cache; `stored` and `removed` are disjoint.
+
+    The next delta starts at `first_event` + len(stored) + len(removed), as CacheEvents in worker.proto says.
+    """
+
+    first_event: int
+    stored: tuple[BlockHash, ...]
+    removed: tuple[BlockHash, ...]
+
+
+def distinct_blocks(tables: Iterable[Sequence[BlockId]]) -> int:
+    """How many different blocks the owners' tables name; the account to hold against `allocated_blocks`."""
+    return len({block for table in tables for block in table})
+
+
+class BlockPool:
+    """Hands out blocks, counts their references, keeps computed ones for reuse and evicts the oldest of them.
+
+    Every reference given out by match, allocate and fork is given back by one release. A block in the prefix
+    cache is never written again. All operations cost O(blocks named in the call), eviction amortised.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
+        """A pool of `num_blocks` blocks of `block_size` tokens; both at least 1, else ValueError."""
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens is not possible")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._caching = prefix_cache
+        self._references = [0] * num_blocks
+        self._free = [BlockId(index) for index in reversed(range(num_blocks))]
+        # Unreferenced cached blocks, least recently used first. A prefix is released after what extends it,
+        # so it is never older than its extensions.
+        self._evictable: OrderedDict[BlockId, None] = OrderedDict()
+        self._tree = PrefixTree(block_size)
+        self._stored: dict[BlockHash, None] = {}
+        self._removed: dict[BlockHash, None] = {}
+        # Starts here so that a snapshot, whose hashes count as events too, never starts below 0.
+        self._next_event = num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that can be allocated now: free ones and cached ones that nobody refers to."""
+        return len(self._free) + len(self._evictable)
+
+    @property
+    def allocated_blocks(self) -> int:
+        """Blocks that the pool believes somebody refers to."""
+        return self.num_blocks - self.free_blocks
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens."""
+        return -(-tokens // self.block_size)
+
+    def references(self, block: BlockId) -> int:
+        """How many references to a block are out."""
+        return self._references[block]
+
+    def match(self, token_ids: Sequence[int], *, whole: bool = False) -> tuple[BlockId, ...]:
+        """Takes references to the longest cached prefix, in full blocks.
+
+        At least one token stays uncovered, because logits come from computing it; `whole` allows all.
+        """
+        if not self._caching:
+            return ()
+        usable = len(token_ids) if whole else len(token_ids) - 1
+        blocks = tuple(self._tree.walk(token_ids, max(usable, 0) // self.block_size))
+        self.fork(blocks)
+        return blocks
+
+    def allocate(self, count: int) -> tuple[BlockId, ...]:
+        """Gives `count` blocks with undefined content and one reference each; OutOfBlocks gives none."""
+        if count > self.free_blocks:
+            raise OutOfBlocks(f"{count} blocks asked for, {self.free_blocks} of {self.num_blocks} are free")
+        while len(self._free) < count:
+            self._evict()
+        blocks = tuple(self._free.pop() for _ in range(count))
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
+
+    def fork(self, blocks: Sequence[BlockId]) -> None:
+        """Takes one more reference to each block; they must be referenced or cached."""
+        for block in blocks:
+            if self._references[block] == 0:
+                if block not in self._evictable:
+                    raise ProtocolError(f"block {block} is free and cannot be shared")
+                del self._evictable[block]
+            self._references[block] += 1
+
+    def release(self, blocks: Sequence[BlockId]) -> None:
+        """Gives one reference to each block back; the first blocks of the sequence are evicted last."""
+        for block in reversed(blocks):
+            if self._references[block] == 0:
+                raise ProtocolError(f"block {block} is released more often than it was taken")
+            self._references[block] -= 1
+            if self._references[block] > 0:
+                continue
+            if block in self._tree:
+                self._evictable[block] = None
+            else:
+                self._free.append(block)
+
+    def writable(self, block: BlockId) -> tuple[BlockId, tuple[BlockId, BlockId] | None]:
+        """Copy-on-write: the block itself if nobody else refers to it, else a new one and the pair to copy.
+
+        The caller keeps its reference to the source until the copy is done, so that nobody else writes it
+        meanwhile, and releases it then. OutOfBlocks allocates nothing.
+        """
+        if self._references[block] == 1 and block not in self._tree:
+            return block, None
+        (copy,) = self.allocate(1)
+        return copy, (block, copy)
+
+    def publish(self, token_ids: Sequence[int], blocks: Sequence[BlockId]) -> None:
+        """Puts the full blocks of one sequence into the prefix cache; they must be referenced.
+
+        `token_ids` are the sequence's computed tokens from its start, `blocks` its block table.
+        """
+        if not self._caching:
+            return
+        if any(self._references[block] == 0 for block in blocks):
+            raise ProtocolError("a block that nobody refers to cannot be published")
+        for node in self._tree.insert(token_ids, blocks):
+            self._note(node.chain_hash, self._stored, self._removed)
+
+    def drain_events(self) -> CacheDelta:
+        """Takes the net changes since the last call; their number is bounded by twice the pool's size."""
+        delta = CacheDelta(self._next_event, tuple(self._stored), tuple(self._removed))
+        self._next_event += len(delta.stored) + len(delta.removed)
+        self._stored.clear()
+        self._removed.clear()
+        return delta
+
+    def snapshot(self) -> CacheDelta:
+        """The whole cache as of the last drain_events, numbered so that the next delta follows at once."""
+        hashes = [node.chain_hash for node in self._tree.nodes()]
+        kept = [chain_hash for chain_hash in hashes if chain_hash not in self._stored]
+        stored = (*kept, *self._removed)
+        return CacheDelta(self._next_event - len(stored), stored, ())
+
+    def check_integrity(self, owned: Iterable[Sequence[BlockId]]) -> None:
+        """Raises ProtocolError unless the owners' tables explain every reference and each block once."""
+        held = Counter(block for table in owned for block in table)
+        for index, count in enumerate(self._references):
+            if held[BlockId(index)] != count:
+                raise ProtocolError(f"block {index}: pool counts {count}, owners hold {held[BlockId(index)]}")
+        unreferenced = {BlockId(index) for index, count in enumerate(self._references) if count == 0}
+        free, evictable = set(self._free), set(self._evictable)
+        if len(free) != len(self._free) or free & evictable or free | evictable != unreferenced:
+            raise ProtocolError("free and evictable blocks are not exactly the unreferenced ones")
+        cached = {node.block for node in self._tree.nodes()}
+        if free & cached or evictable - cached:
+            raise ProtocolError("a free block is cached, or an evictable one is not")
+
+    def _evict(self) -> None:
+        oldest = next(iter(self._evictable))
+        for node in self._tree.remove(oldest):
+            self._note(node.chain_hash, self._removed, self._stored)
+            # A node below may be referenced still, by who computed the prefix in blocks of its own.
+            if node.block in self._evictable:
+                del self._evictable[node.block]
+                self._free.append(node.block)
+
+    @staticmethod
+    def _note(chain_hash: BlockHash, happened: dict[BlockHash, None], undone: dict[BlockHash, None]) -> None:
+        if chain_hash in undone:
+            del undone[chain_hash]
+        else:
+            happened[chain_hash] = None

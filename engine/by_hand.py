@@ -1,0 +1,90 @@
+"""Edge: starts one worker from the command line, without Ray or Redis."""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from tandem.logs import configure_logging
+
+from engine.model_source import resolve_model
+from engine.worker import Worker
+from tandem.errors import TandemError
+from tandem.grpc_edge import CLUSTER_TOKEN_ENV
+from tandem.ids import Incarnation, WorkerId
+from tandem.worker import Role
+from tandem.worker_config import WorkerConfig
+
+OpenWorker = Callable[[WorkerConfig, str | None], AbstractAsyncContextManager[Worker[Any]]]
+
+DRAIN_S = 20.0
+
+
+def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, serves until SIGINT or SIGTERM, drains; returns the exit code."""
+    options = _parser(role).parse_args(arguments)
+    configure_logging()
+    try:
+        config = WorkerConfig(
+            worker_id=WorkerId(options.worker_id),
+            incarnation=Incarnation(options.incarnation),
+            role=role,
+            model_folder=resolve_model(options.model),
+            model_name=options.model,
+            pool_blocks=options.pool_blocks,
+            device=options.device,
+            dtype=options.dtype,
+            threads=options.threads,
+            bind_host=options.bind_host,
+            advertise_host=options.advertise_host or options.bind_host,
+            port=options.port,
+            metrics_port=options.metrics_port,
+            transports=tuple(options.transports.split(",")),
+        )
+        asyncio.run(_serve(open_worker, config))
+    except TandemError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+async def _serve(open_worker: OpenWorker, config: WorkerConfig) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with open_worker(config, os.environ.get(CLUSTER_TOKEN_ENV)) as worker:
+        print(f"{config.worker_id} {worker.record.address} {worker.record.digest}", flush=True)
+        stopping = asyncio.create_task(stop.wait())
+        failing = asyncio.create_task(worker.failed())
+        await asyncio.wait((stopping, failing), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        failing.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+        (failure,) = await asyncio.gather(failing, return_exceptions=True)
+        if isinstance(failure, Exception):
+            raise failure
+        await worker.drain(DRAIN_S)
+
+
+def _parser(role: Role) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {role.value}_worker",
+        description=f"Serves one {role.value} worker; prints its id, address and digest when it is ready.",
+    )
+    parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
+    parser.add_argument("--worker-id", default=f"{role.value}-0")
+    parser.add_argument("--incarnation", type=int, default=1)
+    parser.add_argument("--pool-blocks", type=int, default=1024, help="KV blocks of 16 tokens")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--bind-host", default="127.0.0.1")
+    parser.add_argument("--advertise-host", help="address for others; default: the bind host")
+    parser.add_argument("--port", type=int, default=0, help="0 lets the system choose")
+    parser.add_argument("--metrics-port", type=int, help="Prometheus; default: none")
+    parser.add_argument("--transports", default="shm,tcp", help="best first")
+    return parser

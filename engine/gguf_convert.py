@@ -1,0 +1,137 @@
+"""Edge: converts a GGUF file into a Hugging Face folder, once for all processes of the machine."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from engine.gguf_file import GgufFile
+from engine.gguf_model import TensorSource, folder_config, generation_config, tensor_sources
+from engine.gguf_tokenizer import build_tokenizer, tokenizer_config
+from engine.progress import Progress
+from tandem.errors import ModelError
+
+CACHE_ENV = "TANDEM_CACHE"
+"""Environment variable with the folder that converted models are kept in."""
+
+_VERSION = 1
+"""Grows when the conversion's result changes, so that older results are not taken."""
+
+_LOCK_TIMEOUT_S = 3600.0
+_LOCK_POLL_S = 0.1
+_SAMPLE_BYTES = 1024 * 1024
+_SAMPLES = 32
+
+
+def convert_gguf(path: Path, progress: Progress | None = None, cache: Path | None = None) -> Path:
+    """The folder with the converted model: config, tokenizer, chat template, float32 weights.
+
+    Converts under a file lock unless it is in `cache` already (default: $TANDEM_CACHE or ~/.cache/tandem).
+    Raises ModelError when the file is unsupported or the cache cannot be written.
+    """
+    models = (cache or _default_cache()) / "models"
+    target = models / file_digest(path)
+    if target.is_dir():
+        return target
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with _locked(models / f"{target.name}.lock"):
+            if not target.is_dir():
+                _convert(path, target, progress)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be converted into {target}: {error.strerror}.") from error
+    return target
+
+
+def file_digest(path: Path) -> str:
+    """Names a file's content by its size and samples of it (first and last MiB among them): 32 hex digits."""
+    try:
+        size = path.stat().st_size
+        digest = hashlib.sha256(f"{_VERSION}:{size}:".encode())
+        with path.open("rb") as file:
+            last = max(0, size - _SAMPLE_BYTES)
+            for offset in sorted({last * sample // (_SAMPLES - 1) for sample in range(_SAMPLES)}):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()[:32]
+
+
+def _default_cache() -> Path:
+    named = os.environ.get(CACHE_ENV)
+    return Path(named) if named else Path.home() / ".cache" / "tandem"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock, which the system frees if this process dies."""
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ModelError(
+                        f"Another process has held {path} for {_LOCK_TIMEOUT_S:.0f} s."
+                    ) from None
+                time.sleep(_LOCK_POLL_S)
+        yield
+
+
+def _convert(path: Path, target: Path, progress: Progress | None) -> None:
+    """Writes a folder beside the target and renames it: the target is complete whenever it exists."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        file = GgufFile(path)
+        config = folder_config(file)
+        file.check_types()
+        sources = tensor_sources(file, config)
+        build_tokenizer(file).save(str(unfinished / "tokenizer.json"))
+        _write_json(unfinished / "tokenizer_config.json", tokenizer_config(file))
+        _write_json(unfinished / "config.json", config)
+        _write_json(unfinished / "generation_config.json", generation_config(file))
+        _write_weights(unfinished / "model.safetensors", file, sources, progress)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(
+    path: Path, file: GgufFile, sources: Sequence[TensorSource], progress: Progress | None
+) -> None:
+    """Writes safetensors row by row: the library's own writer would need all tensors in memory at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    total = 0
+    for source in sources:
+        end = total + 4 * prod(source.shape)
+        header[source.name] = {"dtype": "F32", "shape": source.shape, "data_offsets": [total, end]}
+        total = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    done = 0
+    with path.open("wb") as output:
+        output.write(len(encoded).to_bytes(8, "little") + encoded)
+        for source in sources:
+            for rows in file.rows(source.source, source.row_order):
+                output.write(rows.data)
+                done += rows.nbytes
+                if progress is not None:
+                    progress(done, total)
+    if done != total:
+        raise ModelError(f"{file.path}: its tensors hold {done} bytes in float32, expected {total}.")

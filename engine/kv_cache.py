@@ -1,0 +1,111 @@
+"""Edge: the tensor that holds a worker's KV pool, in memory that other processes can map."""
+
+import fcntl
+import math
+import mmap
+import os
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from engine.model_config import ModelConfig
+from tandem.errors import ModelError, TransferError, TransferFault
+from tandem.ids import BlockId
+
+
+class KvCache:
+    """K and V of every layer for `num_blocks` blocks of `block_size` tokens.
+
+    `pool` is [num_blocks, layers, 2, block_size, kv_heads, head_dim], contiguous; index 0 of the third
+    dimension is K, 1 is V. On the CPU it lies in a memfd with block i at offset i * block_bytes. Satisfies
+    kvtransfer.contract.BlockMemory.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raises ModelError when a size is not positive or the memory cannot be had."""
+        if num_blocks < 1 or block_size < 1:
+            raise ModelError(f"A KV pool needs blocks and tokens; got {num_blocks} blocks of {block_size}.")
+        shape = (num_blocks, config.layers, 2, block_size, config.kv_heads, config.head_dim)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.block_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self._shared: _SharedMemory | None = None
+        self._pool: Tensor | None
+        if device.type == "cpu":
+            self._shared = _SharedMemory(num_blocks * self.block_bytes)
+            self._pool = torch.frombuffer(self._shared.map, dtype=dtype).view(shape)
+        else:
+            self._pool = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def pool(self) -> Tensor:
+        """The whole pool; do not keep it beyond `close`. Raises ModelError after it."""
+        if self._pool is None:
+            raise ModelError("The KV cache is closed.")
+        return self._pool
+
+    def view(self, block: BlockId) -> memoryview:
+        """Writable bytes of one block, length block_bytes, no copy.
+
+        Raises TransferError (UNSUPPORTED) when the pool is not in host memory, IndexError outside the pool.
+        """
+        if self._shared is None:
+            raise TransferError(TransferFault.UNSUPPORTED, "This KV pool has no bytes in host memory.")
+        if not 0 <= block < self.num_blocks:
+            raise IndexError(f"block {block} is outside a pool of {self.num_blocks}")
+        return self._shared.bytes[block * self.block_bytes : (block + 1) * self.block_bytes]
+
+    def fileno(self) -> int | None:
+        """Descriptor of the memfd, valid until `close`; None when the pool is not in host memory."""
+        return None if self._shared is None else self._shared.descriptor
+
+    def copy_blocks(self, pairs: Iterable[tuple[BlockId, BlockId]]) -> None:
+        """Copies source to target for each (source, target), one after the other."""
+        pool = self.pool
+        for source, target in pairs:
+            pool[target].copy_(pool[source])
+
+    def close(self) -> None:
+        """Gives the memory back once no view of it is left; idempotent."""
+        self._pool = None
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _SharedMemory:
+    """A sealed memfd and its mapping: the size is fixed, so that a peer's mapping can never fault."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.descriptor = os.memfd_create("tandem-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.descriptor, size_bytes)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self.map = mmap.mmap(self.descriptor, size_bytes)
+        except OSError as error:
+            os.close(self.descriptor)
+            raise ModelError(f"No memory for a KV pool of {size_bytes} bytes: {error.strerror}.") from error
+        self.bytes = memoryview(self.map)
+
+    def close(self) -> None:
+        """Closes the descriptor; pages stay mapped while a view of them is held."""
+        os.close(self.descriptor)
+        try:
+            self.bytes.release()
+            self.map.close()
+        except BufferError:
+            # Somebody still holds a view; the mapping goes with the last of them.
+            return

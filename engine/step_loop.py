@@ -1,0 +1,101 @@
+"""Edge: drives a pure scheduler and the torch thread, one step at a time."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Generic, Protocol, TypeVar
+
+from engine.contract import StepRunner
+from engine.leg import DroppedLeg
+from engine.step import StepPlan, StepResult
+
+OutcomeT = TypeVar("OutcomeT")
+OutcomeT_co = TypeVar("OutcomeT_co", covariant=True)
+
+
+class StepScheduler(Protocol[OutcomeT_co]):
+    """What the loop asks of a scheduler; at most one plan is in flight between schedule and complete."""
+
+    def schedule(self, now_s: float) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute."""
+        ...
+
+    def complete(self, result: StepResult, now_s: float) -> OutcomeT_co:
+        """Takes the result of the plan in flight."""
+        ...
+
+    def expire(self, now_s: float) -> tuple[DroppedLeg, ...]:
+        """Drops the legs whose deadline passed."""
+        ...
+
+    def next_deadline_s(self) -> float | None:
+        """When `expire` has something to do next."""
+        ...
+
+
+class StepLoop(Generic[OutcomeT]):
+    """Schedules, runs and completes steps until cancelled.
+
+    The scheduler lives on the event loop; the runner runs on `torch_thread`, which must have one thread only.
+    `on_outcome` and `on_expired` are called on the event loop and must not block.
+    """
+
+    def __init__(
+        self,
+        scheduler: StepScheduler[OutcomeT],
+        runner: StepRunner,
+        torch_thread: Executor,
+        clock: Callable[[], float],
+        on_outcome: Callable[[StepPlan, StepResult, OutcomeT], None],
+        on_expired: Callable[[tuple[DroppedLeg, ...]], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._torch_thread = torch_thread
+        self._clock = clock
+        self._on_outcome = on_outcome
+        self._on_expired = on_expired
+        self._work = asyncio.Event()
+        self._running_since_s: float | None = None
+        self.steps = 0
+
+    def wake(self) -> None:
+        """Says that the scheduler may have something new to do."""
+        self._work.set()
+
+    def stalled_s(self) -> float:
+        """Seconds that the step in flight has been running; 0 between steps."""
+        return 0.0 if self._running_since_s is None else self._clock() - self._running_since_s
+
+    async def run(self) -> None:
+        """Runs until cancelled; an error of the runner ends it, since KV may be half written then."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._expire()
+            self._work.clear()
+            plan = self._scheduler.schedule(self._clock())
+            if plan is None:
+                await self._wait_for_work()
+                continue
+            self._running_since_s = self._clock()
+            result = await loop.run_in_executor(self._torch_thread, self._runner.run, plan)
+            self._running_since_s = None
+            self.steps += 1
+            self._on_outcome(plan, result, self._scheduler.complete(result, self._clock()))
+
+    def _expire(self) -> None:
+        deadline_s = self._scheduler.next_deadline_s()
+        now_s = self._clock()
+        if deadline_s is not None and deadline_s <= now_s:
+            dropped = self._scheduler.expire(now_s)
+            if dropped:
+                self._on_expired(dropped)
+
+    async def _wait_for_work(self) -> None:
+        deadline_s = self._scheduler.next_deadline_s()
+        wait_s = None if deadline_s is None else max(0.0, deadline_s - self._clock())
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._work.wait()
+        except TimeoutError:
+            return

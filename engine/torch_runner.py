@@ -1,0 +1,97 @@
+"""Edge: carries out frozen step plans with torch."""
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionBackend, Span
+from engine.decoder import Decoder
+from engine.kv_cache import KvCache
+from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
+from tandem.errors import ProtocolError
+
+
+class TokenSampler(Protocol):
+    """What the runner asks of engine.sampler."""
+
+    def sample(self, logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken]:
+        """Draws one token for each request i from row i of the float32 logits [rows, vocabulary]."""
+        ...
+
+
+class TorchStepRunner:
+    """StepRunner over one decoder, cache and sampler; `run` may be called from any one thread."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KvCache,
+        attention: AttentionBackend,
+        sampler: TokenSampler,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        """`threads` is the number of cores that a step may use on the CPU."""
+        self._decoder = decoder
+        self._cache = cache
+        self._attention = attention
+        self._sampler = sampler
+        self._device = device
+        self._threads = threads
+        self._prepared = threading.local()
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Copies blocks, feeds the slices, draws the tokens.
+
+        Raises ProtocolError for a slice without tokens, IndexError for a block table that is too short or a
+        token outside the vocabulary.
+        """
+        self._prepare_thread()
+        began = time.perf_counter()
+        with torch.inference_mode():
+            self._cache.copy_blocks(plan.copies)
+            tokens = self._tokens(plan.slices) if plan.slices else []
+        return StepResult(plan.step, tuple(tokens), time.perf_counter() - began)
+
+    def _tokens(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken]:
+        spans = _spans(slices)
+        token_ids = [token for part in slices for token in part.token_ids]
+        positions = [at for span in spans for at in range(span.start, span.start + span.tokens)]
+        sampling = [(span, part.samples) for span, part in zip(spans, slices, strict=True) if part.samples]
+        logits = self._decoder.forward(
+            self._indices(token_ids),
+            self._indices(positions),
+            self._attention.prepare(spans),
+            self._indices([span.first_row + span.tokens - 1 for span, _ in sampling]),
+        )
+        requests = [request for _, samples in sampling for request in samples]
+        if not requests:
+            return []
+        if len(requests) > len(sampling):
+            rows = [row for row, (_, samples) in enumerate(sampling) for _ in samples]
+            logits = logits[self._indices(rows)]
+        return self._sampler.sample(logits, requests)
+
+    def _indices(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._device)
+
+    def _prepare_thread(self) -> None:
+        """torch keeps its thread count per calling thread, and a new thread starts with the machine's."""
+        if not getattr(self._prepared, "done", False):
+            torch.set_num_threads(self._threads)
+            self._prepared.done = True
+
+
+def _spans(slices: Sequence[SequenceSlice]) -> list[Span]:
+    spans = []
+    row = 0
+    for part in slices:
+        if not part.token_ids:
+            raise ProtocolError("A step plan holds a slice without tokens.")
+        spans.append(Span(row, len(part.token_ids), part.start, part.block_table))
+        row += len(part.token_ids)
+    return spans

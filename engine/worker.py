@@ -1,0 +1,289 @@
+"""Edge: what prefill and decode workers share: the loaded engine, the step loop, their routers, the load."""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import grpc.aio
+import structlog
+
+from engine.blocks import BlockPool
+from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
+from engine.loading import LoadedEngine, load_engine
+from engine.step import StepPlan, StepResult
+from engine.step_loop import StepLoop, StepScheduler
+from engine.worker_metrics import WorkerMetrics
+from engine.worker_service import AttachServicer, RouterLink, step_message
+from tandem import grpc_edge
+from tandem.ids import LegId
+from tandem.v1 import worker_pb2 as wpb
+from tandem.v1 import worker_pb2_grpc
+from tandem.wire import ROLE_TO_WIRE, address_to_wire
+from tandem.worker import WorkerRecord
+from tandem.worker_config import WorkerConfig
+
+log = structlog.get_logger(__name__)
+
+
+class StepOutcome(Protocol):
+    """What every scheduler says of a finished step."""
+
+    @property
+    def tokens(self) -> tuple[LegToken, ...]:
+        """Tokens drawn, for the routers."""
+        ...
+
+    @property
+    def dropped(self) -> tuple[DroppedLeg, ...]:
+        """Legs that ended unfinished."""
+        ...
+
+
+OutcomeT = TypeVar("OutcomeT", bound=StepOutcome)
+WorkerT = TypeVar("WorkerT", bound="Worker")  # type: ignore[type-arg]
+
+SERVER_GRACE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a worker is made of."""
+
+    config: WorkerConfig
+    record: WorkerRecord
+    token: str | None
+    engine: LoadedEngine
+    pool: BlockPool
+    torch_thread: Executor
+    metrics: WorkerMetrics
+
+
+class Worker(ABC, Generic[OutcomeT]):
+    """One worker: owns which router each leg belongs to; its scheduler owns the legs' blocks.
+
+    Subclasses say what the instructions and the outcome of a step mean.
+    """
+
+    def __init__(self, parts: WorkerParts, scheduler: StepScheduler[OutcomeT]) -> None:
+        self.config = parts.config
+        self.record = parts.record
+        self.metrics = parts.metrics
+        self._token = parts.token
+        self._pool = parts.pool
+        self._engine = parts.engine
+        self._clock: Callable[[], float] = time.monotonic
+        self._legs: dict[LegId, RouterLink] = {}
+        self._draining = False
+        self._emptied = asyncio.Event()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._steps = StepLoop(
+            scheduler,
+            parts.engine.runner,
+            parts.torch_thread,
+            self._clock,
+            self._step_done,
+            self._drop_all,
+        )
+        self._attach = AttachServicer(self._welcome(), self)
+
+    @abstractmethod
+    def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
+        """Takes a leg, or drops it with a reason."""
+
+    @abstractmethod
+    def cancel(self, link: RouterLink, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
+        """Stops a leg or some of its samples; unknown ones are ignored."""
+
+    @abstractmethod
+    def scheduler_load(self) -> LoadNumbers:
+        """What the scheduler knows of its load."""
+
+    @abstractmethod
+    def handoffs_committed(self) -> int:
+        """Hand-offs committed since the start."""
+
+    @abstractmethod
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the services of this kind of worker, besides WorkerService."""
+
+    @abstractmethod
+    def transfers(self) -> AbstractAsyncContextManager[None]:
+        """Keeps the KV transfers of this kind of worker running."""
+
+    @abstractmethod
+    def after_step(self, outcome: OutcomeT) -> None:
+        """Carries out what else a step's outcome says, once its tokens are on their way."""
+
+    @abstractmethod
+    def holds(self, leg_id: LegId) -> bool:
+        """Whether the scheduler still has this leg."""
+
+    def router_lost(self, link: RouterLink) -> None:
+        """Cancels every leg of a router that went away."""
+        for leg_id in [leg_id for leg_id, owner in self._legs.items() if owner is link]:
+            self.cancel(link, leg_id, ())
+
+    def begin_drain(self) -> None:
+        """Takes no new legs from now on."""
+        self._draining = True
+        self._note_if_empty()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Stops taking legs, waits (bounded) for the running ones, gives the rest back to the router."""
+        self.begin_drain()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._emptied.wait()
+        except TimeoutError:
+            log.warning("drain timed out", legs_left=len(self._legs))
+            for leg_id, link in list(self._legs.items()):
+                link.send_dropped(DroppedLeg(leg_id, DropReason.DRAINING, "The worker drains."))
+                self.cancel(link, leg_id, ())
+
+    async def failed(self) -> None:
+        """Returns (by raising) when the worker can't go on."""
+        await asyncio.shield(self._failure)
+
+    def load(self) -> wpb.LoadSnapshot:
+        """The load now."""
+        numbers = self.scheduler_load()
+        self.metrics.observe_load(numbers)
+        return wpb.LoadSnapshot(
+            waiting_prefill_tokens=numbers.waiting_prefill_tokens,
+            waiting_legs=numbers.waiting_legs,
+            running_sequences=numbers.running_sequences,
+            parked_legs=numbers.parked_legs,
+            total_blocks=numbers.total_blocks,
+            free_blocks=numbers.free_blocks,
+            allocated_blocks=numbers.allocated_blocks,
+            referenced_blocks=numbers.referenced_blocks,
+            steps=self._steps.steps,
+            handoffs_committed=self.handoffs_committed(),
+            stalled_s=self._steps.stalled_s(),
+            draining=self._draining,
+        )
+
+    def cache_snapshot(self) -> wpb.CacheEvents:
+        """The whole prefix cache."""
+        self._send_cache_events()
+        snapshot = self._pool.snapshot()
+        return wpb.CacheEvents(first_event=snapshot.first_event, stored=snapshot.stored, snapshot=True)
+
+    @asynccontextmanager
+    async def running(self, server: grpc.aio.Server) -> AsyncIterator[None]:
+        """Serves until the block ends; then cancels and awaits all that it started."""
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._attach, server)
+        self.register(server)
+        async with self.transfers():
+            stepping = asyncio.create_task(self._step_until_cancelled())
+            try:
+                await server.start()
+                yield
+            finally:
+                await server.stop(SERVER_GRACE_S)
+                stepping.cancel()
+                await asyncio.gather(stepping, return_exceptions=True)
+
+    def _take(self, link: RouterLink, leg_id: LegId) -> bool:
+        """Notes whose leg it is; refuses one that comes twice or while draining."""
+        if self._draining:
+            link.send_dropped(DroppedLeg(leg_id, DropReason.DRAINING, "The worker drains."))
+            return False
+        if leg_id in self._legs:
+            link.send_dropped(DroppedLeg(leg_id, DropReason.INTERNAL, "The leg is here already."))
+            return False
+        self._legs[leg_id] = link
+        return True
+
+    def _forget(self, leg_id: LegId) -> None:
+        self._legs.pop(leg_id, None)
+        self._note_if_empty()
+
+    def _note_if_empty(self) -> None:
+        if self._draining and not self._legs:
+            self._emptied.set()
+
+    def _drop_all(self, dropped: Iterable[DroppedLeg]) -> None:
+        """Tells the routers; a leg of which nothing is left is forgotten."""
+        for drop in dropped:
+            link = self._legs.get(drop.leg_id)
+            if link is not None:
+                link.send_dropped(drop)
+                self.metrics.dropped.labels(drop.reason.value).inc()
+            if not drop.sample_indices or not self.holds(drop.leg_id):
+                self._forget(drop.leg_id)
+
+    def _step_done(self, plan: StepPlan, result: StepResult, outcome: OutcomeT) -> None:
+        by_link: defaultdict[RouterLink, list[LegToken]] = defaultdict(list)
+        for token in outcome.tokens:
+            link = self._legs.get(token.leg_id)
+            if link is not None:
+                by_link[link].append(token)
+        for link, theirs in by_link.items():
+            link.send(step_message(plan.step, theirs, len(plan.slices), result.compute_s))
+        self._drop_all(outcome.dropped)
+        self.after_step(outcome)
+        for token in outcome.tokens:
+            if token.finish is not None and not self.holds(token.leg_id):
+                self._forget(token.leg_id)
+        self._send_cache_events()
+        self.metrics.observe_step(plan, result)
+
+    def _send_cache_events(self) -> None:
+        delta = self._pool.drain_events()
+        if not delta.stored and not delta.removed:
+            return
+        events = wpb.CacheEvents(first_event=delta.first_event, stored=delta.stored, removed=delta.removed)
+        for link in self._attach.links:
+            link.send(wpb.WorkerMessage(cache=events))
+
+    async def _step_until_cancelled(self) -> None:
+        try:
+            await self._steps.run()
+        except Exception as error:
+            log.exception("step failed")
+            self._failure.set_exception(error)
+
+    def _welcome(self) -> wpb.WorkerWelcome:
+        return wpb.WorkerWelcome(
+            worker=address_to_wire(self.record),
+            role=ROLE_TO_WIRE[self.record.role],
+            block_size_tokens=self.config.block_size,
+            pool_blocks=self.config.pool_blocks,
+            block_bytes=self._engine.cache.block_bytes,
+            context_tokens=self._engine.context_tokens,
+        )
+
+
+@asynccontextmanager
+async def open_worker(
+    make: Callable[[WorkerParts], WorkerT], config: WorkerConfig, token: str | None
+) -> AsyncIterator[WorkerT]:
+    """Loads the model on the torch thread, binds the port, serves until the block ends.
+
+    Raises ModelError when the model can't be loaded and OSError when the port is taken.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch") as torch_thread:
+        loop = asyncio.get_running_loop()
+        engine = await loop.run_in_executor(torch_thread, load_engine, config)
+        with engine, WorkerMetrics.open(config) as metrics:
+            server = grpc_edge.server(token)
+            port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
+            record = WorkerRecord(
+                config.worker_id,
+                config.incarnation,
+                config.role,
+                f"{config.advertise_host}:{port}",
+                engine.digest,
+            )
+            pool = BlockPool(config.pool_blocks, config.block_size, prefix_cache=config.prefix_cache)
+            worker = make(WorkerParts(config, record, token, engine, pool, torch_thread, metrics))
+            async with worker.running(server):
+                log.info("worker serves", worker_id=record.worker_id, address=record.address)
+                yield worker

@@ -1,0 +1,156 @@
+"""Edge: transports that fail by a seeded schedule, for tests and for drills on a running cluster.
+
+Some faults are loud (an error is raised), the dangerous ones are silent (wrong or missing bytes, no error):
+the checksums must catch those.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+
+from kvtransfer.contract import BlockMemory, PeerId, PullGrant, SinkTransport, SourceTransport, Transfer
+from tandem.errors import TransferError, TransferFault
+from tandem.ids import BlockId
+
+
+class Fault(Enum):
+    """What befalls one transfer."""
+
+    NONE = "none"
+    DELAY = "delay"
+    """It begins late."""
+    DROP = "drop"
+    """Nothing happens until somebody gives up."""
+    TRUNCATE = "truncate"
+    """The last block is missing, silently."""
+    CORRUPT = "corrupt"
+    """A bit is flipped (sink) or two blocks are exchanged (source), silently."""
+    DISCONNECT = "disconnect"
+    """The link breaks half way."""
+
+
+@dataclass(slots=True)
+class FaultSchedule:
+    """Draws one fault for each transfer; equal seeds draw equal faults."""
+
+    seed: int
+    weights: Mapping[Fault, float]
+    delay_s: float = 0.05
+    drawn: list[Fault] = field(default_factory=list)
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weights = MappingProxyType(dict(self.weights))
+        self._random = random.Random(self.seed)
+
+    def draw(self) -> Fault:
+        """The next transfer's fault."""
+        fault = self._random.choices(tuple(self.weights), tuple(self.weights.values()))[0]
+        self.drawn.append(fault)
+        return fault
+
+    def below(self, limit: int) -> int:
+        """A number from 0 to limit - 1, for where in the bytes a fault strikes."""
+        return self._random.randrange(limit)
+
+
+class FaultySink:
+    """A taking side around another one."""
+
+    def __init__(self, inner: SinkTransport, memory: BlockMemory, schedule: FaultSchedule) -> None:
+        self._inner = inner
+        self._memory = memory
+        self._schedule = schedule
+
+    @property
+    def name(self) -> str:
+        """The name of what is inside."""
+        return self._inner.name
+
+    async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
+        """Never fails by schedule."""
+        await self._inner.connect(source, address, ticket, block_bytes)
+
+    async def receive(self, source: PeerId, grant: PullGrant, target: Sequence[BlockId]) -> None:
+        """Receives with the next fault of the schedule."""
+        fault = self._schedule.draw()
+        if fault is Fault.DROP:
+            await asyncio.Event().wait()
+        if fault is Fault.DELAY:
+            await asyncio.sleep(self._schedule.delay_s)
+        last = bytes(self._memory.view(target[-1]))
+        if fault is Fault.DISCONNECT:
+            receiving = asyncio.create_task(self._inner.receive(source, grant, target))
+            await asyncio.sleep(0)
+            await self._inner.disconnect(source)
+            await asyncio.wait((receiving,))
+            receiving.exception()
+            raise TransferError(TransferFault.DISCONNECTED, "The schedule broke the link.")
+        await self._inner.receive(source, grant, target)
+        if fault is Fault.TRUNCATE:
+            self._memory.view(target[-1])[:] = last
+        if fault is Fault.CORRUPT:
+            view = self._memory.view(target[self._schedule.below(len(target))])
+            view[self._schedule.below(len(view))] ^= 1 << self._schedule.below(8)
+
+    async def disconnect(self, source: PeerId) -> None:
+        """Never fails by schedule."""
+        await self._inner.disconnect(source)
+
+    async def close(self) -> None:
+        """Never fails by schedule."""
+        await self._inner.close()
+
+
+class FaultySource:
+    """A giving side around another one; only transports that send feel its faults."""
+
+    def __init__(self, inner: SourceTransport, schedule: FaultSchedule) -> None:
+        self._inner = inner
+        self._schedule = schedule
+
+    @property
+    def name(self) -> str:
+        """The name of what is inside."""
+        return self._inner.name
+
+    @property
+    def direct(self) -> bool:
+        """As what is inside."""
+        return self._inner.direct
+
+    @property
+    def same_host(self) -> bool:
+        """As what is inside."""
+        return self._inner.same_host
+
+    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
+        """Never fails by schedule."""
+        await self._inner.start(on_link_lost)
+
+    def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
+        """Never fails by schedule."""
+        return self._inner.endpoint(sink, ticket)
+
+    async def send(self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId]) -> None:
+        """Sends with the next fault of the schedule."""
+        fault = self._schedule.draw()
+        if fault is Fault.DROP:
+            await asyncio.Event().wait()
+        if fault is Fault.DELAY:
+            await asyncio.sleep(self._schedule.delay_s)
+        if fault is Fault.DISCONNECT:
+            raise TransferError(TransferFault.DISCONNECTED, "The schedule broke the link.")
+        if fault is Fault.TRUNCATE:
+            blocks = blocks[:-1]
+        if fault is Fault.CORRUPT and len(blocks) > 1:
+            first = self._schedule.below(len(blocks) - 1)
+            blocks = [*blocks[:first], blocks[first + 1], blocks[first], *blocks[first + 2 :]]
+        await self._inner.send(sink, transfer, blocks)
+
+    async def close(self) -> None:
+        """Never fails by schedule."""
+        await self._inner.close()

@@ -1,0 +1,137 @@
+"""Pure: the bytes on a data connection before and between the KV: greetings and transfer headers.
+
+All numbers are big-endian. A header carries everything that names a transfer, so that bytes of another
+request, epoch, attempt or range are never taken for the ones asked for (field-notes, pain 1).
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from kvtransfer.contract import BlockRange, HandoffKey, Transfer
+from kvtransfer.tickets import TICKET_BYTES
+from tandem.errors import TransferError, TransferFault
+from tandem.ids import LegId
+
+VERSION = 1
+MAX_LEG_BYTES = 512
+"""Longest leg id in UTF-8; a longer one is refused."""
+
+_GREETING = struct.Struct(f"!4sHH{TICKET_BYTES}s")
+_WELCOME = struct.Struct("!4sHH")
+_HEADER = struct.Struct("!4sHHQIIIIIQH")
+_GREETING_MAGIC = b"TKVg"
+_WELCOME_MAGIC = b"TKVw"
+_HEADER_MAGIC = b"TKVt"
+
+GREETING_BYTES = _GREETING.size
+WELCOME_BYTES = _WELCOME.size
+HEADER_BYTES = _HEADER.size
+"""Bytes of a header before its leg id."""
+
+
+class HeaderKind(IntEnum):
+    """What a header announces."""
+
+    ASK = 1
+    """The sink wants a transfer that it was granted."""
+    BYTES = 2
+    """`length_bytes` of KV follow."""
+    REFUSED = 3
+    """The source gives nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Names a transfer on the wire; `length_bytes` of KV follow a BYTES header."""
+
+    kind: HeaderKind
+    transfer: Transfer
+    length_bytes: int
+
+
+def encode_greeting(ticket: bytes) -> bytes:
+    """What a sink says first; GREETING_BYTES long."""
+    return _GREETING.pack(_GREETING_MAGIC, VERSION, 0, ticket)
+
+
+def decode_greeting(data: bytes) -> bytes:
+    """The ticket of a greeting. Raises TransferError (UNSUPPORTED)."""
+    magic, version, _, ticket = _GREETING.unpack(data)
+    _check(magic, _GREETING_MAGIC, version)
+    return bytes(ticket)
+
+
+def encode_welcome(accepted: bool) -> bytes:
+    """What a source answers; WELCOME_BYTES long."""
+    return _WELCOME.pack(_WELCOME_MAGIC, VERSION, 1 if accepted else 0)
+
+
+def check_welcome(data: bytes) -> None:
+    """Raises TransferError: REFUSED for a wrong ticket, UNSUPPORTED for a stranger."""
+    magic, version, accepted = _WELCOME.unpack(data)
+    _check(magic, _WELCOME_MAGIC, version)
+    if not accepted:
+        raise TransferError(TransferFault.REFUSED, "The source refused the ticket of the data connection.")
+
+
+def encode_header(header: Header) -> bytes:
+    """HEADER_BYTES and the leg id. Raises TransferError (UNSUPPORTED) when the leg id is too long."""
+    leg = header.transfer.key.leg_id.encode()
+    if len(leg) > MAX_LEG_BYTES:
+        message = f"The leg id has {len(leg)} bytes; at most {MAX_LEG_BYTES} can be sent."
+        raise TransferError(TransferFault.UNSUPPORTED, message)
+    part = header.transfer.block_range
+    fixed = _HEADER.pack(
+        *(_HEADER_MAGIC, VERSION, header.kind, header.transfer.number, header.transfer.key.epoch),
+        *(part.first_block, part.num_blocks, part.first_layer, part.num_layers),
+        *(header.length_bytes, len(leg)),
+    )
+    return fixed + leg
+
+
+def leg_bytes(fixed: bytes) -> int:
+    """How many bytes of leg id follow the first HEADER_BYTES. Raises TransferError (UNSUPPORTED)."""
+    magic, version, *_, length = _HEADER.unpack(fixed)
+    _check(magic, _HEADER_MAGIC, version)
+    if length > MAX_LEG_BYTES:
+        raise TransferError(TransferFault.UNSUPPORTED, f"A leg id of {length} bytes was announced.")
+    return int(length)
+
+
+def decode_header(fixed: bytes, leg: bytes) -> Header:
+    """Raises TransferError (UNSUPPORTED) for what no peer of ours would send."""
+    _, _, kind, number, epoch, first_block, num_blocks, first_layer, num_layers, length, _ = _HEADER.unpack(
+        fixed
+    )
+    try:
+        leg_id = LegId(leg.decode())
+        known_kind = HeaderKind(kind)
+    except ValueError as error:
+        raise TransferError(TransferFault.UNSUPPORTED, "A transfer header makes no sense.") from error
+    part = BlockRange(first_block, num_blocks, first_layer, num_layers)
+    return Header(known_kind, Transfer(HandoffKey(leg_id, epoch), number, part), length)
+
+
+def check_header(header: Header, expected: Transfer, length_bytes: int) -> None:
+    """Raises TransferError unless exactly the expected bytes follow."""
+    if header.kind is HeaderKind.REFUSED:
+        raise TransferError(TransferFault.REFUSED, "The source refused the transfer on the data connection.")
+    if header.kind is not HeaderKind.BYTES or header.transfer.key.leg_id != expected.key.leg_id:
+        raise TransferError(TransferFault.REFUSED, "The bytes on the connection belong to another request.")
+    if header.transfer.key.epoch != expected.key.epoch:
+        message = f"Bytes of epoch {header.transfer.key.epoch} came; {expected.key.epoch} was granted."
+        raise TransferError(TransferFault.STALE_EPOCH, message)
+    if header.transfer != expected:
+        raise TransferError(TransferFault.REFUSED, "The bytes on the connection belong to another transfer.")
+    if header.length_bytes != length_bytes:
+        message = f"{header.length_bytes} bytes were announced; {length_bytes} were granted."
+        raise TransferError(TransferFault.LENGTH, message)
+
+
+def _check(magic: bytes, expected: bytes, version: int) -> None:
+    if magic != expected:
+        raise TransferError(TransferFault.UNSUPPORTED, "The peer on the data connection is not one of ours.")
+    if version != VERSION:
+        message = f"The peer speaks version {version} of the data protocol; this is {VERSION}."
+        raise TransferError(TransferFault.UNSUPPORTED, message)

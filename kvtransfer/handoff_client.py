@@ -1,0 +1,144 @@
+"""Edge: HandoffService as a sink calls it; every call is bounded and fails as a TransferError."""
+
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Final, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+
+from kvtransfer.contract import HandoffKey, PullGrant, Transfer
+from kvtransfer.handoff import HandoffState
+from tandem import grpc_edge
+from tandem.errors import TransferError, TransferFault
+from tandem.ids import BlockId
+from tandem.v1 import worker_pb2 as pb
+from tandem.v1.worker_pb2_grpc import HandoffServiceStub
+from tandem.wire import address_to_wire
+from tandem.worker import WorkerRecord
+
+STATE_FROM_WIRE: Final = {
+    pb.HANDOFF_STATE_UNSPECIFIED: None,
+    pb.HANDOFF_STATE_OFFERED: HandoffState.OFFERED,
+    pb.HANDOFF_STATE_ACCEPTED: HandoffState.ACCEPTED,
+    pb.HANDOFF_STATE_MOVING: HandoffState.MOVING,
+    pb.HANDOFF_STATE_LANDED: HandoffState.LANDED,
+    pb.HANDOFF_STATE_COMMITTED: HandoffState.COMMITTED,
+    pb.HANDOFF_STATE_ABORTED: HandoffState.ABORTED,
+}
+
+_FAULTS: Final = {fault.value: fault for fault in TransferFault}
+
+AnswerT = TypeVar("AnswerT")
+
+
+@dataclass(frozen=True, slots=True)
+class PullTerms:
+    """How a transfer should go; `priority` and `remaining_s` are the request's."""
+
+    transfer: Transfer
+    transport: str
+    priority: int
+    remaining_s: float
+
+
+class HandoffClient:
+    """The channel to one source."""
+
+    def __init__(self, me: WorkerRecord, source: WorkerRecord, token: str | None) -> None:
+        self._me = address_to_wire(me)
+        self._source = source
+        self._channel = grpc_edge.channel(source.address)
+        self._stub = HandoffServiceStub(self._channel)
+        self._metadata = grpc_edge.bearer(token)
+
+    async def connect(self, transports: Sequence[str], host_id: str, timeout_s: float) -> pb.ConnectResponse:
+        """Agrees on transports. Raises TransferError, also when another incarnation or model answers."""
+        request = pb.ConnectRequest(sink=self._me, transports=transports, host_id=host_id)
+        answer = await _called(
+            self._stub.Connect(request, timeout=timeout_s, metadata=self._metadata), "Connect"
+        )
+        found = answer.source
+        if (found.worker_id, found.incarnation) != (self._source.worker_id, self._source.incarnation):
+            message = f"At {self._source.address} now lives {found.worker_id} in life {found.incarnation}."
+            raise TransferError(TransferFault.DISCONNECTED, message)
+        if found.digest != self._me.digest:
+            message = f"The source has digest {found.digest}, this sink {self._me.digest}."
+            raise TransferError(TransferFault.DIGEST, message)
+        return answer
+
+    async def pull(self, terms: PullTerms, asked_s: float, timeout_s: float) -> PullGrant:
+        """The grant, its lease counted from `asked_s`, when the request was sent (our clock).
+
+        Raises TransferError with the source's fault when it refused.
+        """
+        transfer = terms.transfer
+        part = transfer.block_range
+        request = pb.PullRequest(
+            handoff=self._ref(transfer.key),
+            transport=terms.transport,
+            transfer_number=transfer.number,
+            first_block=part.first_block,
+            num_blocks=part.num_blocks,
+            first_layer=part.first_layer,
+            num_layers=part.num_layers,
+            priority=terms.priority,
+            remaining_s=terms.remaining_s,
+        )
+        answer = await _called(self._stub.Pull(request, timeout=timeout_s, metadata=self._metadata), "Pull")
+        if answer.refusal or answer.state not in (pb.HANDOFF_STATE_ACCEPTED, pb.HANDOFF_STATE_MOVING):
+            _refused(answer.refusal)
+        if len(answer.source_blocks) != part.num_blocks:
+            message = f"{len(answer.source_blocks)} blocks were granted; {part.num_blocks} were asked for."
+            raise TransferError(TransferFault.LENGTH, message)
+        blocks = tuple(BlockId(block) for block in answer.source_blocks)
+        lease_until_s = asked_s + answer.lease_s
+        return PullGrant(transfer, blocks, tuple(answer.checksums), answer.length_bytes, lease_until_s)
+
+    async def commit(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
+        """The source's state after it was told that the bytes were verified."""
+        call = self._stub.Commit(self._ref(key), timeout=timeout_s, metadata=self._metadata)
+        return STATE_FROM_WIRE[(await _called(call, "Commit")).state]
+
+    async def abort(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
+        """The source's state after it was told that we gave up."""
+        call = self._stub.Abort(self._ref(key), timeout=timeout_s, metadata=self._metadata)
+        return STATE_FROM_WIRE[(await _called(call, "Abort")).state]
+
+    async def query(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
+        """The source's state."""
+        call = self._stub.Query(self._ref(key), timeout=timeout_s, metadata=self._metadata)
+        return STATE_FROM_WIRE[(await _called(call, "Query")).state]
+
+    async def close(self) -> None:
+        """Ends the channel and the calls on it."""
+        await self._channel.close()
+
+    def _ref(self, key: HandoffKey) -> pb.HandoffRef:
+        return pb.HandoffRef(leg_id=key.leg_id, epoch=key.epoch, sink=self._me)
+
+
+async def _called(call: Awaitable[AnswerT], name: str) -> AnswerT:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        details = error.details() or ""
+        if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            _refused(details)
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise TransferError(TransferFault.TIMEOUT, f"{name} was not answered in time.") from error
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            raise TransferError(TransferFault.DISCONNECTED, f"{name}: the source is gone.") from error
+        message = f"{name} failed with {error.code().name}: {details}"
+        raise TransferError(TransferFault.REFUSED, message) from error
+    except grpc.aio.UsageError as error:
+        raise TransferError(TransferFault.DISCONNECTED, f"{name}: the channel is closed.") from error
+
+
+def _refused(reason: str) -> NoReturn:
+    """Raises what the source named; an unnamed reason is REFUSED."""
+    name, _, sentence = reason.partition(": ")
+    fault = _FAULTS.get(name)
+    if fault is None:
+        raise TransferError(TransferFault.REFUSED, reason or "The source refused without a reason.")
+    raise TransferError(fault, sentence)

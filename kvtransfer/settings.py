@@ -1,0 +1,16 @@
+"""Pure: the part of a worker's settings that concerns KV transfers."""
+
+from kvtransfer.contract import TransferConfig
+from tandem.worker_config import WorkerConfig
+
+
+def transfer_config(config: WorkerConfig) -> TransferConfig:
+    """How a worker with this configuration gives and takes KV."""
+    return TransferConfig(
+        transports=config.transports,
+        bind_host=config.bind_host,
+        advertise_host=config.advertise_host,
+        lease_s=config.lease_s,
+        park_s=config.park_s,
+        checksum=config.checksum,
+    )

@@ -1,0 +1,240 @@
+"""Pure: the sink's side of one hand-off; it alone says whether the bytes may be used.
+
+They may be used once they were all there before the lease ended, and were verified, and the source agreed or
+can no longer be asked (our verified copy is good whatever becomes of the original; its fence frees it).
+"""
+
+from enum import Enum
+from types import MappingProxyType
+from typing import Final
+
+from kvtransfer.contract import HandoffKey
+from kvtransfer.handoff import HandoffState, SinkTimes, lookup
+from tandem.errors import ProtocolError
+
+
+class SinkInput(Enum):
+    """What can happen to the sink."""
+
+    ASK = "ask"
+    GRANTED = "granted"
+    STALE_ANSWER = "answer to an earlier pull"
+    REFUSED = "refused"
+    UNANSWERED = "pull unanswered"
+    MOVE_STARTED = "move started"
+    MOVED = "all bytes here"
+    VERIFIED = "verified"
+    MOVE_FAILED = "move failed"
+    LEASE_PASSED = "lease passed"
+    DEADLINE_PASSED = "deadline passed"
+    COMMIT_UNANSWERED = "commit unanswered"
+    SOURCE_HOLDS = "source still holds"
+    SOURCE_COMMITTED = "source committed"
+    SOURCE_ABORTED = "source aborted"
+    SOURCE_LOST = "source lost"
+    CANCEL = "cancel"
+
+
+class SinkAction(Enum):
+    """What the sink does about it."""
+
+    NOTE = "note"
+    SEND_PULL = "send a pull"
+    VERIFY = "verify the bytes"
+    SEND_COMMIT = "send commit"
+    SEND_ABORT = "send abort, once nothing reads the source's blocks here"
+
+
+_S, _I, _A = HandoffState, SinkInput, SinkAction
+_Rows = dict[tuple[HandoffState, SinkInput], tuple[SinkAction, HandoffState]]
+
+
+def _open(state: HandoffState) -> _Rows:
+    """The rows of every state from which the sink can still give up."""
+    return {
+        (state, _I.STALE_ANSWER): (_A.NOTE, state),
+        (state, _I.CANCEL): (_A.SEND_ABORT, _S.ABORTED),
+        (state, _I.DEADLINE_PASSED): (_A.SEND_ABORT, _S.ABORTED),
+        (state, _I.SOURCE_ABORTED): (_A.NOTE, _S.ABORTED),
+    }
+
+
+def _over(state: HandoffState) -> _Rows:
+    """The rows of an ended hand-off: late news changes nothing."""
+    late = (
+        *(_I.STALE_ANSWER, _I.REFUSED, _I.MOVED, _I.VERIFIED, _I.MOVE_FAILED),
+        *(_I.SOURCE_HOLDS, _I.SOURCE_COMMITTED, _I.SOURCE_ABORTED, _I.SOURCE_LOST, _I.CANCEL),
+    )
+    return {(state, given): (_A.NOTE, state) for given in late}
+
+
+TRANSITIONS: Final = MappingProxyType(
+    {
+        **_open(_S.OFFERED),
+        (_S.OFFERED, _I.ASK): (_A.SEND_PULL, _S.OFFERED),
+        (_S.OFFERED, _I.GRANTED): (_A.NOTE, _S.ACCEPTED),
+        (_S.OFFERED, _I.REFUSED): (_A.SEND_ABORT, _S.ABORTED),
+        (_S.OFFERED, _I.UNANSWERED): (_A.SEND_ABORT, _S.ABORTED),
+        (_S.OFFERED, _I.SOURCE_LOST): (_A.NOTE, _S.ABORTED),
+        **_open(_S.ACCEPTED),
+        (_S.ACCEPTED, _I.GRANTED): (_A.NOTE, _S.ACCEPTED),
+        (_S.ACCEPTED, _I.MOVE_STARTED): (_A.NOTE, _S.MOVING),
+        (_S.ACCEPTED, _I.MOVE_FAILED): (_A.NOTE, _S.OFFERED),
+        (_S.ACCEPTED, _I.LEASE_PASSED): (_A.SEND_ABORT, _S.ABORTED),
+        (_S.ACCEPTED, _I.SOURCE_LOST): (_A.NOTE, _S.ABORTED),
+        **_open(_S.MOVING),
+        (_S.MOVING, _I.GRANTED): (_A.NOTE, _S.MOVING),
+        (_S.MOVING, _I.MOVED): (_A.VERIFY, _S.MOVING),
+        (_S.MOVING, _I.VERIFIED): (_A.SEND_COMMIT, _S.LANDED),
+        (_S.MOVING, _I.MOVE_FAILED): (_A.NOTE, _S.OFFERED),
+        (_S.MOVING, _I.LEASE_PASSED): (_A.SEND_ABORT, _S.ABORTED),
+        (_S.MOVING, _I.SOURCE_LOST): (_A.NOTE, _S.ABORTED),
+        **_open(_S.LANDED),
+        (_S.LANDED, _I.GRANTED): (_A.NOTE, _S.LANDED),
+        (_S.LANDED, _I.SOURCE_HOLDS): (_A.SEND_COMMIT, _S.LANDED),
+        (_S.LANDED, _I.SOURCE_COMMITTED): (_A.NOTE, _S.COMMITTED),
+        (_S.LANDED, _I.SOURCE_LOST): (_A.NOTE, _S.COMMITTED),
+        (_S.LANDED, _I.COMMIT_UNANSWERED): (_A.NOTE, _S.COMMITTED),
+        **_over(_S.COMMITTED),
+        (_S.COMMITTED, _I.GRANTED): (_A.NOTE, _S.COMMITTED),
+        **_over(_S.ABORTED),
+        (_S.ABORTED, _I.GRANTED): (_A.SEND_ABORT, _S.ABORTED),
+    }
+)
+"""(state, input) -> (action, next state)."""
+
+
+class SinkHandoff:
+    """One hand-off being pulled. Every `now_s` is the sink's monotonic clock and never goes back."""
+
+    def __init__(self, key: HandoffKey, times: SinkTimes, deadline_s: float) -> None:
+        self.key = key
+        self.state = HandoffState.OFFERED
+        self.number: int | None = None
+        self._times = times
+        self._deadline_s = deadline_s
+        self._answer_until_s = deadline_s
+        self._lease_until_s = deadline_s
+        self._settle_until_s = deadline_s
+        self._moved = False
+        self._io_running = False
+        self._abort_wanted = False
+
+    @property
+    def may_use(self) -> bool:
+        """Whether the target blocks hold the leg's KV."""
+        return self.state is HandoffState.COMMITTED
+
+    @property
+    def may_free(self) -> bool:
+        """Whether nothing here touches the target blocks and nothing will."""
+        return self.state.terminal and not self._io_running
+
+    @property
+    def owes_abort(self) -> bool:
+        """Whether the source should be told now that we gave up."""
+        return self._abort_wanted and not self._io_running
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `tick` has something to do; None once it is over."""
+        own = {
+            HandoffState.OFFERED: self._answer_until_s,
+            HandoffState.ACCEPTED: self._lease_until_s,
+            HandoffState.MOVING: self._deadline_s if self._moved else self._lease_until_s,
+            HandoffState.LANDED: self._settle_until_s,
+        }.get(self.state)
+        return None if own is None else min(own, self._deadline_s)
+
+    def ask(self, number: int, now_s: float) -> None:
+        """A pull with a number higher than any before goes out. Raises ProtocolError otherwise."""
+        if self.number is not None and number <= self.number:
+            raise ProtocolError(f"Transfer number {number} does not follow {self.number}.")
+        self._apply(SinkInput.ASK)
+        self.number, self._moved = number, False
+        self._answer_until_s = now_s + self._times.answer_s
+
+    def granted(self, number: int, lease_until_s: float) -> None:
+        """The source granted a lease, counted on our clock from when the pull was sent."""
+        if number != self.number:
+            self._apply(SinkInput.STALE_ANSWER)
+            return
+        fresh = self.state is HandoffState.OFFERED
+        self._apply(SinkInput.GRANTED)
+        if fresh:
+            self._lease_until_s = lease_until_s
+
+    def refused(self, number: int) -> None:
+        """The source refused a pull."""
+        current = number == self.number and self.state is HandoffState.OFFERED
+        self._apply(SinkInput.REFUSED if current else SinkInput.STALE_ANSWER)
+
+    def move_started(self) -> None:
+        """Something here begins to touch the blocks."""
+        self._apply(SinkInput.MOVE_STARTED)
+        self._io_running = True
+
+    def moved(self, now_s: float) -> bool:
+        """All bytes are here; whether they came within the lease and can be verified."""
+        if self.state is HandoffState.MOVING and now_s >= self._lease_until_s:
+            self._io_running = False
+            self._apply(SinkInput.LEASE_PASSED)
+            return False
+        self._moved = True
+        action = self._apply(SinkInput.MOVED)
+        self._io_running = action is SinkAction.VERIFY
+        return self._io_running
+
+    def verified(self, now_s: float) -> None:
+        """The bytes are what the source granted. Raises ProtocolError before they are all here."""
+        if not self._moved:
+            raise ProtocolError("Bytes cannot be verified before they are here.")
+        self._io_running = False
+        self._apply(SinkInput.VERIFIED)
+        self._settle_until_s = now_s + self._times.settle_s
+
+    def move_failed(self) -> None:
+        """The transfer failed (or its bytes were wrong) and nothing touches the blocks any more."""
+        self._io_running = False
+        self._apply(SinkInput.MOVE_FAILED)
+
+    def status(self, state: HandoffState | None, now_s: float) -> None:
+        """The source said where it stands (None: it does not know the hand-off)."""
+        if state is HandoffState.COMMITTED:
+            self._apply(SinkInput.SOURCE_COMMITTED)
+        elif state is None or state is HandoffState.ABORTED:
+            self._apply(SinkInput.SOURCE_ABORTED)
+        else:
+            self._apply(SinkInput.SOURCE_HOLDS)
+
+    def source_lost(self) -> None:
+        """The source cannot be reached any more."""
+        self._apply(SinkInput.SOURCE_LOST)
+
+    def cancel(self) -> None:
+        """The caller gave up, or ran out of transports."""
+        self._apply(SinkInput.CANCEL)
+
+    def abort_sent(self) -> None:
+        """The source was told once; when that is lost its lease ends the hand-off."""
+        self._abort_wanted = False
+
+    def tick(self, now_s: float) -> None:
+        """Lets a passed deadline act; harmless at any time."""
+        due_s = self.next_deadline_s
+        if due_s is None or now_s < due_s:
+            return
+        self._apply(
+            SinkInput.DEADLINE_PASSED
+            if now_s >= self._deadline_s
+            else {
+                HandoffState.OFFERED: SinkInput.UNANSWERED,
+                HandoffState.LANDED: SinkInput.COMMIT_UNANSWERED,
+            }.get(self.state, SinkInput.LEASE_PASSED)
+        )
+
+    def _apply(self, given: SinkInput) -> SinkAction:
+        action, self.state = lookup(TRANSITIONS, self.state, given)
+        if action is SinkAction.SEND_ABORT:
+            self._abort_wanted = True
+        return action

@@ -1,0 +1,85 @@
+"""Edge: the sources that a sink knows: one channel for each life of a worker, agreed upon once."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvtransfer.contract import PeerId
+from kvtransfer.handoff_client import HandoffClient
+from kvtransfer.host import host_id
+from kvtransfer.source import Endpoint
+from tandem.worker import WorkerRecord
+
+
+@dataclass(frozen=True, slots=True)
+class KnownSource:
+    """A connected source; `endpoints` are in our order of preference."""
+
+    peer: PeerId
+    client: HandoffClient
+    endpoints: tuple[Endpoint, ...]
+    block_bytes: int
+
+
+class KnownSources:
+    """Connects to sources on demand and keeps them until they fail or a newer life appears."""
+
+    def __init__(
+        self,
+        transports: Sequence[str],
+        make_client: Callable[[WorkerRecord], HandoffClient],
+        timeout_s: float,
+    ) -> None:
+        self._transports = tuple(transports)
+        self._make_client = make_client
+        self._timeout_s = timeout_s
+        self._host_id = host_id()
+        self._known: dict[PeerId, KnownSource] = {}
+        self._locks: dict[PeerId, asyncio.Lock] = {}
+
+    async def get(self, source: WorkerRecord) -> KnownSource:
+        """The connected source. Raises TransferError when it cannot be reached or does not fit."""
+        peer = PeerId.of(source)
+        known = self._known.get(peer)
+        if known is not None:
+            return known
+        # Held across an await on purpose: it makes the others wait for the one connection, bounded by it.
+        async with self._locks.setdefault(peer, asyncio.Lock()):
+            known = self._known.get(peer)
+            if known is None:
+                known = await self._connect(peer, source)
+                self._known[peer] = known
+        older = [
+            other
+            for other in self._known
+            if other.worker_id == peer.worker_id and other.incarnation < peer.incarnation
+        ]
+        for other in older:
+            await self.forget(other)
+        return known
+
+    async def forget(self, peer: PeerId) -> None:
+        """Closes the channel to a source; the next pull connects anew. Idempotent."""
+        known = self._known.pop(peer, None)
+        self._locks.pop(peer, None)
+        if known is not None:
+            await known.client.close()
+
+    async def close(self) -> None:
+        """Closes all channels."""
+        for peer in tuple(self._known):
+            await self.forget(peer)
+
+    async def _connect(self, peer: PeerId, source: WorkerRecord) -> KnownSource:
+        client = self._make_client(source)
+        try:
+            answer = await client.connect(self._transports, self._host_id, self._timeout_s)
+        except BaseException:
+            await client.close()
+            raise
+        offered = {
+            found.transport: Endpoint(found.transport, found.address, found.ticket)
+            for found in answer.endpoints
+        }
+        ordered = tuple(offered[name] for name in self._transports if name in offered)
+        return KnownSource(peer, client, ordered, answer.block_bytes)

@@ -1,0 +1,213 @@
+"""Edge: the taking side of the tcp transport: scatter-receives blocks straight into the cache.
+
+Connections to a source are pooled: one is opened when the pair connects, more when transfers overlap. A
+connection that failed is closed; its end tells the source that the sink takes nothing more on it.
+"""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from kvtransfer import framing, vectors
+from kvtransfer.contract import BlockMemory, PeerId, PullGrant, TransferConfig
+from kvtransfer.framing import Header, HeaderKind
+from kvtransfer.listener import is_quiet
+from kvtransfer.threads import outlast, run_to_end
+from tandem.errors import TransferError, TransferFault
+from tandem.ids import BlockId
+
+
+class _Line:
+    """One data connection, used by one thread at a time and stopped from any."""
+
+    def __init__(self, address: str, ticket: bytes, timeout_s: float) -> None:
+        self._address = address
+        self._ticket = ticket
+        self._timeout_s = timeout_s
+        self._socket: socket.socket | None = None
+        self._stopped = threading.Event()
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is open, idle and has not been stopped."""
+        return self._socket is not None and not self._stopped.is_set() and is_quiet(self._socket)
+
+    def open(self) -> None:
+        """Connects and proves the ticket unless that is done; blocks, bounded. Raises TransferError."""
+        if self._socket is not None:
+            return
+        host, _, port = self._address.rpartition(":")
+        try:
+            made = socket.create_connection((host.strip("[]"), int(port)), self._timeout_s)
+        except (OSError, ValueError) as error:
+            self._fail(f"The source's port cannot be reached: {error}.", error)
+        self._socket = made
+        self.check()
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        vectors.prepare(made, self._timeout_s)
+        try:
+            made.sendall(framing.encode_greeting(self._ticket))
+        except OSError as error:
+            self._fail(f"The data connection broke: {error}.", error)
+        welcome = bytearray(framing.WELCOME_BYTES)
+        vectors.scatter_receive(made, [memoryview(welcome)], self.check)
+        framing.check_welcome(bytes(welcome))
+
+    def fetch(self, grant: PullGrant, views: Sequence[memoryview], check: Callable[[], None]) -> None:
+        """Asks for a transfer and receives it into the views; blocks. Raises TransferError."""
+        self.open()
+        if self._socket is None:
+            raise TransferError(TransferFault.DISCONNECTED, "The data connection is closed.")
+        ask = Header(HeaderKind.ASK, grant.transfer, grant.length_bytes)
+        try:
+            self._socket.sendall(framing.encode_header(ask))
+        except OSError as error:
+            self._fail(f"The data connection broke: {error}.", error)
+        header = self._read_header(self._socket)
+        framing.check_header(header, grant.transfer, grant.length_bytes)
+        vectors.scatter_receive(self._socket, views, check)
+
+    def stop(self) -> None:
+        """Makes whatever blocks on the connection fail soon; it cannot be used any more."""
+        self._stopped.set()
+        if self._socket is None:
+            return
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # It broke by itself, or is only being connected; that is bounded by its own timeout.
+            return
+
+    def close(self) -> None:
+        """Closes the socket; only when no thread uses it."""
+        self._stopped.set()
+        if self._socket is not None:
+            self._socket.close()
+
+    def check(self) -> None:
+        """Raises TransferError when it was stopped."""
+        if self._stopped.is_set():
+            raise TransferError(TransferFault.DISCONNECTED, "The transfer was stopped.")
+
+    def _read_header(self, connection: socket.socket) -> Header:
+        fixed = bytearray(framing.HEADER_BYTES)
+        vectors.scatter_receive(connection, [memoryview(fixed)], self.check)
+        leg = bytearray(framing.leg_bytes(bytes(fixed)))
+        vectors.scatter_receive(connection, [memoryview(leg)], self.check)
+        return framing.decode_header(bytes(fixed), bytes(leg))
+
+    def _fail(self, message: str, cause: Exception) -> NoReturn:
+        waited = isinstance(cause, TimeoutError | BlockingIOError)
+        fault = TransferFault.TIMEOUT if waited else TransferFault.DISCONNECTED
+        raise TransferError(fault, message) from cause
+
+
+@dataclass(slots=True)
+class _Pair:
+    """The connections to one source."""
+
+    address: str
+    ticket: bytes
+    idle: list[_Line] = field(default_factory=list)
+    active: dict[_Line, asyncio.Future[None]] = field(default_factory=dict)
+
+
+class TcpSink:
+    """Fetches granted blocks over pooled connections."""
+
+    name = "tcp"
+
+    def __init__(self, memory: BlockMemory, config: TransferConfig, clock: Callable[[], float]) -> None:
+        self._memory = memory
+        self._config = config
+        self._clock = clock
+        self._pairs: dict[PeerId, _Pair] = {}
+        self._executor = ThreadPoolExecutor(max(1, config.max_pulls), "kv-tcp-sink")
+
+    async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
+        """Opens a first connection, whose end will tell the source that we are gone, unless one is open."""
+        if block_bytes != self._memory.block_bytes:
+            message = f"The source's blocks have {block_bytes} bytes, ours {self._memory.block_bytes}."
+            raise TransferError(TransferFault.LENGTH, message)
+        pair = self._pairs.get(source)
+        if pair is not None and (pair.address, pair.ticket) != (address, ticket):
+            await self.disconnect(source)
+        pair = self._pairs.setdefault(source, _Pair(address, ticket))
+        _drop_unusable(pair)
+        if pair.idle or pair.active:
+            return
+        line = self._new_line(pair)
+        try:
+            await run_to_end(self._executor, line.open, line.stop)
+        except BaseException:
+            line.close()
+            raise
+        self._give_back(source, pair, line)
+
+    async def receive(self, source: PeerId, grant: PullGrant, target: Sequence[BlockId]) -> None:
+        """Receives in a thread; looks at the lease after every few megabytes."""
+        pair = self._pairs.get(source)
+        if pair is None:
+            raise TransferError(TransferFault.DISCONNECTED, "There is no connection to the source.")
+        if len(target) * self._memory.block_bytes != grant.length_bytes:
+            message = f"{grant.length_bytes} bytes were granted for {len(target)} blocks."
+            raise TransferError(TransferFault.LENGTH, message)
+        _drop_unusable(pair)
+        line = pair.idle.pop() if pair.idle else self._new_line(pair)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        pair.active[line] = ended
+        succeeded = False
+        try:
+            await run_to_end(self._executor, lambda: self._fetch(line, grant, target), line.stop)
+            succeeded = True
+        finally:
+            del pair.active[line]
+            ended.set_result(None)
+            if not succeeded:
+                line.close()
+        self._give_back(source, pair, line)
+
+    async def disconnect(self, source: PeerId) -> None:
+        """Stops what runs with a source, waits until it stopped, and closes its connections."""
+        pair = self._pairs.pop(source, None)
+        if pair is None:
+            return
+        for line, ended in tuple(pair.active.items()):
+            line.stop()
+            await outlast(ended)
+        while pair.idle:
+            pair.idle.pop().close()
+
+    async def close(self) -> None:
+        """Closes all connections and ends the threads."""
+        for source in tuple(self._pairs):
+            await self.disconnect(source)
+        self._executor.shutdown(wait=True)
+
+    def _fetch(self, line: _Line, grant: PullGrant, target: Sequence[BlockId]) -> None:
+        def check() -> None:
+            line.check()
+            if self._clock() >= grant.lease_until_s:
+                raise TransferError(TransferFault.LEASE, "The lease ended before all blocks had come.")
+
+        line.fetch(grant, [self._memory.view(block) for block in target], check)
+
+    def _new_line(self, pair: _Pair) -> _Line:
+        return _Line(pair.address, pair.ticket, self._config.connect_timeout_s)
+
+    def _give_back(self, source: PeerId, pair: _Pair, line: _Line) -> None:
+        if self._pairs.get(source) is pair:
+            pair.idle.append(line)
+        else:
+            line.close()
+
+
+def _drop_unusable(pair: _Pair) -> None:
+    """Closes idle connections that the source closed or wrote to unasked."""
+    for line in [line for line in pair.idle if not line.usable]:
+        pair.idle.remove(line)
+        line.close()

@@ -1,0 +1,178 @@
+"""Edge: the giving side of the tcp transport: gather-sends blocks straight from the cache.
+
+A sink keeps one or more connections open and asks on them, by a header, for transfers it was granted. A
+connection waits on the event loop and sends in a thread.
+"""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from kvtransfer import framing, vectors
+from kvtransfer.contract import BlockMemory, PeerId, Transfer, TransferConfig
+from kvtransfer.framing import Header, HeaderKind
+from kvtransfer.listener import LinkListener, read_exactly
+from kvtransfer.threads import outlast, run_to_end
+from tandem.errors import TransferError, TransferFault
+from tandem.ids import BlockId
+
+MAX_SENDS = 32
+"""Transfers sent at one time; more wait for a thread."""
+
+MEETING_S = 1.0
+"""How long a request on a connection waits for its transfer to be granted here (the two may cross)."""
+
+
+@dataclass(slots=True)
+class _Post:
+    """A granted transfer that waits for its sink, or is being sent to it."""
+
+    transfer: Transfer
+    blocks: tuple[BlockId, ...]
+    ended: asyncio.Future[TransferError | None]
+    connection: socket.socket | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Makes a send in progress fail at once, and keeps a later one from starting."""
+        self.stop.set()
+        if self.connection is None:
+            if not self.ended.done():
+                self.ended.set_result(None)
+            return
+        try:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # It broke by itself; the sending thread notices in the same way.
+            return
+
+    def check(self) -> None:
+        """Raises TransferError when the send should end."""
+        if self.stop.is_set():
+            raise TransferError(TransferFault.REFUSED, "The source ended the transfer.")
+
+
+class TcpSource:
+    """Listens on a port of its own and sends each granted transfer on the connection that asks for it."""
+
+    name = "tcp"
+    direct = False
+    same_host = False
+
+    def __init__(self, memory: BlockMemory, config: TransferConfig) -> None:
+        self._memory = memory
+        self._config = config
+        self._listener = LinkListener(config.connect_timeout_s, self._serve)
+        self._address: str | None = None
+        self._posts: dict[tuple[PeerId, int], _Post] = {}
+        self._posted = asyncio.Condition()
+        self._executor = ThreadPoolExecutor(MAX_SENDS, "kv-tcp-source")
+
+    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
+        """Binds `bind_host` on a port of the system's choice."""
+        family = socket.AF_INET6 if ":" in self._config.bind_host else socket.AF_INET
+        listener = socket.create_server((self._config.bind_host, 0), family=family, backlog=64)
+        port = listener.getsockname()[1]
+        host = self._config.advertise_host
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._listener.start(listener, on_link_lost)
+
+    def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
+        """host:port as sinks reach it."""
+        if self._address is not None:
+            self._listener.admit(sink, ticket)
+        return self._address
+
+    async def send(self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId]) -> None:
+        """Waits for the sink's connection and sends; the caller bounds it by cancelling."""
+        post = _Post(transfer, tuple(blocks), asyncio.get_running_loop().create_future())
+        place = (sink, transfer.number)
+        self._posts[place] = post
+        try:
+            async with self._posted:
+                self._posted.notify_all()
+            error = await asyncio.shield(post.ended)
+        except asyncio.CancelledError:
+            post.cancel()
+            await outlast(post.ended)
+            raise
+        finally:
+            self._posts.pop(place, None)
+        if error is not None:
+            raise error
+
+    async def close(self) -> None:
+        """Ends all connections and threads."""
+        for post in tuple(self._posts.values()):
+            post.cancel()
+        await self._listener.close()
+        self._executor.shutdown(wait=True)
+
+    async def _serve(self, connection: socket.socket, sink: PeerId) -> None:
+        loop = asyncio.get_running_loop()
+        _tune(connection)
+        await loop.sock_sendall(connection, framing.encode_welcome(accepted=True))
+        while True:
+            # Idle until the sink wants something; keep-alive ends the wait when its host is gone.
+            first = await loop.sock_recv(connection, 1)
+            if not first:
+                return
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                asked = await self._read_request(connection, first)
+            post = await self._meet(sink, asked)
+            if post is None:
+                refusal = Header(HeaderKind.REFUSED, asked.transfer, 0)
+                await loop.sock_sendall(connection, framing.encode_header(refusal))
+                continue
+            await self._give(connection, post)
+
+    async def _read_request(self, connection: socket.socket, first: bytes) -> Header:
+        fixed = first + await read_exactly(connection, framing.HEADER_BYTES - len(first))
+        leg = await read_exactly(connection, framing.leg_bytes(fixed))
+        return framing.decode_header(fixed, leg)
+
+    async def _meet(self, sink: PeerId, asked: Header) -> _Post | None:
+        """The granted transfer that was asked for; None when there is none within MEETING_S."""
+        place = (sink, asked.transfer.number)
+        try:
+            async with asyncio.timeout(MEETING_S), self._posted:
+                await self._posted.wait_for(lambda: place in self._posts)
+        except TimeoutError:
+            return None
+        post = self._posts.get(place)
+        if post is None or post.connection is not None or post.stop.is_set():
+            return None
+        return post if post.transfer == asked.transfer else None
+
+    async def _give(self, connection: socket.socket, post: _Post) -> None:
+        post.connection = connection
+
+        def work() -> None:
+            vectors.prepare(connection, self._config.connect_timeout_s)
+            views = [self._memory.view(block) for block in post.blocks]
+            length = len(views) * self._memory.block_bytes
+            header = framing.encode_header(Header(HeaderKind.BYTES, post.transfer, length))
+            vectors.gather_send(connection, [memoryview(header), *views], post.check)
+
+        error: TransferError | None = TransferError(TransferFault.DISCONNECTED, "The connection was closed.")
+        try:
+            await run_to_end(self._executor, work, post.cancel)
+            error = None
+        except TransferError as failure:
+            error = failure
+            raise
+        finally:
+            post.ended.set_result(error)
+        connection.setblocking(False)
+
+
+def _tune(connection: socket.socket) -> None:
+    """No delay for small messages; a dead host is noticed within about 10 s of silence."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 4)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

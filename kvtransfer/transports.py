@@ -1,0 +1,40 @@
+"""Edge: the transports by name. A new one is a new module and a line in each table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, TypeVar
+
+from kvtransfer.contract import BlockMemory, SinkTransport, SourceTransport, TransferConfig
+from kvtransfer.shm import ShmSink, ShmSource
+from kvtransfer.tcp_sink import TcpSink
+from kvtransfer.tcp_source import TcpSource
+from tandem.errors import ConfigError
+
+SOURCES: Final[Mapping[str, Callable[[BlockMemory, TransferConfig], SourceTransport]]] = MappingProxyType(
+    {"shm": ShmSource, "tcp": TcpSource}
+)
+SINKS: Final[Mapping[str, Callable[[BlockMemory, TransferConfig, Callable[[], float]], SinkTransport]]] = (
+    MappingProxyType({"shm": ShmSink, "tcp": TcpSink})
+)
+
+MakerT = TypeVar("MakerT")
+
+
+def source_transports(memory: BlockMemory, config: TransferConfig) -> tuple[SourceTransport, ...]:
+    """The giving sides that are configured, best first. Raises ConfigError for an unknown name."""
+    return tuple(make(memory, config) for make in _named(SOURCES, config.transports))
+
+
+def sink_transports(
+    memory: BlockMemory, config: TransferConfig, clock: Callable[[], float]
+) -> tuple[SinkTransport, ...]:
+    """The taking sides that are configured, best first. Raises ConfigError for an unknown name."""
+    return tuple(make(memory, config, clock) for make in _named(SINKS, config.transports))
+
+
+def _named(table: Mapping[str, MakerT], names: Sequence[str]) -> list[MakerT]:
+    unknown = [name for name in names if name not in table]
+    if unknown or not names:
+        message = f"transports: {', '.join(unknown) or 'none'} given; allowed are {', '.join(sorted(table))}."
+        raise ConfigError(message)
+    return [table[name] for name in names]

@@ -1,0 +1,94 @@
+"""Edge: moves many buffers over one blocking socket with few system calls and no copy in this process."""
+
+import itertools
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from tandem.errors import TransferError, TransferFault
+
+MAX_VECTORS: Final = 512
+"""Buffers in one system call; Linux takes 1,024."""
+
+BATCH_BYTES: Final = 8 * 1024 * 1024
+"""Bytes in one system call: few calls, yet lease and cancellation are looked at often enough."""
+
+
+def prepare(connection: socket.socket, stall_s: float) -> None:
+    """Makes a socket blocking, each call bounded by the kernel; no call of Python's own in between."""
+    connection.setblocking(True)
+    seconds, fraction = divmod(stall_s, 1.0)
+    bound = struct.pack("ll", int(seconds), int(fraction * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
+
+
+def gather_send(connection: socket.socket, buffers: Sequence[memoryview], check: Callable[[], None]) -> None:
+    """Sends all buffers in order; `check` is called between system calls and may raise.
+
+    Raises TransferError: TIMEOUT when nothing moved for the socket's bound, DISCONNECTED when it broke.
+    """
+    _drain(buffers, connection.sendmsg, check, "The sink took nothing for too long.")
+
+
+def scatter_receive(
+    connection: socket.socket, buffers: Sequence[memoryview], check: Callable[[], None]
+) -> None:
+    """Fills all buffers in order; `check` is called between system calls and may raise.
+
+    Raises TransferError: TIMEOUT when nothing came for the socket's bound, TRUNCATED when the stream ended.
+    """
+
+    def receive(batch: list[memoryview]) -> int:
+        count, _, flags, _ = connection.recvmsg_into(batch, 0, socket.MSG_WAITALL)
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            raise TransferError(TransferFault.TRUNCATED, "The data connection cut a message.")
+        return count
+
+    _drain(buffers, receive, check, "The source sent nothing for too long.")
+
+
+def _drain(
+    buffers: Sequence[memoryview],
+    move: Callable[[list[memoryview]], int],
+    check: Callable[[], None],
+    stalled: str,
+) -> None:
+    for batch in _batches(buffers):
+        left = batch
+        while left:
+            check()
+            try:
+                moved = move(left)
+            except BlockingIOError as error:
+                raise TransferError(TransferFault.TIMEOUT, stalled) from error
+            except OSError as error:
+                message = f"The data connection broke: {error}."
+                raise TransferError(TransferFault.DISCONNECTED, message) from error
+            if moved == 0:
+                raise TransferError(TransferFault.TRUNCATED, "The data connection ended before its bytes.")
+            left = _after(left, moved)
+
+
+def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """Groups of non-empty buffers within MAX_VECTORS and (but for one large buffer) BATCH_BYTES."""
+    batch: list[memoryview] = []
+    size = 0
+    for buffer in itertools.filterfalse(lambda view: view.nbytes == 0, buffers):
+        if batch and (len(batch) == MAX_VECTORS or size + buffer.nbytes > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer)
+        size += buffer.nbytes
+    if batch:
+        yield batch
+
+
+def _after(buffers: list[memoryview], moved: int) -> list[memoryview]:
+    """What is left of the buffers once `moved` bytes are gone."""
+    for index, buffer in enumerate(buffers):
+        if moved < buffer.nbytes:
+            return [buffer[moved:], *buffers[index + 1 :]]
+        moved -= buffer.nbytes
+    return []

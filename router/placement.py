@@ -1,0 +1,174 @@
+"""Pure: which waiting leg goes to which worker next: the queues, the books on workers, and the policy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.block_hash import chain_hashes
+from router.admission import WaitingQueue
+from router.dispatch import POLICIES, DecodeNeed, PrefillNeed, without_avoided
+from router.prefix_index import PrefixIndex
+from router.readiness import takes_legs
+from router.worker_key import WorkerKey
+from router.worker_load import WorkerLoad
+from tandem.errors import ConfigError
+from tandem.ids import BlockHash, LegId
+from tandem.worker import Role
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingLeg:
+    """A leg that needs a worker; `anew` marks one whose request has been started before."""
+
+    leg_id: LegId
+    token_ids: tuple[int, ...]
+    sequences: int
+    avoid: frozenset[WorkerKey]
+    priority: int
+    deadline_s: float
+    since_s: float
+    anew: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How much may be outstanding at one worker; a lone leg is always let through."""
+
+    prefill_tokens: int
+    decode_legs: int
+
+
+class Placement:
+    """Owns the order of the waiting legs and the estimate of each worker's load.
+
+    Raises ConfigError for an unknown policy. Legs that are placed anew go before new ones: their readers wait
+    in the middle of a stream.
+    """
+
+    def __init__(self, policy: str, block_size: int, windows: Windows) -> None:
+        if policy not in POLICIES:
+            raise ConfigError(f"dispatch must be one of {', '.join(sorted(POLICIES))}, not {policy!r}.")
+        self.index = PrefixIndex()
+        self._policy = POLICIES[policy](self.index, block_size)
+        self._block_size = block_size
+        self._windows = windows
+        self._loads: dict[WorkerKey, WorkerLoad] = {}
+        self._waiting: dict[LegId, WaitingLeg] = {}
+        self._prefill_new: WaitingQueue[LegId] = WaitingQueue()
+        self._prefill_anew: WaitingQueue[LegId] = WaitingQueue()
+        self._decode: WaitingQueue[LegId] = WaitingQueue()
+        self._hashes: dict[LegId, Sequence[BlockHash]] = {}
+
+    @property
+    def loads(self) -> Mapping[WorkerKey, WorkerLoad]:
+        """The books on the attached workers."""
+        return self._loads
+
+    def attach(self, load: WorkerLoad) -> None:
+        """A worker can be chosen from now on."""
+        self._loads[load.key] = load
+
+    def detach(self, key: WorkerKey) -> None:
+        """A worker is lost; idempotent."""
+        self._loads.pop(key, None)
+        self.index.forget(key)
+
+    def wait_for_prefill(self, leg: WaitingLeg) -> None:
+        """The leg needs a prefill worker."""
+        self._waiting[leg.leg_id] = leg
+        queue = self._prefill_anew if leg.anew else self._prefill_new
+        queue.push(leg.leg_id, leg.priority, leg.deadline_s)
+
+    def wait_for_decode(self, leg: WaitingLeg) -> None:
+        """The leg's KV is offered and it needs a decode worker."""
+        self._waiting[leg.leg_id] = leg
+        self._decode.push(leg.leg_id, leg.priority, leg.deadline_s)
+
+    def offered(self, leg_id: LegId, key: WorkerKey) -> None:
+        """The prefill worker is done with computing the leg."""
+        if key in self._loads:
+            self._loads[key].forget(leg_id)
+
+    def landed(self, leg_id: LegId, key: WorkerKey) -> None:
+        """The leg's KV is at the decode worker."""
+        if key in self._loads:
+            self._loads[key].landed(leg_id)
+
+    def forget(self, leg_id: LegId) -> None:
+        """The leg is over; idempotent."""
+        self._leave_queues(leg_id)
+        self._hashes.pop(leg_id, None)
+        for load in self._loads.values():
+            load.forget(leg_id)
+
+    def next_prefill(self, may_start_new: bool) -> tuple[LegId, WorkerKey] | None:
+        """Takes the next leg out of its queue: the leg and the worker to read it; None when it must wait."""
+        queue = self._prefill_anew if len(self._prefill_anew) else self._prefill_new
+        if queue is self._prefill_new and not may_start_new:
+            return None
+        leg_id = queue.first()
+        if leg_id is None:
+            return None
+        leg = self._waiting[leg_id]
+        tokens = len(leg.token_ids)
+        views = [
+            load.view()
+            for load in self._serving(Role.PREFILL)
+            if not load.prefilling_legs or load.prefilling_tokens + tokens <= self._windows.prefill_tokens
+        ]
+        if not views:
+            return None
+        views = list(without_avoided(views, leg.avoid))
+        key = views[0].key
+        if len(views) > 1:
+            key = self._policy.prefill(PrefillNeed(tokens, self._hashes_of(leg)), views)
+        self._leave_queues(leg_id)
+        self._loads[key].prefill_sent(leg_id, tokens)
+        return leg_id, key
+
+    def next_decode(self) -> tuple[LegId, WorkerKey] | None:
+        """Takes the next offered leg out of its queue: the leg and the worker to fetch it; None: it must wait."""
+        leg_id = self._decode.first()
+        if leg_id is None:
+            return None
+        leg = self._waiting[leg_id]
+        views = [
+            load.view()
+            for load in self._serving(Role.DECODE)
+            if load.fetching_legs < max(1, self._windows.decode_legs)
+        ]
+        if not views:
+            return None
+        views = list(without_avoided(views, leg.avoid))
+        blocks = len(leg.token_ids) // self._block_size + leg.sequences
+        key = views[0].key
+        if len(views) > 1:
+            key = self._policy.decode(DecodeNeed(blocks, leg.sequences, self._hashes_of(leg)), views)
+        self._leave_queues(leg_id)
+        self._hashes.pop(leg_id, None)
+        self._loads[key].decode_sent(leg_id, blocks, leg.sequences)
+        return leg_id, key
+
+    def serves(self, role: Role) -> bool:
+        """Whether an attached worker plays that role and takes legs."""
+        return any(takes_legs(load, role) for load in self._loads.values())
+
+    def waiting_for(self, role: Role) -> tuple[WaitingLeg, ...]:
+        """Legs that wait for a worker of that role."""
+        queues = (self._decode,) if role is Role.DECODE else (self._prefill_new, self._prefill_anew)
+        return tuple([self._waiting[leg_id] for queue in queues for leg_id in queue.items()])
+
+    def _leave_queues(self, leg_id: LegId) -> None:
+        if self._waiting.pop(leg_id, None) is not None:
+            for queue in (self._prefill_new, self._prefill_anew, self._decode):
+                queue.remove(leg_id)
+
+    def _serving(self, role: Role) -> Sequence[WorkerLoad]:
+        return [self._loads[key] for key in sorted(self._loads) if takes_legs(self._loads[key], role)]
+
+    def _hashes_of(self, leg: WaitingLeg) -> Sequence[BlockHash]:
+        if not self._policy.wants_hashes:
+            return ()
+        known = self._hashes.get(leg.leg_id)
+        if known is None:
+            known = self._hashes[leg.leg_id] = chain_hashes(leg.token_ids, self._block_size)
+        return known
