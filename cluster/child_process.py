@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 GUARD = Path(__file__).with_name("exec_guard.py")
 TAIL_BYTES = 4096
@@ -31,7 +31,7 @@ class ChildProcess:
     ) -> Self:
         """Starts it with stdin and stdout as pipes and stderr in the log file. Raises OSError."""
         command = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), *argv]
-        with log_path.open("ab") as log:
+        with _open_for_us(log_path) as log:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.PIPE,
@@ -95,6 +95,11 @@ class ChildProcess:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
+
+
+def _open_for_us(path: Path) -> BinaryIO:
+    """Opens a log for appending that nobody else may read."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
 
 
 def tail(path: Path) -> str:

@@ -22,9 +22,10 @@ from cluster.ray_pools import RayPools, ray_pools
 from cluster.router_host import BoundPorts, RouterSpec
 from cluster.run_folder import RunFolder
 from cluster.store import RegisteredWorker, Store, StoreAddress
-from cluster.worker_host import CLUSTER_TOKEN_ENV, WorkerSpec
+from cluster.worker_host import WorkerSpec
 from engine.model_source import resolve_model
 from tandem.errors import ConfigError, NotReady
+from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import WorkerId
 from tandem.worker_config import WorkerConfig
 
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RunningCluster:
-    """A cluster that serves. Addresses are host:port; `phases_s` says how long each part of the start took."""
+    """A cluster that serves. Addresses are host:port; `phases_s`: how long each part of the start took."""
 
     grpc_address: str
     http_address: str

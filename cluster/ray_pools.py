@@ -148,11 +148,11 @@ async def ray_pools(config: ClusterConfig, secrets: Mapping[str, str]) -> AsyncI
 
 
 def _connect(config: ClusterConfig, secrets: Mapping[str, str], folder: str) -> None:
-    logging.getLogger("ray").setLevel(logging.ERROR)
     local = config.ray.address == "local"
     with _environment({**_QUIET, **({"RAY_AUTH_MODE": "token", **secrets} if local else {})}):
         import ray
 
+        logging.getLogger("ray").setLevel(logging.ERROR)
         namespace = config.redis.namespace
         try:
             if local:

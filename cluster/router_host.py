@@ -10,16 +10,20 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import orjson
 import uvloop
 from pydantic import TypeAdapter
-from tandem.logs import configure_logging
 
 from cluster.config import REDIS_PASSWORD_ENV
 from cluster.membership import StoreMembership
 from cluster.store import Store, StoreAddress
 from router.config import RouterConfig
+from tandem.logs import configure_logging
+
+if TYPE_CHECKING:
+    from router.server import RouterPorts
 
 MAX_SPEC_BYTES = 1 << 20
 
@@ -71,9 +75,9 @@ async def _stdin_reader() -> asyncio.StreamReader:
     return reader
 
 
-def _announce(grpc_port: int, http_port: int) -> None:
+def _announce(ports: "RouterPorts") -> None:
     with contextlib.suppress(BrokenPipeError):
-        os.write(sys.stdout.fileno(), BoundPorts(grpc_port, http_port).to_line())
+        os.write(sys.stdout.fileno(), BoundPorts(ports.grpc_port, ports.http_port).to_line())
 
 
 async def _serve() -> None:

@@ -15,6 +15,7 @@ import uvloop
 
 from cluster.worker_host import WorkerSpec, host_worker
 from tandem.errors import TandemError
+from tandem.logs import configure_logging
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +51,7 @@ class WorkerActor:
         return not self._thread.is_alive()
 
     def _serve(self) -> None:
+        configure_logging()
         try:
             uvloop.run(self._serve_until_stopped())
         except Exception as error:

@@ -16,6 +16,7 @@ from cluster.config import REDIS_PASSWORD_ENV
 from cluster.membership import registered
 from cluster.store import RegisteredWorker, Store, StoreAddress, StoreUnavailable
 from tandem.errors import TandemError
+from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role, WorkerRecord
 from tandem.worker_config import WorkerConfig
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-CLUSTER_TOKEN_ENV = "TANDEM_CLUSTER_TOKEN"  # noqa: S105 - the variable's name, not its value
 STORE_RETRY_S = 0.3
 
 

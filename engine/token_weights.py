@@ -91,7 +91,8 @@ def _cut_among(
     kept = weights.gather(1, ids)  # [rows, count]
     limits = [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params]
     kth = _column([min(limit or vocabulary, count) - 1 for limit in limits], ids)
-    kept = kept.masked_fill(values < values.gather(1, kth), 0.0)
+    kth_value = values.gather(1, kth)
+    kept = kept.masked_fill(values < kth_value, 0.0)
     has_k = _column([limit > 0 for limit in limits], kept).bool()
     total = torch.where(
         has_k,
@@ -102,8 +103,9 @@ def _cut_among(
     before = kept.cumsum(dim=-1, dtype=torch.float64) - kept
     kept = kept.masked_fill(before >= share * total, 0.0)
     lowest = values.gather(1, ((kept > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0))
-    sure = lowest.squeeze(1) > values[:, -1]
-    return kept, ids, sure | (count == vocabulary)
+    # The share of top_p is of all that top_k keeps: those must be candidates, not only the ones kept at last.
+    decisive = torch.where(has_k, kth_value, lowest).squeeze(1)
+    return kept, ids, (decisive > values[:, -1]) | (count == vocabulary)
 
 
 def _best_first(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

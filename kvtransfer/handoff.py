@@ -51,7 +51,7 @@ class ReleaseReason(Enum):
 class SourceTimes:
     """The source's bounds, in seconds.
 
-    A lease is fenced `margin_s` after its end: the sink, which counts from when it asked, has stopped by then.
+    A lease is fenced `margin_s` after its end: by then the sink, which counts from its asking, has stopped.
     When the link to a sink breaks, the sink has `regrasp_s` to pull again over another transport.
     An ended hand-off is remembered for `forget_s` so that late questions get the right answer.
     """

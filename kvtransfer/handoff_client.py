@@ -1,5 +1,6 @@
 """Edge: HandoffService as a sink calls it; every call is bounded and fails as a TransferError."""
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeVar
@@ -131,6 +132,12 @@ async def _called(call: Awaitable[AnswerT], name: str) -> AnswerT:
             raise TransferError(TransferFault.DISCONNECTED, f"{name}: the source is gone.") from error
         message = f"{name} failed with {error.code().name}: {details}"
         raise TransferError(TransferFault.REFUSED, message) from error
+    except asyncio.CancelledError as error:
+        # A call that ends because its channel was closed looks like a cancelled task; only one of them is.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise TransferError(TransferFault.DISCONNECTED, f"{name}: the channel was closed.") from error
     except grpc.aio.UsageError as error:
         raise TransferError(TransferFault.DISCONNECTED, f"{name}: the channel is closed.") from error
 

@@ -1,4 +1,4 @@
-"""Edge: the source's end of data connections: accepts them, checks tickets, and notices when a sink is gone."""
+"""Edge: the source's end of data connections: accepts, checks tickets, notices when a sink is gone."""
 
 import asyncio
 import socket

@@ -54,7 +54,7 @@ class OfferBook:
         self.refused: Counter[TransferFault] = Counter()
 
     def add(self, key: HandoffKey, blocks: Sequence[BlockId], now_s: float) -> None:
-        """A new offer; it supersedes an earlier epoch. Raises ProtocolError for an epoch that is not newer."""
+        """A new offer supersedes an earlier epoch. Raises ProtocolError for an epoch that is not newer."""
         known = self._epochs.get(key.leg_id)
         if known is not None:
             if key.epoch <= known:
@@ -129,8 +129,8 @@ class OfferBook:
         """For metrics."""
         out = [offer for offer in self._offers.values() if not offer.released]
         parked = sum(offer.machine.state is HandoffState.OFFERED for offer in out)
-        aborted = {reason: n for reason, n in self._ended.items() if reason is not ReleaseReason.COMMITTED}
-        committed = self._ended[ReleaseReason.COMMITTED]
+        aborted = dict(self._ended)
+        committed = aborted.pop(ReleaseReason.COMMITTED, 0)
         return SourceCounts(self._offered, committed, aborted, dict(self.refused), parked, len(out) - parked)
 
     def _release(self, offer: Offer) -> None:

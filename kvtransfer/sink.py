@@ -38,6 +38,9 @@ from tandem.worker import WorkerRecord
 CALL_S = 0.5
 """Bound of one small call (commit, abort, query); lost ones are repeated within their own bounds."""
 
+CLOSE_S = 1.5
+"""How long `close` waits for pulls to fail."""
+
 RETRY_PAUSE_S = 0.05
 """Pause before a call that failed at once is repeated."""
 
@@ -80,6 +83,9 @@ class HandoffSink:
         self._gate = PriorityGate(config.max_pulls)
         self._numbers = itertools.count(1)
         self._aborts: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self._running = 0
+        self._all_ended = asyncio.Event()
         self._executor = ThreadPoolExecutor(max(1, config.max_pulls), "kv-verify")
 
     async def pull(
@@ -100,8 +106,11 @@ class HandoffSink:
         if len(target_blocks) != block_range.num_blocks:
             message = f"{len(target_blocks)} target blocks were given for {block_range.num_blocks}."
             raise TransferError(TransferFault.LENGTH, message)
+        if self._closing:
+            raise TransferError(TransferFault.DISCONNECTED, "This sink is closing.")
         deadline_s = self._clock() + remaining_s
         machine = SinkHandoff(key, self._times, deadline_s)
+        self._running += 1
         try:
             async with asyncio.timeout(remaining_s), self._gate.turn(priority):
                 known = await self._sources.get(source)
@@ -115,6 +124,8 @@ class HandoffSink:
             if machine.owes_abort and machine.number is not None:
                 machine.abort_sent()
                 self._tell_abort(key, source)
+            self._running -= 1
+            self._all_ended.set()
 
     async def peer_lost(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         """Ends what runs with a source that is gone, and closes the connections to it."""
@@ -125,9 +136,21 @@ class HandoffSink:
 
     async def close(self) -> None:
         """Ends what runs, tells the sources, and closes everything within about 2 s; idempotent."""
+        self._closing = True
+        for peer in self._sources.peers:
+            for transport in self._transports.values():
+                await transport.disconnect(peer)
+        await self._sources.close()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                while self._running:
+                    self._all_ended.clear()
+                    await self._all_ended.wait()
+        except TimeoutError:
+            _log.warning("closed while pulls were running", pulls=self._running)
+        await asyncio.gather(*self._aborts, return_exceptions=True)
         for transport in self._transports.values():
             await transport.close()
-        await asyncio.gather(*self._aborts, return_exceptions=True)
         await self._sources.close()
         self._executor.shutdown(wait=True)
 
@@ -152,7 +175,7 @@ class HandoffSink:
                     fault=error.fault.value,
                     error=str(error),
                 )
-            if pull.machine.state.terminal:
+            if pull.machine.state.terminal or self._closing:
                 break
         raise failure
 

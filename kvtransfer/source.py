@@ -232,7 +232,7 @@ class HandoffSource:
     def _find(self, ask: PullAsk) -> Offer:
         self._check_digest(ask.digest)
         if self._tickets.ticket_of(ask.sink) is None:
-            raise self._refusal(TransferFault.REFUSED, "The sink did not connect to this incarnation.")
+            raise self._refusal(TransferFault.DISCONNECTED, "The sink did not connect to this incarnation.")
         key = ask.transfer.key
         newest = self._book.newest_epoch(key.leg_id)
         if newest is not None and key.epoch < newest:

@@ -58,6 +58,11 @@ class KnownSources:
             await self.forget(other)
         return known
 
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        """The sources that are connected now."""
+        return tuple(self._known)
+
     async def forget(self, peer: PeerId) -> None:
         """Closes the channel to a source; the next pull connects anew. Idempotent."""
         known = self._known.pop(peer, None)

@@ -45,7 +45,7 @@ class Admission:
         self.active = 0
 
     def enter(self, now_s: float) -> None:
-        """A request joins the queue. Raises Overloaded, with a guess of when to come back, when it is full."""
+        """A request joins the queue. Raises Overloaded, saying when to come back, when it is full."""
         if self.queued >= self._max_queued:
             raise Overloaded(
                 f"The queue is full: {self.queued} requests are waiting.", self.retry_after_s(now_s)

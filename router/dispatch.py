@@ -69,7 +69,7 @@ class RoundRobin:
 
 
 class LeastLoaded:
-    """Prefill: fewest outstanding prompt tokens. Decode: smallest batch of those with room, else most room."""
+    """Prefill: fewest outstanding tokens. Decode: smallest batch of those with room, else most room."""
 
     wants_hashes = False
 

@@ -12,6 +12,7 @@ from router.config import RouterConfig
 from router.fleet import Fleet
 from router.live import LiveRequest
 from router.metrics import RouterMetrics
+from router.pacing import Pacer
 from router.placement import Placement, WaitingLeg, Windows
 from router.readiness import Readiness
 from router.session import Cancel, Command, PlaceDecode, PlacePrefill
@@ -43,6 +44,7 @@ class Dispatcher:
         admission: Admission,
         readiness: Readiness,
         metrics: RouterMetrics,
+        pacer: Pacer,
         clock: Callable[[], float],
     ) -> None:
         windows = Windows(config.prefill_window_tokens, config.decode_window_legs)
@@ -53,6 +55,8 @@ class Dispatcher:
         self._admission = admission
         self._readiness = readiness
         self._metrics = metrics
+        self._pacer = pacer
+        self._held: list[LiveRequest] = []
         self._clock = clock
         self._by_leg: dict[LegId, LiveRequest] = {}
         self._snapshot_asked_s: dict[WorkerKey, float] = {}
@@ -157,7 +161,22 @@ class Dispatcher:
                     self._note_replacement(live, "gap", key)
                 self.carry_out(live, commands)
             else:
-                live.news.set()
+                self._token_came(live)
+
+    def _token_came(self, live: LiveRequest) -> None:
+        """Lets the reader look: at once for the first token, else when the pacer's hold is over."""
+        if self._pacer.hold_s == 0.0 or not live.emitting:
+            live.emitting = True
+            live.news.set()
+            return
+        self._held.append(live)
+        if len(self._held) == 1:
+            asyncio.get_running_loop().call_later(self._pacer.hold_s, self._release_held)
+
+    def _release_held(self) -> None:
+        held, self._held = self._held, []
+        for live in held:
+            live.news.set()
 
     def _kv_offered(self, key: WorkerKey, message: wpb.WorkerMessage) -> None:
         offer = message.kv_offered

@@ -59,7 +59,7 @@ class Intake:
             return await asyncio.to_thread(self._render_and_encode, turns)
 
     async def from_wire(self, message: pb.GenerateRequest, remaining_s: float | None) -> GenerationRequest:
-        """A checked and tokenised request; `remaining_s` is left of the gRPC deadline. Raises InvalidRequest."""
+        """A checked, tokenised request; `remaining_s` is left of the gRPC deadline. Raises InvalidRequest."""
         arrived_s = time.monotonic()
         request_id = message.request_id or f"req-{uuid.uuid4().hex}"
         check_request_id(request_id)

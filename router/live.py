@@ -12,7 +12,8 @@ from tandem.v1 import inference_pb2 as pb
 class LiveRequest:
     """One request of the core.
 
-    `news` is set when its reader should look; `started` once a prefill worker was given one of its legs;
+    `news` is set when its reader should look; `started` once a prefill worker was given one of its legs, `emitting` once a
+    token came;
     `leg_ids` are the legs that the dispatcher knows of.
     """
 
@@ -20,5 +21,6 @@ class LiveRequest:
     sampling: pb.SamplingParams
     news: asyncio.Event
     started: bool = False
+    emitting: bool = False
     leg_ids: set[LegId] = field(default_factory=set)
     deadline: asyncio.TimerHandle | None = None

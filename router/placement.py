@@ -126,7 +126,7 @@ class Placement:
         return leg_id, key
 
     def next_decode(self) -> tuple[LegId, WorkerKey] | None:
-        """Takes the next offered leg out of its queue: the leg and the worker to fetch it; None: it must wait."""
+        """Takes the next offered leg out of its queue: the leg and the worker to fetch it, or None."""
         leg_id = self._decode.first()
         if leg_id is None:
             return None

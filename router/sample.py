@@ -64,7 +64,7 @@ class Sample:
         return True
 
     def end(self, finish: FinishReason, stop_token_id: int | None) -> None:
-        """The sample ended with its last token; what was held back is shown, and may complete a stop string."""
+        """The sample ended with its last token; what was held back is shown, and may end in a stop string."""
         shown, match = self._text.finish()
         if shown:
             self._pending_text.append(shown)

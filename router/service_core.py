@@ -16,6 +16,7 @@ from router.leg import State
 from router.live import LiveRequest
 from router.membership import Membership
 from router.metrics import RouterGauges, RouterMetrics
+from router.pacing import Pacer
 from router.readiness import Readiness, Verdict
 from router.request import GenerationRequest, GenerationUpdate
 from router.session import Session, SessionRules
@@ -29,7 +30,7 @@ from tandem.worker import Role
 
 log = structlog.get_logger(__name__)
 
-TICK_S = 0.1
+TICK_S = 0.05
 
 
 class RouterCore:
@@ -48,6 +49,7 @@ class RouterCore:
         self.metrics = RouterMetrics()
         self.admission = Admission(config.max_queued, config.max_active)
         self.accounting = SloAccounting(config.slo_classes, clock())
+        self.pacer = Pacer()
         self.readiness = Readiness(config.canary_interval_s)
         self.router_id = uuid.uuid4().hex[:12]
         hello = wpb.RouterHello(router_id=self.router_id, digest=config.digest)
@@ -224,8 +226,13 @@ class RouterCore:
         """The router's own canaries are in no metric."""
 
     async def _tick_for_ever(self) -> None:
+        began_s, cpu_s = self.clock(), time.process_time()
         while True:
             await asyncio.sleep(TICK_S)
+            now_s, cpu_now_s = self.clock(), time.process_time()
+            spent_s = max(TICK_S, now_s - began_s)
+            self.pacer.observe((cpu_now_s - cpu_s) / spent_s, spent_s - TICK_S)
+            began_s, cpu_s = now_s, cpu_now_s
             self._fail_parked()
             self.dispatcher.pump()
 

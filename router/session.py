@@ -7,8 +7,8 @@ ProtocolError, upon which the edge calls `violated`.
 
 Every failure ends a leg and starts new ones in its place: one for each unfinished sample (samples without a
 token yet share one), which reads prompt and tokens so far and goes on at the next index. Failures of a
-sample are bounded by max_replacements. A pre-emption, an expired offer, a full or draining worker is no failure:
-these are bounded by the request's deadline, and a full worker by a growing pause as well.
+sample are bounded by max_replacements. A pre-emption, an expired offer, a full or draining worker is no
+failure: these are bounded by the request's deadline, and a full worker by a growing pause as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +129,7 @@ class Session:
         return self._legs
 
     def admit(self, now_s: float) -> list[Command]:
-        """The request may be served: makes its first legs; samples that the reader resumes go on from there."""
+        """The request may be served: makes its first legs; resumed samples go on where their reader is."""
         self._state = after(self._state, Input.ADMIT)
         params = self.request.sampling
         most = params.max_tokens if params.max_tokens is not None else 2**31
@@ -232,7 +232,7 @@ class Session:
         message: str,
         now_s: float,
     ) -> Sequence[Command]:
-        """A worker gave up the leg, or some samples of it (empty: all): they are placed anew, or all fails."""
+        """A worker gave up the leg, or some samples of it (empty: all): places them anew, or fails all."""
         leg = self._legs.get(leg_id)
         if leg is None or not leg.speaks(worker):
             return ()

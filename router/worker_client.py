@@ -1,12 +1,13 @@
 """Edge: the router's end of the Attach stream to one worker: attach, listen, write, ping, attach again.
 
-A worker is lost the moment its stream breaks, membership drops it, or it has said nothing for `silence_s` (load
-snapshots come at least twice a second, and pings twice a second are answered at once). Silence is counted in
-short waits of our own loop, each of which must end without news: a router that was itself held up on a busy
-machine does not blame its workers for it.
+A worker is lost the moment its stream breaks, membership drops it, or it has said nothing for `silence_s`
+(load snapshots come at least twice a second, and pings twice a second are answered at once). Silence is
+counted in short waits of our own loop, each of which must end without news: a router that was itself held up
+on a busy machine does not blame its workers for it.
 """
 
 import asyncio
+import time
 from collections import deque
 from typing import Protocol, TypeAlias
 
@@ -24,6 +25,8 @@ log = structlog.get_logger(__name__)
 CONNECT_TIMEOUT_S = 2.0
 FIRST_BACKOFF_S = 0.05
 LONGEST_BACKOFF_S = 1.0
+STEADY_S = 5.0
+"""A stream that held for so long starts the pauses from the shortest again."""
 TICK_S = 0.25
 PING_EVERY_TICKS = 2
 MAX_UNSENT_MESSAGES = 10_000
@@ -87,8 +90,10 @@ class WorkerLink:
         backoff_s = FIRST_BACKOFF_S
         try:
             while True:
-                was_attached = await self._attach_once()
-                backoff_s = FIRST_BACKOFF_S if was_attached else min(LONGEST_BACKOFF_S, backoff_s * 2)
+                began_s = time.monotonic()
+                await self._attach_once()
+                held = time.monotonic() - began_s > STEADY_S
+                backoff_s = FIRST_BACKOFF_S if held else min(LONGEST_BACKOFF_S, backoff_s * 2)
                 await asyncio.sleep(backoff_s)
         finally:
             self.detach("The worker left the membership.")
@@ -101,8 +106,8 @@ class WorkerLink:
             self._unsent.clear()
             self._listener.lost(self.key, reason)
 
-    async def _attach_once(self) -> bool:
-        """One stream from hello to its end; whether the worker was attached."""
+    async def _attach_once(self) -> None:
+        """One stream from hello to its end."""
         async with grpc_edge.channel(self.record.address) as channel:
             call = worker_pb2_grpc.WorkerServiceStub(channel).Attach(metadata=grpc_edge.bearer(self._token))
             try:
@@ -118,10 +123,9 @@ class WorkerLink:
                 reason = str(down.exceptions[0])
             finally:
                 call.cancel()
-            was_attached = self.attached
-            log.warning("worker link down", worker_id=self.record.worker_id, reason=reason)
+            if reason != self.last_problem:
+                log.warning("worker link down", worker_id=self.record.worker_id, reason=reason)
             self.detach(reason)
-            return was_attached
 
     async def _greet(self, call: _AttachCall) -> wpb.WorkerWelcome:
         try:
@@ -144,7 +148,7 @@ class WorkerLink:
     async def _read(self, call: _AttachCall) -> None:
         heard, key = self._listener.heard, self.key
         try:
-            async for message in call:
+            while isinstance(message := await call.read(), wpb.WorkerMessage):
                 self._silent_ticks = 0
                 heard(key, message)
         except grpc.aio.AioRpcError as error:

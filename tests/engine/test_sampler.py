@@ -1,6 +1,7 @@
-"""The sampler as a whole: distribution, independence of the batch, rules before the draw, log-probabilities."""
+"""The sampler as a whole: distribution, independence of the batch, rules before the draw, logprobs."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ torch.set_num_threads(1)
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def request(params: SamplingParams, output_index: int = 0, **more: object) -> SampleRequest:
+def request(params: SamplingParams, output_index: int = 0, **more: Any) -> SampleRequest:
     """A request of key 0 and sample 0."""
-    return SampleRequest(0, 0, output_index, params, **more)  # type: ignore[arg-type]
+    return SampleRequest(0, 0, output_index, params, **more)
 
 
-def sample_one(logits: list[float], params: SamplingParams, **more: object) -> int:
+def sample_one(logits: list[float], params: SamplingParams, **more: Any) -> int:
     """The token drawn from one row."""
     sampler = Sampler(len(logits))
     return sampler.sample(torch.tensor([logits]), [request(params, **more)])[0].token_id
@@ -138,7 +139,9 @@ def test_no_requests_give_no_tokens() -> None:
     assert Sampler(4).sample(torch.zeros(0, 4), []) == []
 
 
-def penalised(logits: list[float], history: list[int], prompt_tokens: int, params: SamplingParams) -> list[float]:
+def penalised(
+    logits: list[float], history: list[int], prompt_tokens: int, params: SamplingParams
+) -> list[float]:
     """The penalties in plain Python, after their definitions."""
     result = list(logits)
     for token in set(history):
@@ -184,7 +187,9 @@ def test_logprobs_are_of_the_models_own_logits() -> None:
     assert token.token_id == token.logprob.token_id == 3
     assert token.logprob.logprob == pytest.approx(logits[3] - log_total, abs=1e-5)
     assert [token_id for token_id, _ in token.logprob.top] == [0, 1]
-    assert [value for _, value in token.logprob.top] == pytest.approx([2 - log_total, 1 - log_total], abs=1e-5)
+    assert [value for _, value in token.logprob.top] == pytest.approx(
+        [2 - log_total, 1 - log_total], abs=1e-5
+    )
 
 
 def test_logprobs_come_only_where_asked_and_as_many_as_asked() -> None:

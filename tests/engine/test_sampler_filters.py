@@ -58,8 +58,12 @@ def test_filters_keep_what_their_definitions_keep(rows: list[tuple[list[float], 
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0.1, 0.5, 0.9, 0.999]), st.integers(0, 5000), st.floats(0.1, 5))
-def test_large_vocabulary_is_filtered_like_a_full_sort(seed: int, top_p: float, top_k: int, spread: float) -> None:
+@given(
+    st.integers(0, 10**6), st.sampled_from([0.1, 0.5, 0.9, 0.999]), st.integers(0, 5000), st.floats(0.1, 5)
+)
+def test_large_vocabulary_is_filtered_like_a_full_sort(
+    seed: int, top_p: float, top_k: int, spread: float
+) -> None:
     logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(seed)) * spread
     params = SamplingParams(top_p=top_p, top_k=top_k)
     weights = filtered_weights(logits, [params])[0]

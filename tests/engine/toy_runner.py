@@ -1,8 +1,8 @@
 """Pure: a step runner whose KV is a chain over the tokens before it, so that any misuse of a block shows.
 
-A slot holds (token, chain); chain(i) is a function of chain(i-1) and token(i). The token drawn is a function of
-the last chain, the sample and the output index. Whoever reads a block that was reused, not copied or computed
-from other tokens breaks the chain.
+A slot holds (token, chain); chain(i) is a function of chain(i-1) and token(i). The token drawn is a function
+of the last chain, the sample and the output index. Whoever reads a block that was reused, not copied or
+computed from other tokens breaks the chain.
 """
 
 from collections.abc import Sequence
@@ -56,11 +56,13 @@ class ToyRunner:
             drawn += self._feed(part)
         return StepResult(plan.step, tuple(drawn), 0.001)
 
-    def pull(self, token_ids: Sequence[int], table: Sequence[BlockId], first_block: int) -> None:
-        """Writes the KV of `token_ids` into the blocks of its table from `first_block` on, as a hand-off does."""
-        chain = self.check(token_ids[: first_block * self._size], table)
-        for position in range(first_block * self._size, len(token_ids)):
-            chain = self._write(position, table, chain, token_ids[position])
+    def pull(self, token_ids: Sequence[int], targets: Sequence[BlockId], first_block: int) -> None:
+        """Writes the KV of `token_ids` from its block `first_block` on into `targets`, as a hand-off does."""
+        chain, start = _START, first_block * self._size
+        for token_id in token_ids[:start]:
+            chain = _chain(chain, token_id)
+        for offset, token_id in enumerate(token_ids[start:]):
+            chain = self._write(offset, targets, chain, token_id)
 
     def scribble(self, blocks: Sequence[BlockId]) -> None:
         """Destroys blocks, as a hand-off that is under way may."""
@@ -110,9 +112,7 @@ def written_blocks(plan: StepPlan, block_size: int) -> list[BlockId]:
     return [
         part.block_table[index]
         for part in plan.slices
-        for index in range(
-            part.start // block_size, (part.start + len(part.token_ids) - 1) // block_size + 1
-        )
+        for index in range(part.start // block_size, (part.start + len(part.token_ids) - 1) // block_size + 1)
     ]
 
 

@@ -1,0 +1,71 @@
+"""Edge: the arguments of `tandem bench ...`; light, so that `tandem --help` is."""
+
+import argparse
+from pathlib import Path
+
+
+def add_serve(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`tandem bench serve`."""
+    parser = kinds.add_parser(
+        "serve", help="a load against a running cluster", description="Offers a load, open loop, and counts."
+    )
+    parser.add_argument("--address", default="localhost:50051", metavar="HOST:PORT", help="gRPC address")
+    parser.add_argument("--http-address", default="localhost:8000", metavar="HOST:PORT")
+    parser.add_argument("--api", choices=("grpc", "http"), default="grpc", help="which one is driven")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure, arXiv or Mooncake format")
+    parser.add_argument("--limit", type=int, default=100, metavar="N", help="requests (100)")
+    parser.add_argument("--arrivals", choices=("poisson", "gamma", "fixed"), default="poisson")
+    parser.add_argument("--rate", type=float, metavar="RPS", help="mean requests a second; stretches a trace")
+    parser.add_argument("--variation", type=float, default=1.0, metavar="CV", help="of Gamma gaps")
+    parser.add_argument("--length-scale", type=float, default=1.0, metavar="X", help="multiplies all lengths")
+    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="longer prompts are cut")
+    parser.add_argument("--max-output-tokens", type=int, default=256, metavar="N", help="longer ones are cut")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="without a trace")
+    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="without a trace")
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="SLO class and its share of the requests; repeatable",
+    )
+    parser.add_argument(
+        "--slo",
+        action="append",
+        default=[],
+        metavar="NAME=TTFT,TPOT,GAP",
+        help="objectives in seconds; by default the cluster's own",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="bound of one request"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
+    parser.set_defaults(run=_run_serve)
+
+
+def add_router(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`tandem bench router`."""
+    parser = kinds.add_parser(
+        "router",
+        help="one router process on one core, between stub workers and a load",
+        description="Measures tokens/s relayed, and the time to first token that the router adds.",
+    )
+    parser.add_argument("--streams", type=int, default=256, metavar="N", help="streams at once (256)")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="length of a run (5)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="the median is reported (3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
+    parser.set_defaults(run=_run_router)
+
+
+def _run_serve(chosen: argparse.Namespace) -> int:
+    from benchmarks.serve import run
+
+    return run(chosen)
+
+
+def _run_router(chosen: argparse.Namespace) -> int:
+    from benchmarks.router_relay import run
+
+    return run(chosen)

@@ -1,0 +1,190 @@
+"""Pure: OpenAI's JSON, built from a request's updates: whole answers, stream chunks, errors."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from router.request import Chunk, TokenUsage
+from tandem.errors import InvalidRequest, Overloaded, TandemError
+from tandem.sampling import FinishReason, TokenLogprob
+
+FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "stop"}
+
+ERROR_TYPES: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+
+
+def error_json(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_json_of(error: TandemError) -> dict[str, Any]:
+    """The error object of one of our errors."""
+    param = error.field or None if isinstance(error, InvalidRequest) else None
+    code = "model_not_found" if error.http_status == 404 else error.grpc_code.lower()
+    return error_json(error.http_status, str(error), param, code)
+
+
+def error_headers_of(error: TandemError) -> dict[str, str]:
+    """Retry-After where it makes sense."""
+    return {"retry-after": f"{error.retry_after_s:.0f}"} if isinstance(error, Overloaded) else {}
+
+
+@dataclass(slots=True)
+class UsageSum:
+    """Usage over all prompts of a call."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def add(self, usage: TokenUsage) -> None:
+        """One prompt is finished."""
+        self.prompt_tokens += usage.prompt_tokens
+        self.completion_tokens += usage.completion_tokens
+        self.cached_tokens += usage.cached_tokens
+
+    def json(self) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass(slots=True)
+class Choice:
+    """What has come of one choice so far."""
+
+    index: int
+    text: list[str] = field(default_factory=list)
+    characters: int = 0
+    logprobs: list[Mapping[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class AnswerFormat:
+    """How completions (`chat` False) and chat completions write tokens down.
+
+    `logprobs` is the number of alternatives asked for, None for none at all.
+    """
+
+    def __init__(
+        self,
+        chat: bool,
+        answer_id: str,
+        model: str,
+        created: int,
+        logprobs: int | None,
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
+        self._chat = chat
+        self._logprobs = logprobs
+        self._token_bytes = token_bytes
+        self._head = {"id": answer_id, "created": created, "model": model}
+        self._started: set[int] = set()
+
+    def add(self, choice: Choice, chunk: Chunk) -> None:
+        """Takes a chunk into an answer that is sent whole."""
+        choice.text.append(chunk.text)
+        if chunk.logprobs:
+            choice.logprobs.append(self._logprobs_json(chunk.logprobs, choice.characters))
+        choice.characters += len(chunk.text)
+        if chunk.finish is not None:
+            choice.finish_reason = FINISH[chunk.finish]
+            choice.stop_reason = chunk.stop_string if chunk.stop_string is not None else chunk.stop_token_id
+
+    def whole(self, choices: Sequence[Choice], usage: UsageSum) -> dict[str, Any]:
+        """The answer when everything has come."""
+        kind = "chat.completion" if self._chat else "text_completion"
+        return {
+            **self._head,
+            "object": kind,
+            "choices": [self._whole_choice(choice) for choice in choices],
+            "usage": usage.json(),
+        }
+
+    def stream_chunk(self, choice: Choice, chunk: Chunk, with_usage: bool) -> dict[str, Any]:
+        """One event of a stream. `choice` only keeps count here."""
+        logprobs = self._logprobs_json(chunk.logprobs, choice.characters) if chunk.logprobs else None
+        choice.characters += len(chunk.text)
+        body: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": None}
+        if chunk.finish is not None:
+            body["finish_reason"] = FINISH[chunk.finish]
+            body["stop_reason"] = chunk.stop_token_id if chunk.stop_string is None else chunk.stop_string
+        if self._chat:
+            body["delta"] = {"content": chunk.text}
+            if choice.index not in self._started:
+                self._started.add(choice.index)
+                body["delta"] = {"role": "assistant", "content": chunk.text}
+        else:
+            body["text"] = chunk.text
+        return self._event([body], {"usage": None} if with_usage else {})
+
+    def usage_chunk(self, usage: UsageSum) -> dict[str, Any]:
+        """The event before [DONE] when stream_options.include_usage was given."""
+        return self._event([], {"usage": usage.json()})
+
+    def _event(self, choices: list[dict[str, Any]], more: Mapping[str, Any]) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, **more}
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        text = "".join(choice.text)
+        logprobs = self._merged_logprobs(choice.logprobs) if self._logprobs is not None else None
+        body: dict[str, Any] = {
+            "index": choice.index,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._chat:
+            body["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            body["text"] = text
+        return body
+
+    def _merged_logprobs(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        names = ("content",) if self._chat else ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        return {name: [item for part in parts for item in part[name]] for name in names}
+
+    def _logprobs_json(self, entries: Sequence[TokenLogprob], offset: int) -> Mapping[str, Any]:
+        if self._chat:
+            return {"content": [self._chat_entry(entry) for entry in entries]}
+        offsets, tokens = [], []
+        for entry in entries:
+            token = self._text(entry.token_id)
+            tokens.append(token)
+            offsets.append(offset)
+            offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [
+                {self._text(token_id): logprob for token_id, logprob in entry.top} for entry in entries
+            ],
+            "text_offset": offsets,
+        }
+
+    def _chat_entry(self, entry: TokenLogprob) -> dict[str, Any]:
+        top = [self._token_json(token_id, logprob) for token_id, logprob in entry.top]
+        return {**self._token_json(entry.token_id, entry.logprob), "top_logprobs": top}
+
+    def _token_json(self, token_id: int, logprob: float) -> dict[str, Any]:
+        spelled = self._token_bytes(token_id)
+        return {"token": spelled.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(spelled)}
+
+    def _text(self, token_id: int) -> str:
+        return self._token_bytes(token_id).decode("utf-8", "replace")

@@ -1,0 +1,93 @@
+"""Pure: from cluster.yaml to what router and workers are told."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.config_file import parse_cluster_config
+from cluster.plan import ModelFacts, router_config, worker_configs
+from tandem.errors import ConfigError
+from tandem.slo import SloClass
+from tandem.worker import Role
+
+FACTS = ModelFacts(Path("/model"), "d1", layers=2, kv_heads=1, head_dim=8, context_tokens=256)
+BLOCK_BYTES = 2 * 2 * 16 * 1 * 8 * 4
+
+
+def test_block_bytes_are_keys_and_values_of_all_layers() -> None:
+    assert FACTS.block_bytes(16, "float32") == BLOCK_BYTES
+    assert FACTS.block_bytes(16, "bfloat16") == BLOCK_BYTES // 2
+
+
+def test_memory_becomes_whole_blocks() -> None:
+    config = parse_cluster_config("pools: {prefill: {memory: 1MiB}}", "f")
+    prefill, decode = worker_configs(config, FACTS, cores=2)
+    assert prefill.pool_blocks == (1 << 20) // BLOCK_BYTES
+    assert decode.pool_blocks == (1 << 30) // BLOCK_BYTES
+
+
+def test_workers_are_named_by_role_and_share_the_cores() -> None:
+    config = parse_cluster_config("pools: {prefill: {replicas: 2}, decode: {replicas: 3, threads: 7}}", "f")
+    workers = worker_configs(config, FACTS, cores=16)
+    assert [worker.worker_id for worker in workers] == [
+        "prefill-0",
+        "prefill-1",
+        "decode-0",
+        "decode-1",
+        "decode-2",
+    ]
+    assert [worker.role for worker in workers] == [Role.PREFILL] * 2 + [Role.DECODE] * 3
+    assert [worker.threads for worker in workers] == [3, 3, 7, 7, 7]
+
+
+def test_a_worker_has_a_thread_even_on_one_core() -> None:
+    assert {worker.threads for worker in worker_configs(ClusterConfig(), FACTS, cores=1)} == {1}
+
+
+def test_settings_reach_the_workers_they_are_for() -> None:
+    config = parse_cluster_config(
+        "pools: {prefill: {token_budget: 99, metrics_port: 9100}, decode: {max_batch: 5, replicas: 2}}\n"
+        "workers: {transports: [tcp], checksum: false}\nleases: {handoff_s: 3, park_s: 4}",
+        "f",
+    )
+    prefill, decode, _ = worker_configs(config, FACTS, cores=2)
+    assert (prefill.token_budget, prefill.metrics_port, decode.metrics_port) == (99, 9100, None)
+    assert (decode.max_batch, decode.transports, decode.checksum) == (5, ("tcp",), False)
+    assert (decode.lease_s, decode.park_s, decode.context_tokens) == (3.0, 4.0, 256)
+
+
+def test_router_is_told_the_same_context_digest_and_classes() -> None:
+    config = parse_cluster_config("model: {context: 128, name: tiny}\nrouter: {grpc_port: 0}", "f")
+    router = router_config(config, FACTS)
+    assert (router.model_name, router.digest, router.context_tokens, router.grpc_port) == (
+        "tiny",
+        "d1",
+        128,
+        0,
+    )
+    assert router.slo_classes[0] == SloClass("interactive", 2.0, 0.2, 1.0)
+    assert worker_configs(config, FACTS, cores=2)[0].context_tokens == 128
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("smollm2", "smollm2"), ("/models/qwen.gguf", "qwen"), ("/models/Llama-3.2-1B", "Llama-3.2-1B")],
+)
+def test_model_is_named_after_its_source(source: str, name: str) -> None:
+    config = parse_cluster_config(f"model: {{source: {source}}}", "f")
+    assert router_config(config, FACTS).model_name == name
+
+
+def test_context_beyond_the_model_is_refused() -> None:
+    config = parse_cluster_config("model: {context: 512}", "f")
+    with pytest.raises(ConfigError, match=r"model\.context: 512 .* allowed: 16 to 256"):
+        router_config(config, FACTS)
+
+
+@pytest.mark.parametrize(("setting", "key"), [("pool_blocks: 15", "pool_blocks"), ("memory: 1MiB", "memory")])
+def test_pool_that_cannot_hold_one_context_is_refused(setting: str, key: str) -> None:
+    large = ModelFacts(Path("/model"), "d", layers=32, kv_heads=8, head_dim=128, context_tokens=256)
+    config = parse_cluster_config(f"pools: {{decode: {{{setting}}}}}", "f")
+    with pytest.raises(ConfigError, match=rf"pools\.decode\.{key}: .* allowed: 16 blocks"):
+        worker_configs(config, large, cores=2)
