@@ -12,12 +12,12 @@ import signal
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import uvloop
 
+from benchmarks.stub_script import COPIES, Fault, FaultKind, StubSettings, mixed, token_of
 from tandem import grpc_edge
 from tandem.ids import Incarnation, WorkerId
 from tandem.v1 import inference_pb2 as pb
@@ -28,75 +28,6 @@ from tandem.worker import Role, WorkerRecord
 
 LOAD_INTERVAL_S = 0.25
 BLOCK_TOKENS = 16
-
-
-def stub_token(prompt: Sequence[int], sample_index: int, output_index: int, settings: "StubSettings") -> int:
-    """The token at an index of an output: a function of prompt, sample and index only."""
-    return _token(_mixed(prompt), sample_index, output_index, settings)
-
-
-def _mixed(prompt: Sequence[int]) -> int:
-    value = len(prompt)
-    for token_id in prompt:
-        value = (value * 1_000_003 + token_id) & 0xFFFF_FFFF
-    return value
-
-
-def _token(base: int, sample_index: int, output_index: int, settings: "StubSettings") -> int:
-    mixed = (base ^ (sample_index * 0x9E37_79B1 + output_index * 0x85EB_CA6B)) * 0xC2B2_AE35 & 0xFFFF_FFFF
-    return settings.first_id + (mixed >> 8) % (settings.vocabulary_tokens - settings.first_id)
-
-
-class FaultKind(Enum):
-    """What a scripted fault does when its index comes."""
-
-    DIE = "die"
-    """The server stops; all streams break."""
-    DROP = "drop"
-    """The sample is dropped with the fault's reason."""
-    DUPLICATE = "duplicate"
-    """The token is sent three times."""
-    GAP = "gap"
-    """The token is left out."""
-    STALE = "stale"
-    """Tokens of unknown legs and of unknown samples are sent as well."""
-    LAND_TWICE = "land twice"
-    """KvLanded is sent again: a breach of protocol."""
-    SILENCE = "silence"
-    """From now on nothing is sent, as if the process were stopped."""
-
-
-COPIES = {FaultKind.GAP: 0, FaultKind.DUPLICATE: 3}
-"""How often the token is sent that a fault strikes, where that is not once."""
-
-
-@dataclass(slots=True)
-class Fault:
-    """A fault at an output index of any sample, for so many `times`."""
-
-    kind: FaultKind
-    at_index: int
-    times: int = 1
-    reason: "wpb.DropReason.ValueType" = wpb.DROP_REASON_PREEMPTED
-
-
-@dataclass(slots=True)
-class StubSettings:
-    """How a stub behaves. Durations are seconds; `step_s` is the pause between two decode steps.
-
-    Tokens lie in first_id .. vocabulary_tokens-1. `end_id`, if set, is written at `end_index` of each sample
-    and ends it unless ignore_eos.
-    """
-
-    vocabulary_tokens: int = 256
-    first_id: int = 3
-    prefill_s: float = 0.0
-    landing_s: float = 0.0
-    step_s: float = 0.0
-    end_id: int | None = None
-    end_index: int = 0
-    pool_blocks: int = 100_000
-    faults: list[Fault] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -177,7 +108,7 @@ class _Attachment:
         if start.leg_id in self._worker.cancelled:
             return
         index = len(start.token_ids) - start.prompt_tokens
-        base = _mixed(start.token_ids[: start.prompt_tokens])
+        base = mixed(start.token_ids[: start.prompt_tokens])
         sequences = [
             _Sequence(start.leg_id, sample, index, base, start.sampling) for sample in start.sample_indices
         ]
@@ -192,7 +123,7 @@ class _Attachment:
         landed = wpb.KvLanded(leg_id=start.leg_id, transport="stub", moved_bytes=len(start.token_ids))
         self._worker.handoffs += 1
         self._send(wpb.WorkerMessage(kv_landed=landed))
-        base = _mixed(start.token_ids[: start.prompt_tokens])
+        base = mixed(start.token_ids[: start.prompt_tokens])
         known = len(start.token_ids) - start.prompt_tokens
         for sample in start.samples:
             index = known + len(sample.token_ids)
@@ -244,7 +175,7 @@ class _Attachment:
 
     def _entry(self, sequence: _Sequence) -> wpb.SequenceTokens:
         settings, index, params = self._settings, sequence.next_index, sequence.params
-        token_id = _token(sequence.base, sequence.sample_index, index, settings)
+        token_id = token_of(sequence.base, sequence.sample_index, index, settings)
         entry = wpb.SequenceTokens(
             leg_id=sequence.leg_id, sample_index=sequence.sample_index, first_index=index
         )

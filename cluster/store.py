@@ -127,7 +127,8 @@ class Store:
             address.url,
             socket_timeout=CALL_TIMEOUT_S,
             socket_connect_timeout=CALL_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
+            # Once more at once: a pooled connection may be from before a restart of the server.
+            retry=Retry(NoBackoff(), 1),
             **extra,
         )
         self._url = address.url

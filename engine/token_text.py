@@ -37,7 +37,7 @@ class ByteLevelText:
 
     def __init__(self, backend: Backend, special_ids: Collection[int]) -> None:
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        bytes_of = _byte_alphabet()
+        bytes_of = byte_alphabet()
         names = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for token, token_id in vocabulary.items():
             # The library's decoder does the same: a token with any other character stands for itself.
@@ -144,7 +144,7 @@ def _is_byte_token(token: str) -> bool:
     return all(character in "0123456789abcdefABCDEF" for character in token[3:5])
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: printable Latin-1 characters stand for themselves, all other bytes from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}

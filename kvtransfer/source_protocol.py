@@ -151,7 +151,7 @@ class SourceHandoff:
 
     def lease_left_s(self, now_s: float) -> float:
         """Seconds of the lease that are left: 0 when it passed, however often it is asked for."""
-        return self._times.lease_s
+        return max(0.0, self._lease_until_s - now_s)
 
     def pull(self, sink: PeerId, number: int, direct: bool, now_s: float) -> bool:
         """Whether the sink holds the lease after its pull; `direct` when it reads our memory itself."""

@@ -17,6 +17,9 @@ from tandem.ids import LegId
 class State(Enum):
     """Where a request or a leg is."""
 
+    # Enum's own hash is Python code, and the table is looked into for every token.
+    __hash__ = object.__hash__
+
     RECEIVED = "received"
     ADMITTED = "admitted"
     PREFILLING = "prefilling"
@@ -30,6 +33,8 @@ class State(Enum):
 
 class Input(Enum):
     """What can happen to a request or a leg."""
+
+    __hash__ = object.__hash__
 
     ADMIT = "admit"
     PREFILL_SENT = "prefill sent"

@@ -4,8 +4,8 @@ Sending a message costs many times what a token in it costs. An idle router send
 token of a request and its last are never held. Under load the hold grows until the router keeps up.
 """
 
-LONGEST_HOLD_S = 0.03
-HOLD_STEP_S = 0.002
+LONGEST_HOLD_S = 0.04
+HOLD_STEP_S = 0.005
 BUSY_FRACTION = 0.8
 IDLE_FRACTION = 0.6
 LATE_S = 0.01

@@ -54,7 +54,9 @@ class RouterCore:
         self.router_id = uuid.uuid4().hex[:12]
         hello = wpb.RouterHello(router_id=self.router_id, digest=config.digest)
         self.fleet = Fleet(membership, hello, token, config.worker_silence_s)
-        self.dispatcher = Dispatcher(config, self.fleet, self.admission, self.readiness, self.metrics, clock)
+        self.dispatcher = Dispatcher(
+            config, self.fleet, self.admission, self.readiness, self.metrics, self.pacer, clock
+        )
         self.metrics.watch(self.gauges)
         self._tokenizer = tokenizer
         self._slo = {slo.name: slo for slo in config.slo_classes}

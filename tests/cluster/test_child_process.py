@@ -15,7 +15,7 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 STUBBORN = [
     sys.executable,
     "-c",
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)",
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('on', flush=True)\ntime.sleep(60)",
 ]
 PARENT = """
 import asyncio, os, signal, sys
@@ -23,7 +23,8 @@ from pathlib import Path
 from cluster.child_process import ChildProcess
 
 async def main():
-    child = await ChildProcess.start("sleeper", [sys.executable, "-c", "import time; time.sleep(60)"], Path(sys.argv[1]))
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = await ChildProcess.start("sleeper", sleeper, Path(sys.argv[1]))
     print(child.pid, flush=True)
     await child.wait()
 

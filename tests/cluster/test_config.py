@@ -1,4 +1,4 @@
-"""Edge: cluster.yaml: what is accepted, and that everything wrong with a file is said at once, by its path."""
+"""Edge: cluster.yaml: what is accepted, and that all that is wrong with a file is said at once."""
 
 from pathlib import Path
 
@@ -73,7 +73,8 @@ def test_sizes_are_read_with_units() -> None:
         (
             "model: {context: 1024}\npools: {decode: {pool_blocks: 63}}",
             [
-                "pools.decode.pool_blocks: 63 blocks cannot hold one context of 1024 tokens; allowed: 64 or more"
+                "pools.decode.pool_blocks: 63 blocks cannot hold one context of 1024 tokens",
+                "allowed: 64 or more",
             ],
         ),
         ("- a\n- b", ["must be a mapping with the keys model"]),

@@ -246,5 +246,5 @@ class DecodeMachine(RuleBasedStateMachine):
 
 TestDecodeScheduler = DecodeMachine.TestCase
 TestDecodeScheduler.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, derandomize=True
+    max_examples=300, stateful_step_count=60, deadline=None, derandomize=True
 )

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from engine.token_text import _byte_alphabet
+from engine.token_text import byte_alphabet
 
 Quant = gguf.GGMLQuantizationType
 
@@ -43,7 +43,7 @@ def byte_level_vocabulary() -> tuple[list[str], list[int], list[str]]:
     """Tokens, token types and merges of a small byte-level vocabulary of 270 tokens."""
     space = "Ġ"
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), (space, "w"), (space, space), ("1", "2")]
-    tokens = [*SPECIALS, *_byte_alphabet(), *(left + right for left, right in merges)]
+    tokens = [*SPECIALS, *byte_alphabet(), *(left + right for left, right in merges)]
     tokens += ["<think>", *(f"[PAD{place}]" for place in range(270 - len(tokens) - 1))]
     types = [3] * len(SPECIALS) + [1] * (256 + len(merges)) + [4]
     return tokens, types + [5] * (len(tokens) - len(types)), [f"{left} {right}" for left, right in merges]

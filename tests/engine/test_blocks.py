@@ -110,8 +110,10 @@ def test_evicting_a_prefix_forgets_what_extends_it() -> None:
     pool, (cached, *_) = cached_pool(FIRST, num_blocks=3)
     own = pool.allocate(2)
     pool.publish(FIRST + SECOND, own)
+    assert set(pool.drain_events().stored) == set(chain_hashes(FIRST + SECOND, 4))
     assert pool.allocate(1) == (cached,)
     assert pool.match([*FIRST, *SECOND, 9]) == ()
+    assert set(pool.drain_events().removed) == set(chain_hashes(FIRST + SECOND, 4))
     pool.release(own)
     pool.check_integrity([[cached]])
     assert pool.free_blocks == 2

@@ -19,6 +19,9 @@ SINK = PeerId(WorkerId("decode-0"), Incarnation(1))
 SOURCE_TIMES = SourceTimes(park_s=30.0, lease_s=5.0, margin_s=0.25, regrasp_s=1.0, forget_s=10.0)
 SINK_TIMES = SinkTimes(answer_s=2.0, settle_s=1.0)
 DEADLINE_S = 60.0
+MAX_PULLS = 4
+"""Transports a sink would try, at most."""
+
 STOP_S = 0.2
 """Longest time that reading goes on after the lease (below the source's margin)."""
 
@@ -160,6 +163,17 @@ class World:
             self._pass_time()
             if not due:
                 return
+
+    def take_next_step(self, direct: bool) -> None:
+        """What happens next when nothing goes wrong, as far as reading; how that ends is not chosen here."""
+        if self.network:
+            self.deliver(self.network.pop(0))
+        elif self.sink_alive and self.sink.state is HandoffState.OFFERED and self.number < MAX_PULLS:
+            self.ask(direct)
+        elif self.source_alive and self.source.state is HandoffState.ACCEPTED and not self.sends:
+            self.start_send()
+        elif self.sink_alive and self.sink.state is HandoffState.ACCEPTED:
+            self.start_reading()
 
     def kill_source(self) -> None:
         """The source's process is gone, its sends with it."""

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvtransfer.handoff import HandoffState
 from kvtransfer.source_protocol import SourceInput
-from tests.kvtransfer.handoff_world import DEADLINE_S, SOURCE_TIMES, Kind, Message, World, end_by_source
+from tests.kvtransfer.handoff_world import DEADLINE_S, MAX_PULLS, SOURCE_TIMES, Kind, Message, World, end_by_source
 
 S = HandoffState
 
@@ -40,10 +40,20 @@ class HandoffMachine(RuleBasedStateMachine):
     def choose_troubles(self, troubles: frozenset[Trouble]) -> None:
         self.troubles = troubles
 
+    @property
+    def well_under_way(self) -> bool:
+        """Whether what ends a run may come now; earlier, most runs would end before anything moved."""
+        return self.world.source.state is not S.OFFERED or self.world.number > 1
+
+    @rule(steps=st.integers(1, 6), direct=st.booleans())
+    def things_go_on(self, steps: int, direct: bool) -> None:
+        for _ in range(steps):
+            self.world.take_next_step(direct)
+
     @precondition(lambda self: self.world.sink_alive and self.world.sink.state is S.OFFERED)
     @rule(direct=st.booleans())
     def sink_pulls(self, direct: bool) -> None:
-        if self.world.number < 4:
+        if self.world.number < MAX_PULLS:
             self.world.ask(direct)
 
     @precondition(lambda self: self.world.sink_alive and self.world.number > 0)
@@ -94,7 +104,7 @@ class HandoffMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.sink_alive and self.world.sink_reading is None)
     @precondition(lambda self: not self.world.awaiting_check)
-    @precondition(lambda self: Trouble.CANCEL in self.troubles)
+    @precondition(lambda self: Trouble.CANCEL in self.troubles and self.well_under_way)
     @rule()
     def sink_cancels(self) -> None:
         self.world.sink.cancel()
@@ -112,7 +122,7 @@ class HandoffMachine(RuleBasedStateMachine):
         self.world.end_send(succeeded or Trouble.FAILED_IO not in self.troubles)
 
     @precondition(lambda self: self.world.source_alive)
-    @precondition(lambda self: Trouble.GIVE_UP in self.troubles)
+    @precondition(lambda self: Trouble.GIVE_UP in self.troubles and self.well_under_way)
     @rule(given=st.sampled_from((SourceInput.WITHDRAW, SourceInput.SUPERSEDE, SourceInput.CLOSE)))
     def source_gives_up(self, given: SourceInput) -> None:
         end_by_source(self.world, given)
@@ -134,7 +144,7 @@ class HandoffMachine(RuleBasedStateMachine):
         self.world.settle()
 
     @precondition(lambda self: self.world.source_alive)
-    @precondition(lambda self: Trouble.SOURCE_DIES in self.troubles)
+    @precondition(lambda self: Trouble.SOURCE_DIES in self.troubles and self.well_under_way)
     @rule()
     def source_dies(self) -> None:
         self.world.kill_source()
@@ -147,7 +157,7 @@ class HandoffMachine(RuleBasedStateMachine):
         self.world.settle()
 
     @precondition(lambda self: self.world.sink_alive)
-    @precondition(lambda self: Trouble.SINK_DIES in self.troubles)
+    @precondition(lambda self: Trouble.SINK_DIES in self.troubles and self.well_under_way)
     @rule()
     def sink_dies(self) -> None:
         self.world.kill_sink()
@@ -192,7 +202,7 @@ class HandoffMachine(RuleBasedStateMachine):
 
 
 HandoffMachine.TestCase.settings = settings(
-    max_examples=400,
+    max_examples=300,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],

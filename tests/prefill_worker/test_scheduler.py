@@ -116,6 +116,15 @@ def test_cached_prefix_is_not_computed_again_but_the_last_token_is() -> None:
     assert (offer.kv_tokens, offer.cached_tokens) == (8, 4)
 
 
+def test_prefix_is_not_shared_before_it_is_computed() -> None:
+    legs = scheduler(BlockPool(16, 4), token_budget=12)
+    tokens = tuple(range(20))
+    legs.add(leg("a", tokens), 0.0)
+    finish(legs, legs.schedule(0.0))
+    legs.add(leg("b", tokens), 0.0)
+    assert fed(legs.schedule(0.0)) == [(12, 8, 1), (12, 4, 0)]
+
+
 def test_all_samples_draw_their_first_token_from_one_slice() -> None:
     legs = scheduler(BlockPool(8, 4))
     legs.add(leg("a", 3, samples=(0, 2)), 0.0)
