@@ -160,7 +160,9 @@ async def _idle_probes(spec: LoadSpec, channel: Any) -> tuple[tuple[float, ...],
     return tuple(direct), tuple(through)
 
 
-async def _paced_probes(spec: LoadSpec, channel: Any, streams: _Streams) -> tuple[float, tuple[float, ...]]:
+async def _paced_probes(
+    spec: LoadSpec, channel: Any, streams: _Streams, tokens_per_s: float
+) -> tuple[float, tuple[float, ...]]:
     """Probes while streams come at the paced rate; gives the rate that was really served, and the times."""
     async with asyncio.TaskGroup() as tasks:
         pacing = tasks.create_task(streams.pace(tasks, tokens_per_s))

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import secrets
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster import readiness
-from cluster.child_process import ChildProcess, tail
+from cluster.child_process import tail
 from cluster.config import REDIS_PASSWORD_ENV, ClusterConfig
 from cluster.embedded_store import embedded_store
 from cluster.model_facts import read_model_facts
@@ -20,6 +19,7 @@ from cluster.plan import ModelFacts, router_config, worker_configs
 from cluster.progress import LaunchProgress, Phase
 from cluster.ray_pools import RayPools, ray_pools
 from cluster.router_host import BoundPorts, RouterSpec
+from cluster.router_keeper import RouterKeeper
 from cluster.run_folder import RunFolder
 from cluster.store import RegisteredWorker, Store, StoreAddress
 from cluster.worker_host import WorkerSpec
@@ -30,7 +30,6 @@ from tandem.ids import WorkerId
 from tandem.worker_config import WorkerConfig
 
 CLOSE_ROUTER_S = 5.0
-ROUTER_BIND_TIMEOUT_S = 60.0
 
 T = TypeVar("T")
 
@@ -44,7 +43,7 @@ class RunningCluster:
     run_folder: Path
     phases_s: Mapping[Phase, float]
     store: Store
-    router: ChildProcess
+    router: RouterKeeper
 
     async def workers(self) -> dict[WorkerId, RegisteredWorker]:
         """Who is registered now, with process ids. Raises StoreUnavailable."""
@@ -52,9 +51,8 @@ class RunningCluster:
         return {worker.record.worker_id: worker for worker in living.workers}
 
     async def until_failure(self) -> NotReady:
-        """Waits until the one part ends that nobody restarts, the router, and says why."""
-        await self.router.wait()
-        return readiness.ended(self.router)
+        """Waits until the router can't be kept running (Ray keeps the workers), and says why."""
+        return await self.router.failed()
 
 
 @asynccontextmanager
@@ -85,7 +83,7 @@ class _Launch:
         self._phases_s: dict[Phase, float] = {}
         self._deadline_s = time.monotonic() + config.ray.start_timeout_s
         self._secrets = _secrets(config)
-        self._router: ChildProcess | None = None
+        self._router: RouterKeeper | None = None
         self._pools: RayPools | None = None
 
     async def start(self, stack: AsyncExitStack) -> RunningCluster:
@@ -156,15 +154,7 @@ class _Launch:
 
     async def _start_router(
         self, stack: AsyncExitStack, facts: ModelFacts, address: StoreAddress
-    ) -> tuple[ChildProcess, BoundPorts]:
-        router = await ChildProcess.start(
-            "router",
-            [sys.executable, "-m", "cluster.router_host"],
-            self._folder.log("router"),
-            environment={**os.environ, **self._secrets},
-        )
-        self._router = router
-        stack.push_async_callback(router.stop, CLOSE_ROUTER_S)
+    ) -> tuple[RouterKeeper, BoundPorts]:
         spec = RouterSpec(
             router_config(self._config, facts),
             address.url,
@@ -172,16 +162,10 @@ class _Launch:
             address.tls_ca,
             self._config.leases.registry_s,
         )
-        await router.send(spec.to_line(), end=False)
-        try:
-            async with asyncio.timeout(min(ROUTER_BIND_TIMEOUT_S, self._left_s())):
-                line = await router.read_line()
-                if line:
-                    return router, BoundPorts.from_line(line)
-                await router.wait()
-        except TimeoutError as error:
-            raise NotReady(f"The router did not bind its ports in time:\n{router.log_tail()}") from error
-        raise readiness.ended(router)
+        router = RouterKeeper(spec, self._folder.log("router"), self._secrets)
+        self._router = router
+        stack.push_async_callback(router.stop, CLOSE_ROUTER_S)
+        return router, await router.start(self._left_s())
 
     def _worker_spec(self, worker: WorkerConfig, address: StoreAddress) -> WorkerSpec:
         local = self._config.ray.address == "local"

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Collection
+from typing import Protocol
 
 from cluster.child_process import ChildProcess
 from cluster.store import Store
@@ -44,7 +45,20 @@ async def wait_for_workers(
         ) from error
 
 
-async def wait_for_router(router: ChildProcess, address: str, timeout_s: float) -> None:
+class EndingProcess(Protocol):
+    """A process that should run."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        ...
+
+    def ended(self) -> NotReady:
+        """The error that says how it ended."""
+        ...
+
+
+async def wait_for_router(router: EndingProcess, address: str, timeout_s: float) -> None:
     """Returns when the router can serve requests. Raises NotReady with its reason or its log's end."""
     reason = "no answer yet"
     async with AsyncTandemClient(address) as client:
@@ -62,7 +76,7 @@ async def wait_for_router(router: ChildProcess, address: str, timeout_s: float) 
                     await asyncio.sleep(POLL_S)
         except TimeoutError as error:
             raise NotReady(f"The router is not ready after {timeout_s:g} s: {reason}") from error
-    raise ended(router)
+    raise router.ended()
 
 
 def ended(child: ChildProcess) -> NotReady:

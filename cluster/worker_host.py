@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import os
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -83,6 +84,7 @@ async def host_worker(spec: WorkerSpec, stop: asyncio.Event) -> None:
 
     Raises what made the worker unable to go on, and Superseded when a newer life has begun.
     """
+    started_s = time.monotonic()
     store = Store(spec.store_address(os.environ))
     try:
         incarnation = await _next_incarnation(store, spec.config.worker_id)
@@ -91,7 +93,12 @@ async def host_worker(spec: WorkerSpec, stop: asyncio.Event) -> None:
         async with _open(config, os.environ.get(CLUSTER_TOKEN_ENV)) as worker:
             entry = RegisteredWorker(worker.record, os.getpid(), socket.gethostname())
             async with registered(store, entry, spec.registry_lease_s) as lease:
-                log.info("worker registered", worker_id=config.worker_id, incarnation=incarnation)
+                log.info(
+                    "worker registered",
+                    worker_id=config.worker_id,
+                    incarnation=incarnation,
+                    start_s=round(time.monotonic() - started_s, 3),
+                )
                 await _until_stopped(stop, worker, lease)
                 await worker.drain(spec.drain_timeout_s)
     finally:

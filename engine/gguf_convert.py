@@ -15,6 +15,7 @@ from typing import Any
 from engine.gguf_file import GgufFile
 from engine.gguf_model import TensorSource, folder_config, generation_config, tensor_sources
 from engine.gguf_tokenizer import build_tokenizer, tokenizer_config
+from engine.model_config import read_model_config
 from engine.progress import Progress
 from tandem.errors import ModelError
 
@@ -96,16 +97,27 @@ def _convert(path: Path, target: Path, progress: Progress | None) -> None:
     try:
         file = GgufFile(path)
         config = folder_config(file)
-        file.check_types()
-        sources = tensor_sources(file, config)
-        build_tokenizer(file).save(str(unfinished / "tokenizer.json"))
-        _write_json(unfinished / "tokenizer_config.json", tokenizer_config(file))
         _write_json(unfinished / "config.json", config)
         _write_json(unfinished / "generation_config.json", generation_config(file))
+        read_model_config(unfinished)
+        file.check_types()
+        sources = tensor_sources(file, config)
+        _write_tokenizer(unfinished, file)
         _write_weights(unfinished / "model.safetensors", file, sources, progress)
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_tokenizer(folder: Path, file: GgufFile) -> None:
+    try:
+        build_tokenizer(file).save(str(folder / "tokenizer.json"))
+    except (ModelError, OSError):
+        raise
+    except Exception as error:
+        # The library raises bare Exceptions for a vocabulary and merges that contradict each other.
+        raise ModelError(f"{file.path} describes no valid tokenizer: {error}.") from error
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(file))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

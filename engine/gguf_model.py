@@ -1,4 +1,4 @@
-"""Pure: what a GGUF file's metadata and tensor names mean in the terms of a Hugging Face folder."""
+"""Edge: what a GGUF file's metadata and tensor names mean in the terms of a Hugging Face folder."""
 
 import math
 import re
@@ -55,15 +55,14 @@ def folder_config(file: GgufFile) -> dict[str, Any]:
         raise ModelError(f"{file.path}: architecture {kind!r} is not supported; supported: {supported}.")
     if file.whole(f"{kind}.expert_count", 0):
         raise ModelError(f"{file.path}: mixture-of-experts models are not supported.")
-    heads, hidden = file.whole(f"{kind}.attention.head_count"), file.whole(f"{kind}.embedding_length")
-    head_dim = file.whole(f"{kind}.attention.key_length", hidden // heads)
-    if file.whole(f"{kind}.rope.dimension_count", head_dim) != head_dim:
-        raise ModelError(f"{file.path}: rotary embedding of a part of each head is not supported.")
     shapes = file.shapes
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{file.path} lacks the tensor token_embd.weight.")
-    window = file.whole(f"{kind}.attention.sliding_window", 0)
-    config: dict[str, Any] = {
+    heads, hidden = file.whole(f"{kind}.attention.head_count"), file.whole(f"{kind}.embedding_length")
+    head_dim = file.whole(f"{kind}.attention.key_length", hidden // max(heads, 1))
+    if file.whole(f"{kind}.rope.dimension_count", head_dim) != head_dim:
+        raise ModelError(f"{file.path}: rotary embedding of a part of each head is not supported.")
+    return {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
         "vocab_size": shapes["token_embd.weight"][0],
@@ -79,19 +78,22 @@ def folder_config(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in shapes,
         "dtype": "float32",
         "rope_parameters": _rope_parameters(file, kind, head_dim),
+        **_family_keys(file, kind),
+        **_token_ids(file),
     }
-    if kind == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-        if window:
-            config |= {
-                "architectures": ["MistralForCausalLM"],
-                "model_type": "mistral",
-                "sliding_window": window,
-            }
-    elif window:
+
+
+def _family_keys(file: GgufFile, kind: str) -> dict[str, Any]:
+    """What only some families' config.json has; a Mistral file calls itself llama and has a window."""
+    window = file.whole(f"{kind}.attention.sliding_window", 0)
+    if kind == "llama" and window:
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    if window:
         raise ModelError(f"{file.path}: a sliding window in architecture {kind!r} is not supported.")
-    return config | _token_ids(file)
+    if kind == "llama":
+        biased = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+        return {key: tensor in file.shapes for key, tensor in biased.items()}
+    return {}
 
 
 def generation_config(file: GgufFile) -> dict[str, Any]:

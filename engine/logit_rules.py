@@ -1,6 +1,6 @@
-"""Pure: what a request does to its logits before temperature: bias, banned tokens, penalties.
+"""Edge: what a request does to its logits before temperature: bias, banned tokens, penalties.
 
-Works on torch tensors; the order is vLLM's: bias, ban, repetition, frequency, presence.
+On torch tensors, without any state. The order is vLLM's: bias, ban, repetition, frequency, presence.
 """
 
 from collections.abc import Sequence

@@ -76,15 +76,18 @@ class _Reader:
         self.path = path
 
     def fail(self, key: str, problem: str) -> ModelError:
+        """The error to raise for a key."""
         return ModelError(f"{self.path}: {key} {problem}.")
 
     def number(self, key: str, default: float | None = None) -> float:
+        """A number; the default stands for an absent key."""
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.fail(key, f"must be a number, found {value!r}")
         return float(value)
 
     def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; the default stands for an absent or null key."""
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -92,6 +95,7 @@ class _Reader:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false; the default stands for an absent key."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self.fail(key, f"must be true or false, found {value!r}")

@@ -1,4 +1,4 @@
-"""Pure: draws the next token of every row of logits. Works on torch tensors; holds no state between calls."""
+"""Edge: draws the next token of every row of logits, on torch tensors; holds no state between calls."""
 
 from collections.abc import Sequence
 

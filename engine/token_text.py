@@ -75,9 +75,11 @@ class _ByteLevelStream:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def push(self, token_id: int) -> str:
+        """See TextStream."""
         return self._decode(self._texts[token_id]) if 0 <= token_id < len(self._texts) else ""
 
     def finish(self) -> str:
+        """See TextStream."""
         return self._decode(b"", True)
 
 
@@ -124,12 +126,14 @@ class _SentencePieceStream:
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
+        """See TextStream."""
         if token_id in self._special_ids or token_id < 0 or self._backend.id_to_token(token_id) is None:
             return ""
         self._pending.append(token_id)
         return "" if token_id in self._byte_ids else self.finish()
 
     def finish(self) -> str:
+        """See TextStream."""
         text: str = self._backend.decode(self._context + self._pending)
         fresh = text[self._context_length :]
         if self._pending:

@@ -1,7 +1,7 @@
-"""Pure: from logits to the weights that a token is drawn by: temperature, min-p, top-k, top-p; and the draw.
+"""Edge: from logits to the weights that a token is drawn by: temperature, min-p, top-k, top-p; and the draw.
 
-Works on torch tensors. Weights are float32 probabilities, not normalised after filtering; sums of them are
-float64. A row's outcome depends on that row alone.
+On torch tensors, without any state. Weights are float32 probabilities, not normalised after filtering; sums
+of them are float64. A row's outcome depends on that row alone.
 """
 
 from collections.abc import Sequence

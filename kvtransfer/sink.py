@@ -121,7 +121,7 @@ class HandoffSink:
         finally:
             if not machine.state.terminal:
                 machine.cancel()
-            if machine.owes_abort and machine.number is not None:
+            if machine.owes_abort:
                 machine.abort_sent()
                 self._tell_abort(key, source)
             self._running -= 1

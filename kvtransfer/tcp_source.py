@@ -7,6 +7,7 @@ connection waits on the event loop and sends in a thread.
 import asyncio
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ MAX_SENDS = 32
 
 MEETING_S = 1.0
 """How long a request on a connection waits for its transfer to be granted here (the two may cross)."""
+
+PAST_KEPT = 256
+"""Ended transfers that are remembered, so that a late request for one is refused at once."""
 
 
 @dataclass(slots=True)
@@ -69,6 +73,7 @@ class TcpSource:
         self._address: str | None = None
         self._posts: dict[tuple[PeerId, int], _Post] = {}
         self._posted = asyncio.Condition()
+        self._past: deque[tuple[PeerId, int]] = deque(maxlen=PAST_KEPT)
         self._executor = ThreadPoolExecutor(MAX_SENDS, "kv-tcp-source")
 
     async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
@@ -101,6 +106,7 @@ class TcpSource:
             raise
         finally:
             self._posts.pop(place, None)
+            self._past.append(place)
         if error is not None:
             raise error
 
@@ -137,6 +143,8 @@ class TcpSource:
     async def _meet(self, sink: PeerId, asked: Header) -> _Post | None:
         """The granted transfer that was asked for; None when there is none within MEETING_S."""
         place = (sink, asked.transfer.number)
+        if place in self._past:
+            return None
         try:
             async with asyncio.timeout(MEETING_S), self._posted:
                 await self._posted.wait_for(lambda: place in self._posts)

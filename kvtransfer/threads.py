@@ -1,6 +1,7 @@
 """Edge: blocking work in threads that never outlives its caller."""
 
 import asyncio
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
@@ -16,7 +17,7 @@ async def run_to_end(
     When cancelled it calls `stop`, waits until the thread has ended, and only then raises CancelledError;
     so the work must end soon after `stop`.
     """
-    future = asyncio.get_running_loop().run_in_executor(executor, work)
+    future = asyncio.get_running_loop().run_in_executor(executor, _contained, work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
@@ -35,3 +36,12 @@ async def outlast(future: asyncio.Future[ResultT]) -> None:
             continue
     if not future.cancelled():
         future.exception()
+
+
+def _contained(work: Callable[[], ResultT]) -> ResultT:
+    """Runs the work; an error leaves without the locals of its frames, which hold views of the cache."""
+    try:
+        return work()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise

@@ -22,7 +22,7 @@ ALLOWED = {
 
 ROOMS: tuple[str, ...] = tuple(ALLOWED)
 
-PURE_FOR_ROUTER = {"engine.tokenizer", "engine.block_hash", "engine.model_config"}
+PURE_FOR_ROUTER = {"engine.tokenizer", "engine.block_hash", "engine.leg", "engine.transitions"}
 """Modules of other rooms that the router may import; none of them may load torch."""
 
 OWNED = {

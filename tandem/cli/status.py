@@ -1,6 +1,7 @@
 """Edge: `tandem status`: workers, load, and goodput of each class."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from tandem.cli.request_arguments import add_address
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tandem.v1 import cluster_pb2
+
+UNCUT_COLUMNS = 250
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,7 +38,9 @@ def run(chosen: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        _print_tables(Console(highlight=False), status)
+        # Without a terminal nothing is cut: the reader is a file or another program.
+        width = None if sys.stdout.isatty() else UNCUT_COLUMNS
+        _print_tables(Console(highlight=False, width=width), status)
     return 0 if status.ready else 1
 
 
@@ -49,7 +54,7 @@ def _print_tables(console: "Console", status: "cluster_pb2.StatusResponse") -> N
     console.print(f"{status.model}: {state}; {waiting}")
     workers = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("worker", "role", "life", "address", "state", "running", "waiting", "blocks used"):
-        workers.add_column(title)
+        workers.add_column(title, no_wrap=True)
     for worker in status.workers:
         load = worker.load
         role = ROLE_FROM_WIRE.get(worker.role)

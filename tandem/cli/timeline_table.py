@@ -14,7 +14,7 @@ def print_timeline(update: Update, console: Console | None = None) -> None:
         return
     console = console or Console(highlight=False)
     console.print(_stages(update.timeline))
-    console.print(_summary(update.timeline, update.usage))
+    console.print(_summary(update.timeline, update.usage), soft_wrap=True)
 
 
 def _stages(line: Timeline) -> Table:

@@ -101,6 +101,22 @@ def test_llama3_rope_is_recovered_from_its_factors(tmp_path: Path) -> None:
     assert (engine_logits(folder) - expected).abs().max().item() < 1e-4
 
 
+def test_llama_file_with_a_window_is_a_mistral_model(tmp_path: Path) -> None:
+    path = header_only(tmp_path / "model.gguf", "llama", attention__sliding_window=8)
+    folder = convert_gguf(path, cache=tmp_path / "cache")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architectures"], config["sliding_window"]) == (["MistralForCausalLM"], 8)
+
+
+def test_biased_llama_file_gives_back_the_original_model(tmp_path: Path) -> None:
+    model = wide_model(attention_bias=True, mlp_bias=True)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama", model, {})
+    folder = convert_gguf(path, cache=tmp_path / "cache")
+    expected = reference_logits(model, PROMPT)[-1:]
+    assert (engine_logits(folder) - expected).abs().max().item() < 1e-4
+
+
 def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     factors = np.linspace(1.0, 8.0, 32, dtype=np.float32)
@@ -130,6 +146,7 @@ def header_only(path: Path, architecture: str, **metadata: Any) -> Path:
     add_byte_level_tokenizer(writer, metadata.pop("pre", "smollm"))
     for key, value in metadata.items():
         name = f"{architecture}.{key.replace('__', '.')}"
+        writer.kv_data[0].pop(name, None)
         writer.add_string(name, value) if isinstance(value, str) else writer.add_uint32(name, value)
     writer.add_tensor("token_embd.weight", np.ones((270, 256), dtype=np.float32))
     finish(writer)
@@ -143,6 +160,8 @@ def header_only(path: Path, architecture: str, **metadata: Any) -> Path:
         ("llama", {"expert_count": 8}, "mixture-of-experts"),
         ("llama", {"rope__scaling__type": "yarn"}, r"rope scaling 'yarn' is not supported"),
         ("llama", {"pre": "tekken"}, r"pre-tokenizer 'tekken' is not supported; supported: default"),
+        ("llama", {"attention__head_count": 0}, "num_attention_heads must be a positive whole number"),
+        ("llama", {"block_count": 0}, "num_hidden_layers must be a positive whole number"),
         ("qwen2", {"attention__sliding_window": 8}, "sliding window in architecture 'qwen2'"),
     ],
 )
@@ -151,6 +170,18 @@ def test_unsupported_metadata_is_named(
 ) -> None:
     path = header_only(tmp_path / "model.gguf", architecture, **metadata)
     with pytest.raises(ModelError, match=message):
+        convert_gguf(path, cache=tmp_path / "cache")
+
+
+def test_a_contradictory_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    add_metadata(writer, wide_model().config)
+    add_byte_level_tokenizer(writer)
+    writer.kv_data[0]["tokenizer.ggml.merges"].value.append("not there")
+    writer.add_tensor("token_embd.weight", np.ones((270, 256), dtype=np.float32))
+    finish(writer)
+    with pytest.raises(ModelError, match="describes no valid tokenizer"):
         convert_gguf(path, cache=tmp_path / "cache")
 
 

@@ -264,5 +264,3 @@ def end_by_source(world: World, given: SourceInput) -> None:
         while world.sends:
             world.end_send(succeeded=False)
     world.settle()
-
-

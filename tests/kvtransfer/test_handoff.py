@@ -1,4 +1,4 @@
-"""The hand-off protocol under random interleavings, loss, repetition, reordering, and death of either side."""
+"""The hand-off protocol under random interleavings, loss, repetition, reordering, and either side's death."""
 
 from enum import Enum
 
@@ -8,7 +8,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvtransfer.handoff import HandoffState
 from kvtransfer.source_protocol import SourceInput
-from tests.kvtransfer.handoff_world import DEADLINE_S, MAX_PULLS, SOURCE_TIMES, Kind, Message, World, end_by_source
+from tests.kvtransfer.handoff_world import (
+    DEADLINE_S,
+    MAX_PULLS,
+    SOURCE_TIMES,
+    Kind,
+    Message,
+    World,
+    end_by_source,
+)
 
 S = HandoffState
 

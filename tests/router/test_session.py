@@ -4,7 +4,7 @@ import pytest
 
 from engine.leg import DropReason
 from router.leg import TRANSITIONS, Input, State, after
-from router.request import ResumePoint
+from router.request import ResumePoint, TokenUsage
 from router.session import Cancel, PlaceDecode, PlacePrefill, Session
 from router.worker_key import WorkerKey
 from tandem.errors import DeadlineExceeded, NotReady, ProtocolError
@@ -76,17 +76,13 @@ def test_request_walks_the_way_from_received_to_finished() -> None:
     assert update is not None
     assert update.usage is not None
     assert update.timeline is not None
-    assert (update.usage.prompt_tokens, update.usage.completion_tokens, update.usage.cached_tokens) == (
-        3,
-        4,
-        2,
-    )
+    assert update.usage == TokenUsage(prompt_tokens=3, completion_tokens=4, cached_tokens=2)
     assert (update.timeline.transport, update.timeline.handoff_bytes) == ("tcp", 64)
     assert session.take_update(3.0) is None
 
 
 def test_table_names_every_state_before_the_end() -> None:
-    assert {state for state, _ in TRANSITIONS} == {s for s in State} - {
+    assert {state for state, _ in TRANSITIONS} == set(State) - {
         State.FINISHED,
         State.CANCELLED,
         State.FAILED,
@@ -158,24 +154,24 @@ def test_dropped_sample_leaves_the_others_where_they_are() -> None:
 
 def test_failures_are_bounded_but_preemptions_are_not() -> None:
     session, leg_id = decoding(max_replacements=2)
-    for round_ in range(10):
+    for _ in range(10):
         (command,) = session.dropped(D, leg_id, (), DropReason.PREEMPTED, "", 2.0)
-        leg_id = advance(session, command.leg_id, 1 + round_ * 0)
+        leg_id = advance(session, command.leg_id)
     for _ in range(2):
         (command,) = session.worker_lost(D, 2.0)
         assert isinstance(command, PlacePrefill)
-        leg_id = advance(session, command.leg_id, 1)
+        leg_id = advance(session, command.leg_id)
     session.worker_lost(D, 2.0)
     assert session.state is State.FAILED
     assert isinstance(session.error, NotReady)
 
 
-def advance(session: Session, leg_id: LegId, index: int) -> LegId:
-    """Brings a waiting leg to decoding; its prefill repeats a token that is known or writes the next."""
+def advance(session: Session, leg_id: LegId) -> LegId:
+    """Brings a waiting leg to decoding and forgets the token written on the way, to go on for ever."""
     session.prefill_sent(leg_id, P, 2.0)
     known = len(session.legs[leg_id].token_ids) - len(PROMPT)
     say(session, P, leg_id, known, 5)
-    session.kv_offered(P, leg_id, index, 0)
+    session.kv_offered(P, leg_id, 1, 0)
     session.decode_sent(leg_id, D)
     session.kv_landed(D, leg_id, "shm", 0, 2.0)
     session.samples[0].tokens[1:] = []

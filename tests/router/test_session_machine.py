@@ -1,4 +1,4 @@
-"""Whatever workers do, each index is emitted once, in order, and the request ends once with no leg forgotten."""
+"""Whatever workers do, each index is emitted once, in order; the request ends once, no leg forgotten."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -133,7 +133,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(who=st.sampled_from(WORKERS), sample=st.integers(0, 9), first=st.integers(0, 6), data=st.data())
     def old_or_strange_news(self, who: WorkerKey, sample: int, first: int, data: st.DataObject) -> None:
-        known = sorted(set(self.old)) + [LegId("never-made")]
+        known = [*sorted(set(self.old)), LegId("never-made")]
         leg_id = data.draw(st.sampled_from(known))
         assert not self.session.tokens(who, leg_id, sample, first, [1, 2], (), None, None, self.now_s)
         assert not self.session.kv_offered(who, leg_id, 1, 0)

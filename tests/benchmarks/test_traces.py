@@ -1,0 +1,60 @@
+"""Pure: the three trace formats, each with its first rows.
+
+Excerpts: Azure LLM inference trace 2023, conversation, as processed in microsoft/vidur (MIT; original
+Azure/AzurePublicDataset, CC-BY); arXiv summarisation lengths from microsoft/vidur (MIT); Mooncake's
+conversation trace, kvcache-ai/Mooncake FAST'25 release (Apache-2.0).
+"""
+
+import pytest
+
+from benchmarks.traces import TraceRow, read_trace
+from tandem.errors import InvalidRequest
+
+AZURE = """arrived_at,num_prefill_tokens,num_decode_tokens
+0.0,374,44
+4.314579,396,109
+""".splitlines(keepends=True)
+
+ARXIV = """num_prefill_tokens,num_decode_tokens,num_total_tokens,pd_ratio
+3772,54,3826,69.85185185185185
+2015,156,2171,12.916666666666666
+""".splitlines(keepends=True)
+
+MOONCAKE = """{"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]}
+{"timestamp": 3000, "input_length": 2290, "output_length": 316, "hash_ids": [0, 42, 43, 44, 45]}
+""".splitlines(keepends=True)  # noqa: E501
+
+
+def test_azure_rows_have_their_own_times() -> None:
+    assert read_trace(AZURE) == (TraceRow(0.0, 374, 44), TraceRow(4.314579, 396, 109))
+
+
+def test_arxiv_rows_have_none() -> None:
+    assert read_trace(ARXIV) == (TraceRow(None, 3772, 54), TraceRow(None, 2015, 156))
+
+
+def test_mooncake_times_are_milliseconds_and_prefixes_are_kept() -> None:
+    first, second = read_trace(MOONCAKE)
+    assert first == TraceRow(0.0, 6758, 500, tuple(range(14)))
+    assert second == TraceRow(3.0, 2290, 316, (0, 42, 43, 44, 45))
+
+
+def test_limit_cuts_without_reading_on() -> None:
+    assert len(read_trace([*AZURE[:2], "broken,line,here"], limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a,b,c\n", "1,2,3\n"], "no column num_prefill_tokens"),
+        ([], "no column num_prefill_tokens"),
+        ([AZURE[0], "0.0,many,3\n"], "Line 2 of the trace has no valid numbers"),
+        ([AZURE[0], "0.0,1\n"], "Line 2 of the trace has no valid numbers"),
+        ([AZURE[0], "0.0,-1,3\n"], "Line 2 of the trace has negative lengths"),
+        ([MOONCAKE[0], "{broken\n"], "Line 2 of the trace is no Mooncake row"),
+        (['{"timestamp": 0}\n'], "Line 1 of the trace is no Mooncake row"),
+    ],
+)
+def test_broken_line_is_named(lines: list[str], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        read_trace(lines)

@@ -1,0 +1,178 @@
+"""Edge: a source with a real gRPC server, a sink, and pools of known bytes, for tests of transfers."""
+
+import asyncio
+import mmap
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from kvtransfer.contract import (
+    BlockRange,
+    HandoffKey,
+    PullReport,
+    SinkTransport,
+    SourceTransport,
+    TransferConfig,
+)
+from kvtransfer.handoff import ReleaseReason
+from kvtransfer.handoff_service import HandoffServicer
+from kvtransfer.sink import HandoffSink
+from kvtransfer.source import HandoffSource
+from kvtransfer.transports import sink_transports, source_transports
+from tandem import grpc_edge
+from tandem.ids import BlockId, Incarnation, LegId, WorkerId
+from tandem.v1.worker_pb2_grpc import add_HandoffServiceServicer_to_server
+from tandem.worker import Role, WorkerRecord
+
+TOKEN = "a token"
+
+
+class Pool:
+    """Blocks in a memfd, as the engine's cache has them."""
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+        self._descriptor = os.memfd_create("test-pool", os.MFD_CLOEXEC)
+        os.ftruncate(self._descriptor, num_blocks * block_bytes)
+        self._pages = mmap.mmap(self._descriptor, num_blocks * block_bytes)
+        self._view = memoryview(self._pages)
+
+    def view(self, block: BlockId) -> memoryview:
+        """Writable bytes of one block."""
+        return self._view[block * self.block_bytes : (block + 1) * self.block_bytes]
+
+    def fileno(self) -> int | None:
+        """The memfd."""
+        return self._descriptor
+
+    def fill(self, seed: int) -> None:
+        """Random bytes, equal for equal seeds."""
+        self._view[:] = random.Random(seed).randbytes(len(self._view))
+
+    def read(self, blocks: Sequence[BlockId]) -> list[bytes]:
+        """Copies of blocks."""
+        return [bytes(self.view(block)) for block in blocks]
+
+    def close(self) -> None:
+        """Unmaps it."""
+        self._view.release()
+        self._pages.close()
+        os.close(self._descriptor)
+
+
+def record(name: str, role: Role, address: str = "", incarnation: int = 1, digest: str = "d") -> WorkerRecord:
+    """A worker for tests."""
+    return WorkerRecord(WorkerId(name), Incarnation(incarnation), role, address, digest)
+
+
+def blocks(*numbers: int) -> tuple[BlockId, ...]:
+    """Block ids from plain numbers."""
+    return tuple(BlockId(number) for number in numbers)
+
+
+def key(leg: str, epoch: int = 1) -> HandoffKey:
+    """A key from plain values."""
+    return HandoffKey(LegId(leg), epoch)
+
+
+def config(*transports: str, **changes: float | bool) -> TransferConfig:
+    """A configuration with these transports."""
+    return TransferConfig(transports=transports, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class Pair:
+    """A source and a sink in this process; what the source gave back is in `released`."""
+
+    source_pool: Pool
+    sink_pool: Pool
+    source: HandoffSource
+    sink: HandoffSink
+    source_record: WorkerRecord
+    released: list[tuple[HandoffKey, ReleaseReason]] = field(default_factory=list)
+
+    async def pull(
+        self, name: HandoffKey, wanted: BlockRange, targets: Sequence[BlockId], remaining_s: float = 20.0
+    ) -> PullReport:
+        """Pulls with priority 0."""
+        return await self.sink.pull(name, self.source_record, wanted, targets, 0, remaining_s)
+
+    async def wait_released(self, count: int, within_s: float) -> None:
+        """Until so many hand-offs are over at the source."""
+        await eventually(lambda: len(self.released) >= count, within_s)
+
+
+async def eventually(condition: Callable[[], bool], within_s: float) -> None:
+    """Waits for a condition; raises TimeoutError."""
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def served_source(
+    pool: Pool,
+    settings: TransferConfig,
+    released: list[tuple[HandoffKey, ReleaseReason]],
+    transports: Sequence[SourceTransport] | None = None,
+) -> AsyncIterator[tuple[HandoffSource, WorkerRecord]]:
+    """A source behind a gRPC server on loopback."""
+    me = record("prefill-0", Role.PREFILL)
+    source = HandoffSource(
+        me, pool, settings, time.monotonic, lambda *end: released.append(end), transports=transports
+    )
+    await source.start()
+    server = grpc_edge.server(TOKEN)
+    add_HandoffServiceServicer_to_server(HandoffServicer(source), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield source, record("prefill-0", Role.PREFILL, f"127.0.0.1:{port}")
+    finally:
+        await source.close()
+        await server.stop(grace=0)
+
+
+@asynccontextmanager
+async def connected_pair(
+    settings: TransferConfig,
+    num_blocks: int = 32,
+    block_bytes: int = 8192,
+    wrap_sink: Callable[[SinkTransport, Pool], SinkTransport] | None = None,
+    wrap_source: Callable[[SourceTransport], SourceTransport] | None = None,
+    sink_settings: TransferConfig | None = None,
+    sink_digest: str = "d",
+) -> AsyncIterator[Pair]:
+    """A source and a sink over real sockets, closed at the end, sink first."""
+    source_pool, sink_pool = Pool(num_blocks, block_bytes), Pool(num_blocks, block_bytes)
+    source_pool.fill(1)
+    sink_pool.fill(2)
+    giving = source_transports(source_pool, settings)
+    taking = sink_transports(sink_pool, sink_settings or settings, time.monotonic)
+    if wrap_source is not None:
+        giving = tuple(wrap_source(transport) for transport in giving)
+    if wrap_sink is not None:
+        taking = tuple(wrap_sink(transport, sink_pool) for transport in taking)
+    released: list[tuple[HandoffKey, ReleaseReason]] = []
+    async with served_source(source_pool, settings, released, giving) as (source, source_record):
+        me = record("decode-0", Role.DECODE, digest=sink_digest)
+        sink = HandoffSink(me, sink_pool, sink_settings or settings, time.monotonic, TOKEN, transports=taking)
+        try:
+            yield Pair(source_pool, sink_pool, source, sink, source_record, released)
+        finally:
+            await sink.close()
+    source_pool.close()
+    sink_pool.close()
+
+
+async def outcome_of(work: Awaitable[object]) -> BaseException | None:
+    """What an awaitable raised, if it did."""
+    try:
+        await work
+    except BaseException as error:
+        return error
+    return None

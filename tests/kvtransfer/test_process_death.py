@@ -1,0 +1,114 @@
+"""Either process dies by SIGKILL in the middle of a transfer: the other is free within 2 s."""
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from kvtransfer.contract import BlockRange, SinkTransport
+from kvtransfer.faults import Fault, FaultSchedule, FaultySink
+from kvtransfer.handoff import ReleaseReason
+from kvtransfer.sink import HandoffSink
+from kvtransfer.transports import sink_transports
+from tandem.errors import TransferError
+from tandem.ids import BlockId
+from tandem.worker import Role
+from tests.kvtransfer.pair import TOKEN, Pool, blocks, config, key, outcome_of, record, served_source
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_BLOCKS = 8
+BLOCK_BYTES = 65536
+
+
+@asynccontextmanager
+async def peer(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process with the other side; killed at the end if it still lives."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.kvtransfer.peer_process", *arguments),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def line_of(process: asyncio.subprocess.Process) -> str:
+    """Its next line that is not a log entry."""
+    assert process.stdout is not None
+    async with asyncio.timeout(20):
+        while True:
+            line = (await process.stdout.readline()).decode().strip()
+            if line == "granted" or line.startswith("127.0.0.1:"):
+                return line
+            assert line, "the peer died early"
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_dead_source_frees_the_sink(transport: str) -> None:
+    """Over tcp the pull fails; over shm the mapped pages live on, and a verified copy of them may be used."""
+    size = (str(NUM_BLOCKS), str(BLOCK_BYTES), transport)
+    hang = Fault.DROP if transport == "tcp" else Fault.NONE
+    async with peer("source", *size, hang.value) as process:
+        address = await line_of(process)
+        pool, original = Pool(NUM_BLOCKS, BLOCK_BYTES), Pool(NUM_BLOCKS, BLOCK_BYTES)
+        original.fill(1)
+        settings = config(transport)
+        began = asyncio.Event()
+
+        class Announcing(FaultySink):
+            async def receive(self, *arguments: object) -> None:
+                began.set()
+                await super().receive(*arguments)  # type: ignore[arg-type]
+
+        def wrap(inner: SinkTransport) -> SinkTransport:
+            return Announcing(inner, pool, FaultSchedule(1, {Fault.DELAY: 1.0}, delay_s=0.2))
+
+        taking = [wrap(inner) for inner in sink_transports(pool, settings, time.monotonic)]
+        me = record("decode-0", Role.DECODE)
+        sink = HandoffSink(me, pool, settings, time.monotonic, TOKEN, transports=taking)
+        source = record("prefill-0", Role.PREFILL, address)
+        targets = [BlockId(block) for block in range(NUM_BLOCKS)]
+        pulling = asyncio.create_task(
+            sink.pull(key("a"), source, BlockRange(0, NUM_BLOCKS), targets, 0, 30.0)
+        )
+        async with asyncio.timeout(10):
+            await began.wait()
+        await asyncio.sleep(0.1 if transport == "shm" else 0.3)
+        process.kill()
+        killed_s = time.monotonic()
+        failure = await outcome_of(pulling)
+        assert time.monotonic() - killed_s < 2.0
+        if failure is None:
+            assert pool.read(targets) == original.read(targets)
+        else:
+            assert isinstance(failure, TransferError)
+        assert (failure is None) is (transport == "shm")
+        await sink.close()
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_dead_sink_frees_the_source(transport: str) -> None:
+    pool = Pool(NUM_BLOCKS, BLOCK_BYTES)
+    pool.fill(1)
+    released: list[tuple[object, ReleaseReason]] = []
+    async with served_source(pool, config(transport, lease_s=20.0), released) as (source, me):  # type: ignore[arg-type]
+        source.offer(key("a"), blocks(*range(NUM_BLOCKS)))
+        size = (str(NUM_BLOCKS), str(BLOCK_BYTES), transport)
+        async with peer("sink", me.address, *size, Fault.DROP.value) as process:
+            assert await line_of(process) == "granted"
+            assert source.counts().in_flight == 1
+            process.kill()
+            killed_s = time.monotonic()
+            async with asyncio.timeout(5):
+                while not released:
+                    await asyncio.sleep(0.01)
+            assert time.monotonic() - killed_s < 2.0
+            assert released == [(key("a"), ReleaseReason.PEER_LOST)]

@@ -1,0 +1,143 @@
+"""The sink's side of a hand-off, row by row where it matters."""
+
+import pytest
+
+from kvtransfer.handoff import HandoffState, SinkTimes
+from kvtransfer.sink_protocol import TRANSITIONS, SinkHandoff
+from tandem.errors import ProtocolError
+from tests.kvtransfer.pair import key
+
+TIMES = SinkTimes(answer_s=2.0, settle_s=1.0)
+
+
+def moving() -> SinkHandoff:
+    """A hand-off with a lease until 5 whose bytes move."""
+    handoff = SinkHandoff(key("a"), TIMES, deadline_s=60.0)
+    handoff.ask(1, 0.0)
+    handoff.granted(1, 5.0)
+    handoff.move_started()
+    return handoff
+
+
+def landed() -> SinkHandoff:
+    """A hand-off whose bytes were verified at 2."""
+    handoff = moving()
+    assert handoff.moved(2.0)
+    handoff.verified(2.0)
+    return handoff
+
+
+def test_no_row_leads_back_from_an_end() -> None:
+    for (state, _), (_, following) in TRANSITIONS.items():
+        if state.terminal:
+            assert following is state
+
+
+def test_unverified_bytes_cannot_be_committed() -> None:
+    handoff = moving()
+    with pytest.raises(ProtocolError, match="before they are here"):
+        handoff.verified(1.0)
+    with pytest.raises(ProtocolError, match="moving cannot take the input source committed"):
+        handoff.status(HandoffState.COMMITTED, 1.0)
+
+
+def test_bytes_that_came_after_the_lease_do_not_count() -> None:
+    handoff = moving()
+    assert not handoff.moved(5.0)
+    assert handoff.state is HandoffState.ABORTED
+    assert handoff.owes_abort
+
+
+def test_verification_may_outlast_the_lease() -> None:
+    handoff = moving()
+    assert handoff.moved(4.9)
+    handoff.tick(5.5)
+    handoff.verified(5.5)
+    assert handoff.state is HandoffState.LANDED
+
+
+def test_lease_that_ends_while_bytes_move_ends_the_handoff_but_frees_nothing_yet() -> None:
+    handoff = moving()
+    handoff.tick(5.0)
+    assert handoff.state is HandoffState.ABORTED
+    assert not handoff.may_free
+    assert not handoff.owes_abort
+    handoff.move_failed()
+    assert handoff.may_free
+    assert handoff.owes_abort
+
+
+def test_failed_transfer_is_tried_again_under_a_higher_number() -> None:
+    handoff = moving()
+    handoff.move_failed()
+    with pytest.raises(ProtocolError, match="does not follow"):
+        handoff.ask(1, 1.0)
+    handoff.ask(2, 1.0)
+    handoff.granted(1, 9.0)
+    assert handoff.state is HandoffState.OFFERED
+    handoff.granted(2, 6.0)
+    assert handoff.next_deadline_s == pytest.approx(6.0)
+
+
+def test_second_answer_does_not_lengthen_the_lease() -> None:
+    handoff = moving()
+    handoff.granted(1, 9.0)
+    assert handoff.next_deadline_s == pytest.approx(5.0)
+
+
+def test_unanswered_pull_is_given_up() -> None:
+    handoff = SinkHandoff(key("a"), TIMES, deadline_s=60.0)
+    handoff.ask(1, 0.0)
+    handoff.tick(1.9)
+    assert handoff.state is HandoffState.OFFERED
+    handoff.tick(2.0)
+    assert handoff.state is HandoffState.ABORTED
+    assert handoff.owes_abort
+
+
+def test_verified_bytes_may_be_used_once_the_source_agrees() -> None:
+    handoff = landed()
+    assert not handoff.may_use
+    handoff.status(HandoffState.COMMITTED, 2.1)
+    assert handoff.may_use
+
+
+@pytest.mark.parametrize("answer", [HandoffState.ABORTED, None])
+def test_source_that_had_given_up_wins_over_verified_bytes(answer: HandoffState | None) -> None:
+    handoff = landed()
+    handoff.status(answer, 2.1)
+    assert handoff.state is HandoffState.ABORTED
+    assert not handoff.may_use
+
+
+def test_verified_bytes_outlive_a_source_that_cannot_be_asked() -> None:
+    silent, dead = landed(), landed()
+    silent.tick(3.0)
+    dead.source_lost()
+    assert silent.may_use
+    assert dead.may_use
+
+
+def test_source_that_still_holds_is_told_again() -> None:
+    handoff = landed()
+    handoff.status(HandoffState.MOVING, 2.1)
+    assert handoff.state is HandoffState.LANDED
+    assert handoff.next_deadline_s == pytest.approx(3.0)
+
+
+def test_grant_that_comes_after_the_end_is_given_back() -> None:
+    handoff = SinkHandoff(key("a"), TIMES, deadline_s=60.0)
+    handoff.ask(1, 0.0)
+    handoff.cancel()
+    handoff.abort_sent()
+    handoff.granted(1, 5.0)
+    assert handoff.owes_abort
+
+
+def test_deadline_of_the_request_ends_every_wait() -> None:
+    for state in ("offered", "moving", "landed"):
+        handoff = {"offered": SinkHandoff(key("a"), TIMES, 60.0), "moving": moving(), "landed": landed()}[
+            state
+        ]
+        handoff.tick(60.0)
+        assert handoff.state is HandoffState.ABORTED

@@ -1,0 +1,73 @@
+"""Edge: the command line: light to start, clear about wrong input, honest exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tandem.cli.main import main, parser
+
+ROOT = Path(__file__).parent.parent.parent
+HEAVY = ("torch", "ray", "grpc", "redis", "pydantic", "rich", "numpy")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for command in ("up", "demo", "generate", "chat", "status", "bench"):
+        assert f"    {command} " in shown
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom tandem.cli.main import parser\nparser().format_help()\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=True, cwd=ROOT)
+    assert done.stdout.decode().strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["generate"], ["generate", "x", "--max-tokens", "many"], ["bench"], ["bench", "engine"]],
+)
+def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: tandem" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["up", "-f", "/nonexistent.yaml"], 2, "/nonexistent.yaml: cannot be read"),
+        (["generate", "x", "--address", "127.0.0.1:1"], 1, "No router answers at 127.0.0.1:1"),
+        (["status", "--address", "127.0.0.1:1"], 1, "No router answers at 127.0.0.1:1"),
+        (
+            ["bench", "serve", "--rate", "1", "--address", "127.0.0.1:1"],
+            1,
+            "No router answers at 127.0.0.1:1",
+        ),
+        (["generate", "x", "--max-tokens", "-1"], 2, "--max-tokens must be 0 to"),
+        (["generate", "x", "--timeout", "0"], 2, "--timeout must be above 0"),
+        (["demo", "--max-tokens", "0"], 2, "--max-tokens must be 1 to 4096"),
+        (["bench", "router", "--runs", "0"], 2, "--runs must be positive"),
+    ],
+)
+def test_error_is_one_sentence_and_an_exit_code(
+    arguments: list[str], code: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith("tandem: ")
+    assert sentence in shown
+    assert "Traceback" not in shown
+
+
+def test_every_command_can_be_run() -> None:
+    for line in ("up", "demo", "generate x", "chat", "status", "bench serve", "bench router"):
+        assert callable(parser().parse_args(line.split()).run)

@@ -1,0 +1,115 @@
+"""Edge: docs/json-output.md names exactly the keys that the commands print."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.latency_summary import Outcome, OutcomeKind, TokenArrival, summarise
+from benchmarks.relay_load import LoadResult
+from benchmarks.router_relay import relay_json
+from benchmarks.serve import serve_json
+from tandem.cli.json_output import generation_json, status_json
+from tandem.generation import update_from_wire
+from tandem.slo import SloClass
+from tandem.v1 import cluster_pb2, worker_pb2
+from tandem.v1 import inference_pb2 as pb
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "json-output.md"
+
+
+def documented(section: str) -> list[str]:
+    text = PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+def keys_of(value: Any, path: str = "") -> Iterator[str]:
+    """Paths of all leaves; a list of objects is shown by its first."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from keys_of(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+        yield from keys_of(value[0], f"{path}[]")
+    else:
+        yield path
+
+
+def generation() -> dict[str, Any]:
+    response = pb.GenerateResponse(
+        request_id="r",
+        chunks=[pb.TokenChunk(token_ids=[5], text="a", finish_reason=pb.FINISH_REASON_STOP)],
+        usage=pb.Usage(prompt_tokens=1, completion_tokens=1),
+        timeline=pb.Timeline(ttft_s=0.5),
+    )
+    return generation_json([update_from_wire(response)])
+
+
+def status() -> dict[str, Any]:
+    worker = cluster_pb2.WorkerStatus(
+        worker=worker_pb2.WorkerAddress(worker_id="w"), role=worker_pb2.ROLE_DECODE
+    )
+    return status_json(
+        cluster_pb2.StatusResponse(workers=[worker], slo_classes=[cluster_pb2.SloClassStatus(name="a")])
+    )
+
+
+def serve() -> dict[str, Any]:
+    slo = SloClass("a", 1.0, 1.0, 1.0)
+    outcome = Outcome(
+        OutcomeKind.COMPLETED, "a", 0.0, 0.0, 1.0, 3, (TokenArrival(0.5, 1), TokenArrival(0.6, 1))
+    )
+    chosen = argparse.Namespace(
+        api="grpc", trace=None, rate=1.0, arrivals="poisson", length_scale=1.0, seed=0
+    )
+    return serve_json(chosen, summarise([outcome], {"a": slo}))
+
+
+def relay() -> dict[str, Any]:
+    result = LoadResult(20_000.0, 10_000.0, (0.001,), (0.002,), (0.003,), 1.0, 0.3, 0.3)
+    return relay_json([result], streams=4)
+
+
+@pytest.mark.parametrize(
+    ("section", "output"),
+    [
+        ("tandem generate", generation()),
+        ("tandem status", status()),
+        ("tandem bench serve", serve()),
+        ("tandem bench router", relay()),
+    ],
+)
+def test_documented_keys_are_those_produced(section: str, output: dict[str, Any]) -> None:
+    assert list(keys_of(output)) == documented(section)
+
+
+def test_samples_are_put_together_from_their_chunks() -> None:
+    chunks = [
+        pb.GenerateResponse(
+            request_id="r",
+            chunks=[
+                pb.TokenChunk(sample_index=1, token_ids=[7], text="x"),
+                pb.TokenChunk(sample_index=0, token_ids=[5], text="a"),
+            ],
+        ),
+        pb.GenerateResponse(
+            request_id="r",
+            chunks=[
+                pb.TokenChunk(
+                    sample_index=0,
+                    first_index=1,
+                    token_ids=[6],
+                    text="b",
+                    finish_reason=pb.FINISH_REASON_LENGTH,
+                )
+            ],
+        ),
+    ]
+    output = generation_json([update_from_wire(chunk) for chunk in chunks])
+    assert output["samples"] == [
+        {"index": 0, "text": "ab", "token_ids": [5, 6], "finish_reason": "length"},
+        {"index": 1, "text": "x", "token_ids": [7], "finish_reason": None},
+    ]
+    assert output["usage"] is None
