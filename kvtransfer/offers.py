@@ -90,8 +90,7 @@ class OfferBook:
 
     def settle(self, offer: Offer) -> HandoffState:
         """Carries out what the machine's state means; called after every input."""
-        # A committed transfer's bytes are all there: its send is ending by itself, on a link worth keeping.
-        if offer.machine.state is HandoffState.ABORTED and offer.stop_sending is not None:
+        if offer.machine.must_stop_sending and offer.stop_sending is not None:
             offer.stop_sending()
         if offer.machine.may_free:
             self._release(offer)

@@ -155,13 +155,13 @@ class HandoffSink:
         self._executor.shutdown(wait=True)
 
     async def _over_any_transport(self, pull: _Pull) -> PullReport:
-        if not pull.targets:
+        if not pull.targets and not self._closing:
             return await self._attempt(pull, None)
-        failure = TransferError(TransferFault.UNSUPPORTED, "The source offers no transport that we have.")
+        failure = TransferError(TransferFault.UNSUPPORTED, "No transport was left to try.")
         for endpoint in pull.source.endpoints:
-            transport = self._transports.get(endpoint.transport)
-            if transport is None:
-                continue
+            if self._closing or pull.machine.state.terminal:
+                break
+            transport = self._transports[endpoint.transport]
             peer = pull.source.peer
             try:
                 await transport.connect(peer, endpoint.address, endpoint.ticket, pull.source.block_bytes)
@@ -175,8 +175,6 @@ class HandoffSink:
                     fault=error.fault.value,
                     error=str(error),
                 )
-            if pull.machine.state.terminal or self._closing:
-                break
         raise failure
 
     async def _attempt(self, pull: _Pull, transport: SinkTransport | None) -> PullReport:

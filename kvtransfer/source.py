@@ -128,6 +128,8 @@ class HandoffSource:
             except TimeoutError:
                 _log.warning("closed while sinks held leases")
             self._timers.cancel()
+            for task in self._sends:
+                task.cancel()
             await asyncio.gather(self._timers, *self._sends, return_exceptions=True)
             self._timers = None
         for transport in self._transports.values():

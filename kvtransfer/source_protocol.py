@@ -135,9 +135,19 @@ class SourceHandoff:
         self._times = times
         self._deadline_s = now_s + times.park_s
         self._lease_until_s = now_s
+        self._forget_at_s = now_s
         self._local_io = 0
         self._peer_may_touch = False
         self._shortened = False
+        self._overdue = False
+
+    @property
+    def must_stop_sending(self) -> bool:
+        """Whether what this process still sends should be stopped.
+
+        A committed transfer's bytes are all there: its send ends by itself, and is given a moment for it.
+        """
+        return self.state is HandoffState.ABORTED or self._overdue
 
     @property
     def may_free(self) -> bool:
@@ -147,7 +157,7 @@ class SourceHandoff:
     @property
     def next_deadline_s(self) -> float:
         """When `tick` has something to do (or, when it may be freed, when it may be forgotten)."""
-        return self._deadline_s
+        return self._forget_at_s if self.may_free else self._deadline_s
 
     def lease_left_s(self, now_s: float) -> float:
         """Seconds of the lease that are left: 0 when it passed, however often it is asked for."""
@@ -215,6 +225,7 @@ class SourceHandoff:
         """Lets a passed deadline act; harmless at any time."""
         if now_s < self._deadline_s or self.may_free:
             return
+        self._overdue = self.state.terminal
         passed = SourceInput.PARK_PASSED if self.state is HandoffState.OFFERED else SourceInput.LEASE_PASSED
         self._apply(passed, now_s)
 
@@ -237,7 +248,8 @@ class SourceHandoff:
         if ended_now:
             lost = given is SourceInput.LEASE_PASSED and self._shortened
             self.reason = ReleaseReason.PEER_LOST if lost else _REASONS[given]
+            self._forget_at_s = now_s + self._times.forget_s
         if following.terminal and (ended_now or action is SourceAction.CLEAR):
             fence_s = self._lease_until_s + self._times.margin_s
-            self._deadline_s = fence_s if self._peer_may_touch else now_s + self._times.forget_s
+            self._deadline_s = fence_s if self._peer_may_touch else now_s + self._times.regrasp_s
         return action

@@ -66,7 +66,9 @@ class KnownSources:
     async def forget(self, peer: PeerId) -> None:
         """Closes the channel to a source; the next pull connects anew. Idempotent."""
         known = self._known.pop(peer, None)
-        self._locks.pop(peer, None)
+        lock = self._locks.get(peer)
+        if lock is not None and not lock.locked():
+            del self._locks[peer]
         if known is not None:
             await known.client.close()
 

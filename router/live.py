@@ -12,9 +12,8 @@ from tandem.v1 import inference_pb2 as pb
 class LiveRequest:
     """One request of the core.
 
-    `news` is set when its reader should look; `started` once a prefill worker was given one of its legs, `emitting` once a
-    token came;
-    `leg_ids` are the legs that the dispatcher knows of.
+    `news` is set when its reader should look; `started` once a prefill worker was given one of its legs,
+    `emitting` once a token came; `leg_ids` are the legs that the dispatcher knows of.
     """
 
     session: Session

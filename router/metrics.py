@@ -5,7 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from router.request import TimelineReport, TokenUsage
@@ -80,8 +85,8 @@ class GaugeCollector(Collector):
 
     @staticmethod
     def _goodput(figures: Sequence[ClassGoodput]) -> Iterable[Metric]:
-        offered = GaugeMetricFamily("tandem_slo_offered", "Requests offered.", labels=["slo_class"])
-        good = GaugeMetricFamily("tandem_slo_good", "Requests that met all objectives.", labels=["slo_class"])
+        offered = CounterMetricFamily("tandem_slo_offered", "Requests offered.", labels=["slo_class"])
+        good = CounterMetricFamily("tandem_slo_good", "Requests that met all.", labels=["slo_class"])
         rate = GaugeMetricFamily(
             "tandem_goodput_rps", "Good requests a second over the last minute.", labels=["slo_class"]
         )

@@ -1,7 +1,7 @@
 """Pure: how long tokens gather before they are sent on, so that a busy router sends fewer, fuller messages.
 
-Sending a message costs many times what a token in it costs. An idle router sends every token at once; the first
-token of a request and its last are never held. Under load the hold grows until the router keeps up.
+Sending a message costs many times what a token in it costs. An idle router sends every token at once; the
+first token of a request and its last are never held. Under load the hold grows until the router keeps up.
 """
 
 LONGEST_HOLD_S = 0.04

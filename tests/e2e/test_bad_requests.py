@@ -17,7 +17,7 @@ from tests.e2e.live_cluster import LiveCluster, live_cluster
 
 pytestmark = pytest.mark.e2e
 
-TRACES = ("Traceback", 'File "', "line ", ".py")
+TRACES = ("Traceback", 'File "', '", line ', ".py")
 
 
 @pytest.fixture(scope="module")

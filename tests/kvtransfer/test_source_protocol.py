@@ -84,6 +84,18 @@ def test_block_is_not_freed_while_it_is_being_sent() -> None:
     assert handoff.may_free
 
 
+def test_send_that_outlasts_its_commit_is_stopped() -> None:
+    handoff = pulled(direct=False)
+    handoff.send_started(1, 0.0)
+    handoff.commit(SINK, 1.0)
+    before = handoff.must_stop_sending
+    handoff.tick(2.0)
+    assert [before, handoff.must_stop_sending] == [False, True]
+    handoff.send_ended(1, False, 2.1)
+    assert handoff.may_free
+    assert handoff.reason is ReleaseReason.COMMITTED
+
+
 def test_suspicion_ends_a_handoff_but_lifts_no_fence() -> None:
     handoff = pulled(direct=True)
     handoff.peer_suspected(1.0)
@@ -163,6 +175,6 @@ def test_send_of_an_earlier_number_does_not_end_the_current_one() -> None:
     handoff.pull(SINK, 2, False, 0.1)
     handoff.send_started(2, 0.1)
     handoff.send_ended(1, True, 0.2)
-    assert handoff.state is HandoffState.MOVING
+    states = [handoff.state]
     handoff.send_ended(2, True, 0.3)
-    assert handoff.state is HandoffState.LANDED
+    assert [*states, handoff.state] == [HandoffState.MOVING, HandoffState.LANDED]

@@ -260,6 +260,27 @@ class TestSendingTransport:
             assert caught.value.fault in (TransferFault.TIMEOUT, TransferFault.REFUSED)
             await pair.wait_released(1, within_s=2.0)
 
+    async def test_sink_that_closes_ends_its_pulls(self) -> None:
+        def wrap(inner: SourceTransport) -> SourceTransport:
+            return FaultySource(inner, FaultSchedule(1, {Fault.DROP: 1.0}))
+
+        async with connected_pair(config("tcp", max_pulls=1), wrap_source=wrap) as pair:
+            for leg in ("a", "b"):
+                pair.source.offer(key(leg), blocks(1))
+            pulls = [
+                asyncio.create_task(pair.pull(key(leg), BlockRange(0, 1), blocks(number)))
+                for number, leg in enumerate(("a", "b"))
+            ]
+            await eventually(lambda: pair.source.counts().in_flight == 1, within_s=2.0)
+            began_s = time.monotonic()
+            await pair.sink.close()
+            assert time.monotonic() - began_s < 1.0
+            for pulling in pulls:
+                assert isinstance(await outcome_of(pulling), TransferError)
+            await pair.wait_released(2, within_s=2.0)
+            pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, 1), blocks(1)))
+            assert isinstance(await outcome_of(pulling), TransferError)
+
 
 class TestFallback:
     """From one transport to the next."""

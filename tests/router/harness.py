@@ -46,6 +46,11 @@ def write_model_folder(folder: Path) -> Path:
     return folder
 
 
+def printable() -> StubSettings:
+    """Settings whose tokens are printable characters."""
+    return StubSettings(vocabulary_tokens=PRINTABLE)
+
+
 class ChangingMembership:
     """A list that tests change."""
 
@@ -104,7 +109,7 @@ class Cluster:
     ) -> StubWorker:
         """Starts a stub and makes it a member."""
         stub = await self.stack.enter_async_context(
-            StubWorker.serving(role, name, digest, settings, port, incarnation)
+            StubWorker.serving(role, name, digest, settings or printable(), port, incarnation)
         )
         self.stubs[name] = stub
         self.membership.put(stub.record)
@@ -191,8 +196,7 @@ async def cluster(
 
 def expected(prompt: list[int], count: int, sample: int = 0) -> list[int]:
     """What the stubs write for a prompt."""
-    settings = StubSettings(vocabulary_tokens=PRINTABLE)
-    return [stub_token(prompt, sample, index, settings) for index in range(count)]
+    return [stub_token(prompt, sample, index, printable()) for index in range(count)]
 
 
 def text_of(token_ids: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Hundreds of bad requests get a clear client error each, no traceback, and the router still answers after."""
+"""Hundreds of bad requests get a clear client error each and no traceback; the router still answers."""
 
 import json
 import random
@@ -13,6 +13,7 @@ from tandem.v1 import inference_pb2 as pb
 from tests.router.harness import MODEL, cluster, expected, tokens_of
 
 COUNT = 300
+METHOD = "/tandem.v1.InferenceService/Generate"
 HUGE = 10**30
 NAN, INFINITY = float("nan"), float("inf")
 CLIENT_FAULTS = {
@@ -74,7 +75,7 @@ def bad_message(rng: random.Random) -> bytes:
 async def test_bad_grpc_requests_are_refused_with_a_clear_status(folder: Path) -> None:
     rng = random.Random(7)
     async with cluster(folder) as running, grpc.aio.insecure_channel(running.grpc) as channel:
-        call = channel.unary_stream("/tandem.v1.InferenceService/Generate")
+        call: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(METHOD)
         for _ in range(COUNT):
             data = bad_message(rng)
             code, details = grpc.StatusCode.OK, ""
@@ -133,7 +134,21 @@ def bad_body(rng: random.Random, chat: bool) -> dict[str, Any]:
         wrong |= {"messages": turns, "logprobs": ["x", 1], "top_logprobs": [2, 21], "tools": [[{"a": 1}]]}
     else:
         good = {"prompt": "ab"}
-        prompts = [None, "", [], [""], [[]], 5, {"a": 1}, ["a", 5], [[5], "a"], [259], [-1], [1.5], [True]]
+        prompts: list[Any] = [
+            None,
+            "",
+            [],
+            [""],
+            [[]],
+            5,
+            {"a": 1},
+            ["a", 5],
+            [[5], "a"],
+            [259],
+            [-1],
+            [1.5],
+            [True],
+        ]
         wrong |= {"prompt": prompts, "logprobs": [21, -1, "x", True], "echo": [True], "best_of": [3]}
     field = rng.choice(sorted(wrong))
     return {"model": MODEL, "max_tokens": 4, **good, field: rng.choice(wrong[field])}

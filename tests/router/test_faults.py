@@ -19,7 +19,16 @@ from tandem.v1 import inference_pb2 as pb
 from tandem.v1 import inference_pb2_grpc
 from tandem.v1 import worker_pb2 as wpb
 from tandem.worker import Role, WorkerRecord
-from tests.router.harness import DIGEST, Cluster, cluster, expected, router_alone, tokens_of, until
+from tests.router.harness import (
+    DIGEST,
+    PRINTABLE,
+    Cluster,
+    cluster,
+    expected,
+    router_alone,
+    tokens_of,
+    until,
+)
 
 PROMPT = [5, 6, 7, 8, 9]
 COUNT = 20
@@ -124,8 +133,9 @@ async def test_failures_beyond_the_bound_fail_the_request(folder: Path) -> None:
 
 
 async def test_stopped_worker_is_lost_within_two_seconds(folder: Path) -> None:
-    options = ("-m", "benchmarks.stub_worker", "--role", "decode", "--step-ms", "20", "--digest", DIGEST)
-    process = await asyncio.create_subprocess_exec(sys.executable, *options, stdout=subprocess.PIPE)
+    options = f"--role decode --step-ms 20 --vocabulary {PRINTABLE} --digest {DIGEST}".split()
+    command = (sys.executable, "-m", "benchmarks.stub_worker", *options)
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     try:
         async with router_alone(folder, canary_interval_s=60.0) as running:
             assert process.stdout is not None

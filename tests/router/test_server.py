@@ -15,6 +15,8 @@ from router.membership import FixedMembership
 from router.server import serve_router
 from tandem.errors import ConfigError
 from tandem.v1 import inference_pb2 as pb
+from tandem.v1 import inference_pb2_grpc
+from tandem.worker import Role
 from tests.router.harness import cluster, config_for, expected, router_alone, tokens_of, until
 
 PROMPT = [5, 6, 7]
@@ -59,11 +61,8 @@ async def test_router_waits_for_workers_that_come_later(folder: Path) -> None:
     async with router_alone(folder) as running:
         asking = asyncio.create_task(running.ask(question(4)))
         await asyncio.sleep(0.1)
-        from tandem.worker import Role
-
-        settings = StubSettings(vocabulary_tokens=97)
-        await running.add("p0", Role.PREFILL, settings)
-        await running.add("d0", Role.DECODE, settings)
+        await running.add("p0", Role.PREFILL)
+        await running.add("d0", Role.DECODE)
         assert tokens_of(await asking) == expected(PROMPT, 4)
 
 
@@ -85,9 +84,7 @@ async def test_unknown_dispatch_policy_is_an_error_at_start(folder: Path) -> Non
 
 async def test_slow_reader_gets_every_token_in_fewer_messages(folder: Path) -> None:
     async with cluster(folder) as running, grpc.aio.insecure_channel(running.grpc) as channel:
-        call = channel.unary_stream(
-            "/tandem.v1.InferenceService/Generate", response_deserializer=pb.GenerateResponse.FromString
-        )(question(200).SerializeToString())
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(question(200))
         await asyncio.sleep(0.3)
         responses = [response async for response in call]
         assert tokens_of(responses) == expected(PROMPT, 200)
@@ -102,7 +99,7 @@ async def test_canaries_keep_the_router_ready_and_out_of_the_metrics(folder: Pat
             assert (await plain.get("/ready")).status_code == 200
             text = (await plain.get("/metrics")).text
         assert "tandem_ttft_seconds_count 0.0" in text
-        assert 'tandem_slo_offered{slo_class="chat"} 0.0' in text
+        assert 'tandem_slo_offered_total{slo_class="chat"} 0.0' in text
 
 
 async def test_wedged_pair_is_not_ready(folder: Path) -> None:
@@ -115,3 +112,14 @@ async def test_wedged_pair_is_not_ready(folder: Path) -> None:
                 return answer.status_code == 503 and "last hand-off" in answer.json()["reason"]
 
             await until(refused, within_s=5.0)
+
+
+async def test_small_answers_do_not_wait_for_delayed_acknowledgements(folder: Path) -> None:
+    async with cluster(folder) as running, httpx.AsyncClient(base_url=running.http) as plain:
+        body = {"prompt": PROMPT, "max_tokens": 3, "stream": True}
+        times_s = []
+        for _ in range(15):
+            began_s = time.monotonic()
+            await plain.post("/v1/completions", json=body)
+            times_s.append(time.monotonic() - began_s)
+        assert sorted(times_s)[5] < 0.03

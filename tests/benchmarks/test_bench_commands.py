@@ -1,0 +1,146 @@
+"""Edge: the benchmarks as a person runs them: real router, stub workers, both APIs, JSON out."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.stub_worker import StubSettings, StubWorker
+from engine.model_source import resolve_model
+from router.config import RouterConfig
+from router.membership import FixedMembership
+from router.server import RouterPorts, serve_router
+from tandem.cli.main import main
+from tandem.slo import SloClass
+from tandem.worker import Role
+
+SETTINGS = StubSettings(vocabulary_tokens=49_152, prefill_s=0.02, step_s=0.005)
+TRACE = """arrived_at,num_prefill_tokens,num_decode_tokens
+0.0,374,44
+4.314579,396,109
+4.541877,879,55
+4.710427,91,16
+"""
+"""First rows of the Azure LLM inference trace 2023 (microsoft/vidur's form, MIT)."""
+
+
+def router_config(max_queued: int) -> RouterConfig:
+    return RouterConfig(
+        model_folder=resolve_model("smollm2"),
+        model_name="stub",
+        digest="stub",
+        slo_classes=(SloClass("fast", 2.0, 0.5, 2.0), SloClass("hopeless", 1e-6, 0.5, 2.0)),
+        default_slo_class="fast",
+        context_tokens=512,
+        max_queued=max_queued,
+        canary_interval_s=1.0,
+        grpc_port=0,
+        http_port=0,
+    )
+
+
+@asynccontextmanager
+async def running_router(max_queued: int = 256) -> AsyncIterator[RouterPorts]:
+    stop = asyncio.Event()
+    ports: asyncio.Future[RouterPorts] = asyncio.get_running_loop().create_future()
+    async with (
+        StubWorker.serving(Role.PREFILL, "p", "stub", SETTINGS) as prefill,
+        StubWorker.serving(Role.DECODE, "d", "stub", SETTINGS) as decode,
+        asyncio.TaskGroup() as tasks,
+    ):
+        membership = FixedMembership([prefill.record, decode.record])
+        tasks.create_task(serve_router(router_config(max_queued), membership, stop, ports.set_result))
+        try:
+            async with asyncio.timeout(30):
+                yield await ports
+        finally:
+            stop.set()
+
+
+async def bench_serve(ports: RouterPorts, *arguments: str) -> int:
+    """Runs the command in a thread, since it has a loop of its own."""
+    where = (
+        "--address",
+        f"127.0.0.1:{ports.grpc_port}",
+        "--http-address",
+        f"127.0.0.1:{ports.http_port}",
+    )
+    return await asyncio.to_thread(main, ["bench", "serve", *where, "--json", *arguments])
+
+
+@pytest.mark.parametrize("api", ["grpc", "http"])
+async def test_trace_is_offered_over_both_apis(
+    api: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "azure.csv"
+    trace.write_text(TRACE)
+    async with running_router() as ports:
+        arguments = (
+            "--trace",
+            str(trace),
+            "--rate",
+            "20",
+            "--length-scale",
+            "0.5",
+            "--max-output-tokens",
+            "8",
+        )
+        assert await bench_serve(ports, "--api", api, *arguments) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert (result["offered"], result["completed"], result["failed"]) == (4, 4, 0)
+    assert result["load"] == {
+        "api": api,
+        "trace": "azure.csv",
+        "arrivals": "trace",
+        "rate_rps": 20.0,
+        "length_scale": 0.5,
+        "seed": 0,
+    }
+    assert result["output_tokens_per_s"] * result["duration_s"] == pytest.approx(4 * 8)
+    assert result["ttft_s"]["p50"] >= SETTINGS.prefill_s
+    (fast,) = result["classes"]
+    assert (fast["name"], fast["good"], fast["attainment"]) == ("fast", 4, 1.0)
+
+
+async def test_classes_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    async with running_router() as ports:
+        arguments = ("--rate", "40", "--limit", "20", "--output-tokens", "4", "--prompt-tokens", "10")
+        shares = ("--class", "fast=1", "--class", "hopeless=1", "--seed", "3")
+        assert await bench_serve(ports, *arguments, *shares) == 0
+    classes = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["classes"]}
+    assert classes["fast"]["offered"] + classes["hopeless"]["offered"] == 20
+    assert classes["fast"]["good"] == classes["fast"]["offered"] > 0
+    assert classes["hopeless"]["good"] == 0 < classes["hopeless"]["offered"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Without --trace, --rate is needed"),
+        (("--rate", "1", "--class", "none=1"), "Unknown SLO class 'none'; known: fast, hopeless"),
+        (("--rate", "1", "--class", "fast"), "--class 'fast': expected NAME= and 1 number(s)"),
+        (("--rate", "1", "--slo", "fast=1,2"), "--slo 'fast=1,2': expected NAME= and 3 number(s)"),
+        (("--rate", "-1"), "rate must be positive"),
+        (("--rate", "1", "--limit", "0"), "--limit must be 1 or more"),
+        (("--trace", "/no/trace.csv"), "/no/trace.csv cannot be read"),
+    ],
+)
+async def test_wrong_load_is_refused_with_a_sentence(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running_router() as ports:
+        assert await bench_serve(ports, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+def test_relay_is_measured_with_processes_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "router", "--runs", "1", "--seconds", "1", "--streams", "16", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["tokens_per_s"] > 1000
+    assert result["ttft_router_p50_ms"] > 0
+    assert len(result["tokens_per_s_each"]) == result["runs"] == 1
