@@ -20,6 +20,12 @@ def smollm2_gguf() -> Path:
     return path
 
 
+def file_facts() -> tuple[str, int]:
+    """Name and size of the model file."""
+    path = smollm2_gguf()
+    return path.name, path.stat().st_size
+
+
 @dataclass(frozen=True)
 class Reference:
     """transformers' model and tokenizer."""
