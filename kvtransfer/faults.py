@@ -12,6 +12,7 @@ from enum import Enum
 from types import MappingProxyType
 
 from kvtransfer.contract import BlockMemory, PeerId, PullGrant, SinkTransport, SourceTransport, Transfer
+from kvtransfer.threads import outlast
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -84,10 +85,12 @@ class FaultySink:
         last = bytes(self._memory.view(target[-1]))
         if fault is Fault.DISCONNECT:
             receiving = asyncio.create_task(self._inner.receive(source, grant, target))
-            await asyncio.sleep(0)
-            await self._inner.disconnect(source)
-            await asyncio.wait((receiving,))
-            receiving.exception()
+            try:
+                await asyncio.sleep(0)
+                await self._inner.disconnect(source)
+            finally:
+                receiving.cancel()
+                await outlast(receiving)
             raise TransferError(TransferFault.DISCONNECTED, "The schedule broke the link.")
         await self._inner.receive(source, grant, target)
         if fault is Fault.TRUNCATE:

@@ -1,7 +1,7 @@
 """Edge: HandoffService as a sink calls it; every call is bounded and fails as a TransferError."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeVar
 
@@ -57,7 +57,7 @@ class HandoffClient:
         """Agrees on transports. Raises TransferError, also when another incarnation or model answers."""
         request = pb.ConnectRequest(sink=self._me, transports=transports, host_id=host_id)
         answer = await _called(
-            self._stub.Connect(request, timeout=timeout_s, metadata=self._metadata), "Connect"
+            "Connect", lambda: self._stub.Connect(request, timeout=timeout_s, metadata=self._metadata)
         )
         found = answer.source
         if (found.worker_id, found.incarnation) != (self._source.worker_id, self._source.incarnation):
@@ -86,7 +86,9 @@ class HandoffClient:
             priority=terms.priority,
             remaining_s=terms.remaining_s,
         )
-        answer = await _called(self._stub.Pull(request, timeout=timeout_s, metadata=self._metadata), "Pull")
+        answer = await _called(
+            "Pull", lambda: self._stub.Pull(request, timeout=timeout_s, metadata=self._metadata)
+        )
         if answer.refusal or answer.state not in (pb.HANDOFF_STATE_ACCEPTED, pb.HANDOFF_STATE_MOVING):
             _refused(answer.refusal)
         if len(answer.source_blocks) != part.num_blocks:
@@ -98,18 +100,24 @@ class HandoffClient:
 
     async def commit(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
         """The source's state after it was told that the bytes were verified."""
-        call = self._stub.Commit(self._ref(key), timeout=timeout_s, metadata=self._metadata)
-        return STATE_FROM_WIRE[(await _called(call, "Commit")).state]
+        answer = await _called(
+            "Commit", lambda: self._stub.Commit(self._ref(key), timeout=timeout_s, metadata=self._metadata)
+        )
+        return STATE_FROM_WIRE[answer.state]
 
     async def abort(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
         """The source's state after it was told that we gave up."""
-        call = self._stub.Abort(self._ref(key), timeout=timeout_s, metadata=self._metadata)
-        return STATE_FROM_WIRE[(await _called(call, "Abort")).state]
+        answer = await _called(
+            "Abort", lambda: self._stub.Abort(self._ref(key), timeout=timeout_s, metadata=self._metadata)
+        )
+        return STATE_FROM_WIRE[answer.state]
 
     async def query(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
         """The source's state."""
-        call = self._stub.Query(self._ref(key), timeout=timeout_s, metadata=self._metadata)
-        return STATE_FROM_WIRE[(await _called(call, "Query")).state]
+        answer = await _called(
+            "Query", lambda: self._stub.Query(self._ref(key), timeout=timeout_s, metadata=self._metadata)
+        )
+        return STATE_FROM_WIRE[answer.state]
 
     async def close(self) -> None:
         """Ends the channel and the calls on it."""
@@ -119,9 +127,10 @@ class HandoffClient:
         return pb.HandoffRef(leg_id=key.leg_id, epoch=key.epoch, sink=self._me)
 
 
-async def _called(call: Awaitable[AnswerT], name: str) -> AnswerT:
+async def _called(name: str, call: Callable[[], Awaitable[AnswerT]]) -> AnswerT:
+    """The answer, or what went wrong as a TransferError; `call` itself raises on a closed channel."""
     try:
-        return await call
+        return await call()
     except grpc.aio.AioRpcError as error:
         details = error.details() or ""
         if error.code() is grpc.StatusCode.FAILED_PRECONDITION:

@@ -38,6 +38,8 @@ from tandem.worker import WorkerRecord
 CALL_S = 0.5
 """Bound of one small call (commit, abort, query); lost ones are repeated within their own bounds."""
 
+CLOSING = "This sink is closing."
+
 CLOSE_S = 1.5
 """How long `close` waits for pulls to fail."""
 
@@ -57,6 +59,15 @@ class _Pull:
     targets: tuple[BlockId, ...]
     priority: int
     deadline_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A call of `pull` under way, and how to end it from outside."""
+
+    peer: PeerId
+    bound: asyncio.Timeout
+    ended_by: str = ""
 
 
 class HandoffSink:
@@ -84,8 +95,8 @@ class HandoffSink:
         self._numbers = itertools.count(1)
         self._aborts: set[asyncio.Task[None]] = set()
         self._closing = False
-        self._running = 0
-        self._all_ended = asyncio.Event()
+        self._running: set[_Running] = set()
+        self._ended = asyncio.Event()
         self._executor = ThreadPoolExecutor(max(1, config.max_pulls), "kv-verify")
 
     async def pull(
@@ -107,29 +118,34 @@ class HandoffSink:
             message = f"{len(target_blocks)} target blocks were given for {block_range.num_blocks}."
             raise TransferError(TransferFault.LENGTH, message)
         if self._closing:
-            raise TransferError(TransferFault.DISCONNECTED, "This sink is closing.")
+            raise TransferError(TransferFault.DISCONNECTED, CLOSING)
         deadline_s = self._clock() + remaining_s
         machine = SinkHandoff(key, self._times, deadline_s)
-        self._running += 1
+        running = _Running(PeerId.of(source), asyncio.timeout(remaining_s))
         try:
-            async with asyncio.timeout(remaining_s), self._gate.turn(priority):
-                known = await self._sources.get(source)
-                pull = _Pull(machine, known, block_range, tuple(target_blocks), priority, deadline_s)
-                return await self._over_any_transport(pull)
+            async with running.bound:
+                self._running.add(running)
+                async with self._gate.turn(priority):
+                    known = await self._sources.get(source)
+                    pull = _Pull(machine, known, block_range, tuple(target_blocks), priority, deadline_s)
+                    return await self._over_any_transport(pull)
         except TimeoutError as error:
+            if running.ended_by:
+                raise TransferError(TransferFault.DISCONNECTED, running.ended_by) from error
             raise TransferError(TransferFault.TIMEOUT, "The request's deadline ended the pull.") from error
         finally:
+            self._running.discard(running)
             if not machine.state.terminal:
                 machine.cancel()
             if machine.owes_abort:
                 machine.abort_sent()
                 self._tell_abort(key, source)
-            self._running -= 1
-            self._all_ended.set()
+            self._ended.set()
 
     async def peer_lost(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         """Ends what runs with a source that is gone, and closes the connections to it."""
         peer = PeerId(worker_id, incarnation)
+        self._end([running for running in self._running if running.peer == peer], "The source is lost.")
         await self._sources.forget(peer)
         for transport in self._transports.values():
             await transport.disconnect(peer)
@@ -137,29 +153,33 @@ class HandoffSink:
     async def close(self) -> None:
         """Ends what runs, tells the sources, and closes everything within about 2 s; idempotent."""
         self._closing = True
-        for peer in self._sources.peers:
-            for transport in self._transports.values():
-                await transport.disconnect(peer)
-        await self._sources.close()
+        self._end(tuple(self._running), CLOSING)
         try:
             async with asyncio.timeout(CLOSE_S):
                 while self._running:
-                    self._all_ended.clear()
-                    await self._all_ended.wait()
+                    self._ended.clear()
+                    await self._ended.wait()
         except TimeoutError:
-            _log.warning("closed while pulls were running", pulls=self._running)
+            _log.warning("closed while pulls were running", pulls=len(self._running))
         await asyncio.gather(*self._aborts, return_exceptions=True)
         for transport in self._transports.values():
             await transport.close()
         await self._sources.close()
         self._executor.shutdown(wait=True)
 
+    def _end(self, pulls: Sequence["_Running"], why: str) -> None:
+        """Makes pulls end as if their deadline were now."""
+        for running in pulls:
+            running.ended_by = why
+            if not running.bound.expired():
+                running.bound.reschedule(asyncio.get_running_loop().time())
+
     async def _over_any_transport(self, pull: _Pull) -> PullReport:
-        if not pull.targets and not self._closing:
+        if not pull.targets:
             return await self._attempt(pull, None)
         failure = TransferError(TransferFault.UNSUPPORTED, "No transport was left to try.")
         for endpoint in pull.source.endpoints:
-            if self._closing or pull.machine.state.terminal:
+            if pull.machine.state.terminal:
                 break
             transport = self._transports[endpoint.transport]
             peer = pull.source.peer

@@ -29,7 +29,7 @@ async def run_canaries(core: RouterCore) -> None:
     while True:
         placement = core.dispatcher.placement
         pair = placement.serves(Role.PREFILL) and placement.serves(Role.DECODE)
-        if pair and core.readiness.canary_due(core.clock()):
+        if pair and not core.draining and core.readiness.canary_due(core.clock()):
             ok = await _send_canary(core)
             pause_s = interval_s / 4 if ok else min(interval_s, pause_s * 2)
         core.dispatcher.pair_attached.clear()

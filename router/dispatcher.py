@@ -139,8 +139,10 @@ class Dispatcher:
             if live is None:
                 continue
             logprobs = [logprob_from_wire(item) for item in entry.logprobs] if entry.logprobs else ()
-            stop_token_id = entry.stop_token_id if entry.HasField("stop_token_id") else None
-            finish = FINISH_FROM_WIRE.get(entry.finish_reason)
+            finish, stop_token_id = None, None
+            if entry.finish_reason:
+                finish = FINISH_FROM_WIRE.get(entry.finish_reason)
+                stop_token_id = entry.stop_token_id if entry.HasField("stop_token_id") else None
             try:
                 commands = live.session.tokens(
                     key,

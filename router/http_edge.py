@@ -57,8 +57,9 @@ class UntilDisconnected(Response):
     The status goes out with the first piece, so that an error before it gets a status of its own.
     """
 
-    def __init__(self, pieces: AsyncIterator[bytes], media_type: str) -> None:
-        super().__init__(media_type=media_type, headers={"cache-control": "no-cache"})
+    def __init__(self, pieces: AsyncIterator[bytes], media_type: str, request_id: str) -> None:
+        headers = {"cache-control": "no-cache", "x-request-id": request_id}
+        super().__init__(media_type=media_type, headers=headers)
         del self.headers["content-length"]
         self._pieces = pieces
 

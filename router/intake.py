@@ -1,9 +1,8 @@
 """Edge: turns what clients send into tokenised requests: prompts are read once, here."""
 
 import asyncio
-import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from engine.tokenizer import Tokenizer
@@ -35,8 +34,9 @@ THREAD_FROM_CHARACTERS = 4096
 class Intake:
     """Reads prompts, and checks everything that a request holds."""
 
-    def __init__(self, tokenizer: Tokenizer, model: ServedModel) -> None:
+    def __init__(self, tokenizer: Tokenizer, model: ServedModel, clock: Callable[[], float]) -> None:
         self.model = model
+        self._clock = clock
         self._tokenizer = tokenizer
         self._one_at_a_time = asyncio.Lock()
 
@@ -60,7 +60,7 @@ class Intake:
 
     async def from_wire(self, message: pb.GenerateRequest, remaining_s: float | None) -> GenerationRequest:
         """A checked, tokenised request; `remaining_s` is left of the gRPC deadline. Raises InvalidRequest."""
-        arrived_s = time.monotonic()
+        arrived_s = self._clock()
         request_id = message.request_id or f"req-{uuid.uuid4().hex}"
         check_request_id(request_id)
         check_model(message.model, self.model)

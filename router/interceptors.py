@@ -51,16 +51,23 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, calls: Counter) -> None:
         self._calls = calls
+        self._ok = calls.labels("grpc", "OK")
+        self._handlers: dict[str, Any] = {}
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
-        """Wraps our own methods; health and reflection pass."""
+        """Wraps our own methods, each once; health and reflection pass."""
+        known = self._handlers.get(details.method)
+        if known is not None:
+            return known
         handler = await continuation(details)
         if handler is None or not details.method.startswith(OUR_METHODS):
             return handler
         streams = handler.response_streaming
         make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
         inner = handler.unary_stream if streams else handler.unary_unary
-        return make(self._wrapped(inner), handler.request_deserializer, handler.response_serializer)
+        made = make(self._wrapped(inner), handler.request_deserializer, handler.response_serializer)
+        self._handlers[details.method] = made
+        return made
 
     def _wrapped(self, inner: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Any]:
         async def call(request: Any, context: Context) -> Any:
@@ -75,7 +82,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
                 log.exception("unexpected error in a call")
                 self._calls.labels("grpc", "INTERNAL").inc()
                 await context.abort(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
-            self._calls.labels("grpc", "OK").inc()
+            self._ok.inc()
             return response
 
         return call

@@ -121,7 +121,10 @@ class RouterMetrics:
         self.handoffs = Counter(
             "tandem_handoffs", "Hand-offs that landed.", ["transport"], registry=self.registry
         )
-        self.tokens = Counter("tandem_tokens", "Tokens served.", ["kind"], registry=self.registry)
+        tokens = Counter("tandem_tokens", "Tokens served.", ["kind"], registry=self.registry)
+        self._prompt_tokens = tokens.labels("prompt")
+        self._completion_tokens = tokens.labels("completion")
+        self._cached_tokens = tokens.labels("cached")
         self.requests = Counter(
             "tandem_requests", "Requests that ended.", ["slo_class", "outcome"], registry=self.registry
         )
@@ -136,9 +139,9 @@ class RouterMetrics:
     def observe_finished(self, slo_class: str, usage: TokenUsage, timeline: TimelineReport) -> None:
         """A request finished with all its tokens."""
         self.requests.labels(slo_class, "finished").inc()
-        self.tokens.labels("prompt").inc(usage.prompt_tokens)
-        self.tokens.labels("completion").inc(usage.completion_tokens)
-        self.tokens.labels("cached").inc(usage.cached_tokens)
+        self._prompt_tokens.inc(usage.prompt_tokens)
+        self._completion_tokens.inc(usage.completion_tokens)
+        self._cached_tokens.inc(usage.cached_tokens)
         self.ttft.observe(timeline.ttft_s)
         self.queue.observe(timeline.queue_s)
         self.prefill.observe(timeline.prefill_s)

@@ -133,8 +133,8 @@ class OpenAiDoor:
         choices = [Choice(index) for index in range(len(prompts) * params.n)]
         if body.stream:
             events = self._events(requests, form, choices, with_usage)
-            return UntilDisconnected(events, "text/event-stream")
-        return UntilDisconnected(self._whole(requests, form, choices), "application/json")
+            return UntilDisconnected(events, "text/event-stream", answer_id)
+        return UntilDisconnected(self._whole(requests, form, choices), "application/json", answer_id)
 
     async def _whole(
         self, requests: Sequence[GenerationRequest], form: AnswerFormat, choices: Sequence[Choice]

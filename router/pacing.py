@@ -4,7 +4,7 @@ Sending a message costs many times what a token in it costs. An idle router send
 first token of a request and its last are never held. Under load the hold grows until the router keeps up.
 """
 
-LONGEST_HOLD_S = 0.04
+LONGEST_HOLD_S = 0.1
 HOLD_STEP_S = 0.005
 BUSY_FRACTION = 0.8
 IDLE_FRACTION = 0.6

@@ -58,7 +58,7 @@ async def serve_router(
     tokenizer = Tokenizer.load(config.model_folder)
     api_key = os.environ.get(API_KEY_ENV) or None
     core = RouterCore(config, tokenizer, membership, os.environ.get(CLUSTER_TOKEN_ENV) or None)
-    intake = Intake(tokenizer, _served_model(config, tokenizer))
+    intake = Intake(tokenizer, _served_model(config, tokenizer), core.clock)
     grpc_door = GrpcDoor(core, intake, tokenizer, api_key)
     with _listening(config.bind_host, config.http_port) as listener:
         grpc_port = await grpc_door.start(config.bind_host, config.grpc_port)

@@ -99,6 +99,11 @@ class RouterCore:
         finally:
             self._close(live)
 
+    @property
+    def draining(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._draining
+
     def verdict(self) -> Verdict:
         """Whether requests can be served now."""
         loads = tuple(self.dispatcher.placement.loads.values())
@@ -195,17 +200,17 @@ class RouterCore:
 
     def _account(self, session: Session) -> None:
         """Counts how the request ended, and whether it was good."""
-        request, timeline = session.request, session.timeline
-        slo, now_s = session.rules.slo, self.clock()
-        missed = timeline.missed_by(slo, now_s)
-        if missed is not None:
-            self.metrics.slo_missed.labels(slo.name, missed.value).inc()
-        if missed is None and session.state is not State.FAILED:
+        request, slo, now_s = session.request, session.rules.slo, self.clock()
+        report = session.timeline.report(slo, now_s)
+        if not report.slo_met:
+            self.metrics.slo_missed.labels(slo.name, report.slo_missed_by).inc()
+        elif session.state is not State.FAILED:
             self.accounting.good(slo.name, now_s)
         if session.state is State.FINISHED:
-            self.metrics.observe_finished(slo.name, session.usage(), timeline.report(slo, now_s))
+            self.metrics.observe_finished(slo.name, session.usage(), report)
         elif session.error is not None:
             self._count_outcome(request, type(session.error).__name__)
+            log.warning("request failed", request_id=request.request_id, error=str(session.error))
         else:
             self._count_outcome(request, "Cancelled")
 

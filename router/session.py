@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from engine.leg import DropReason
-from router.leg import ENDED, WAY, Input, Leg, State, after
+from router.leg import ENDED, TRANSITIONS, WAY, Input, Leg, State, after
 from router.request import GenerationRequest, GenerationUpdate, TokenUsage
 from router.sample import Sample
 from router.text_stream import TextStream
@@ -163,7 +163,8 @@ class Session:
         leg = self._legs.get(leg_id)
         if leg is None or sample_index not in leg.samples or not leg.speaks(worker):
             return ()
-        leg.moved(Input.TOKENS)
+        if (leg.state, Input.TOKENS) not in TRANSITIONS:
+            raise ProtocolError("Tokens came before the KV landed.")
         sample = self.samples[sample_index]
         known = len(sample.tokens) - first_index
         if known < 0:

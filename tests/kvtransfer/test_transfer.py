@@ -10,6 +10,7 @@ from kvtransfer.contract import BlockRange, PeerId, SinkTransport, SourceTranspo
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
 from kvtransfer.handoff import HandoffState, ReleaseReason
 from tandem.errors import TransferError, TransferFault
+from tandem.ids import Incarnation
 from tests.kvtransfer.pair import Pool, blocks, config, connected_pair, eventually, key, outcome_of
 
 
@@ -277,9 +278,28 @@ class TestSendingTransport:
             assert time.monotonic() - began_s < 1.0
             for pulling in pulls:
                 assert isinstance(await outcome_of(pulling), TransferError)
-            await pair.wait_released(2, within_s=2.0)
+            assert [reason for _, reason in pair.released] == [ReleaseReason.ABORTED_BY_SINK] * 2
             pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, 1), blocks(1)))
             assert isinstance(await outcome_of(pulling), TransferError)
+
+    async def test_lost_source_ends_its_pulls_only(self) -> None:
+        def wrap(inner: SourceTransport) -> SourceTransport:
+            return FaultySource(inner, FaultSchedule(1, {Fault.DROP: 1.0}))
+
+        async with connected_pair(config("tcp"), wrap_source=wrap) as pair:
+            pair.source.offer(key("a"), blocks(1))
+            pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, 1), blocks(1)))
+            await eventually(lambda: pair.source.counts().in_flight == 1, within_s=2.0)
+            lost = pair.source_record
+            await pair.sink.peer_lost(lost.worker_id, Incarnation(lost.incarnation + 1))
+            await asyncio.sleep(0.05)
+            assert not pulling.done()
+            began_s = time.monotonic()
+            await pair.sink.peer_lost(lost.worker_id, lost.incarnation)
+            failure = await outcome_of(pulling)
+            assert time.monotonic() - began_s < 1.0
+            assert isinstance(failure, TransferError)
+            assert failure.fault is TransferFault.DISCONNECTED
 
 
 class TestFallback:

@@ -123,3 +123,13 @@ async def test_small_answers_do_not_wait_for_delayed_acknowledgements(folder: Pa
             await plain.post("/v1/completions", json=body)
             times_s.append(time.monotonic() - began_s)
         assert sorted(times_s)[5] < 0.03
+
+
+async def test_offered_legs_leave_the_prefill_window(folder: Path) -> None:
+    async with cluster(folder, StubSettings(step_s=0.05), prefill_window_tokens=len(PROMPT)) as running:
+        asking = [asyncio.create_task(running.ask(question(100))) for _ in range(4)]
+        before = len(running.stubs["d0"].decodes)
+        await until(lambda: len(running.stubs["d0"].decodes) == before + 4, within_s=2.0)
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
