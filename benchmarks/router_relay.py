@@ -163,6 +163,7 @@ async def _process(
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=1 << 24,
+        start_new_session=True,
     )
     try:
         if cores is not None:

@@ -27,6 +27,7 @@ from tandem.slo import SloClass
 
 WARM_UP_TOKENS = 4
 SHOWN_FAILURES = 5
+TRACE_TIMES = "trace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +40,36 @@ class Served:
     slo_classes: dict[str, SloClass]
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What came of a load; `arrivals` says whose times it had, a trace's own or a process's."""
+
+    summary: LoadSummary
+    outcomes: tuple[Outcome, ...]
+    arrivals: str
+
+
 def run(chosen: argparse.Namespace) -> int:
     """Prints the summary; exit code 0 when at least one request completed. Raises TandemError."""
-    summary, outcomes = asyncio.run(_measure(chosen))
+    measured = asyncio.run(_measure(chosen))
+    summary = measured.summary
     if chosen.json:
-        print(json.dumps(serve_json(chosen, summary)))
+        print(json.dumps(serve_json(chosen, measured.arrivals, summary)))
     else:
         _print(summary)
-    for text, times in Counter(outcome.detail for outcome in outcomes if outcome.detail).most_common(
+    for text, times in Counter(outcome.detail for outcome in measured.outcomes if outcome.detail).most_common(
         SHOWN_FAILURES
     ):
         print(f"{times} x {text}", file=sys.stderr)
     return 0 if summary.completed else 1
 
 
-def serve_json(chosen: argparse.Namespace, summary: LoadSummary) -> dict[str, Any]:
+def serve_json(chosen: argparse.Namespace, arrivals: str, summary: LoadSummary) -> dict[str, Any]:
     """Output of `tandem bench serve --json`; the keys are documented in docs/json-output.md."""
     load = {
         "api": chosen.api,
         "trace": None if chosen.trace is None else chosen.trace.name,
-        "arrivals": "trace" if chosen.trace is not None and chosen.rate is None else chosen.arrivals,
+        "arrivals": arrivals,
         "rate_rps": chosen.rate,
         "length_scale": chosen.length_scale,
         "seed": chosen.seed,
@@ -66,14 +77,15 @@ def serve_json(chosen: argparse.Namespace, summary: LoadSummary) -> dict[str, An
     return {"benchmark": "serve", "load": load, **asdict(summary)}
 
 
-async def _measure(chosen: argparse.Namespace) -> tuple[LoadSummary, tuple[Outcome, ...]]:
+async def _measure(chosen: argparse.Namespace) -> Measured:
     served = await _ask_cluster(chosen.address)
     objectives = {**served.slo_classes, **_objectives(chosen.slo)}
     shares = _shares(chosen.classes) or {next(iter(objectives)): 1.0}
     for name in shares:
         if name not in objectives:
             raise InvalidRequest(f"Unknown SLO class {name!r}; known: {', '.join(objectives)}.", "--class")
-    requests = _plan(chosen, served, shares)
+    rows = _rows(chosen)
+    requests = _plan(chosen, rows, served, shares)
     target: Target = (
         GrpcTarget(chosen.address) if chosen.api == "grpc" else HttpTarget(chosen.http_address, served.model)
     )
@@ -82,7 +94,9 @@ async def _measure(chosen: argparse.Namespace) -> tuple[LoadSummary, tuple[Outco
         outcomes = await offer(requests, target, chosen.timeout, _progress(len(requests)))
     finally:
         await target.close()
-    return summarise(outcomes, {name: objectives[name] for name in shares}), outcomes
+    timed = all(row.arrived_s is not None for row in rows)
+    summary = summarise(outcomes, {name: objectives[name] for name in shares})
+    return Measured(summary, outcomes, TRACE_TIMES if timed else chosen.arrivals)
 
 
 async def _ask_cluster(address: str) -> Served:
@@ -101,12 +115,9 @@ async def _ask_cluster(address: str) -> Served:
     )
 
 
-def _plan(chosen: argparse.Namespace, served: Served, shares: dict[str, float]) -> tuple[PlannedRequest, ...]:
-    if chosen.limit < 1:
-        raise InvalidRequest(f"--limit must be 1 or more, not {chosen.limit}.", "--limit")
-    rows = _rows(chosen)
-    if chosen.trace is None and chosen.rate is None:
-        raise InvalidRequest("Without --trace, --rate is needed.", "--rate")
+def _plan(
+    chosen: argparse.Namespace, rows: Sequence[TraceRow], served: Served, shares: dict[str, float]
+) -> tuple[PlannedRequest, ...]:
     output_room = min(chosen.max_output_tokens, served.context_tokens - 1)
     prompt_room = served.context_tokens - output_room
     limits = LengthLimits(
@@ -124,6 +135,10 @@ def _seeded(seed: int) -> Callable[[str], TokenDraws]:
 
 
 def _rows(chosen: argparse.Namespace) -> Sequence[TraceRow]:
+    if chosen.limit < 1:
+        raise InvalidRequest(f"--limit must be 1 or more, not {chosen.limit}.", "--limit")
+    if chosen.trace is None and chosen.rate is None:
+        raise InvalidRequest("Without --trace, --rate is needed.", "--rate")
     if chosen.trace is None:
         return tuple(islice(fixed_lengths(chosen.prompt_tokens, chosen.output_tokens), chosen.limit))
     path: Path = chosen.trace

@@ -1,5 +1,6 @@
 """Edge: what `tandem demo` does: a cluster on free ports, one answer, its timeline."""
 
+import logging
 import time
 
 from rich.console import Console
@@ -11,10 +12,12 @@ from tandem.cli.timeline_table import print_timeline
 from tandem.client import AsyncTandemClient, GenerateOptions
 from tandem.errors import TandemError
 from tandem.generation import ChatMessage, SamplingOptions, Update
+from tandem.logs import configure_logging
 
 
 async def show_one_answer(question: str, max_tokens: int) -> int:
     """Prints the answer as it comes, then the stages; everything is stopped when it returns."""
+    configure_logging(logging.WARNING)
     console = Console(highlight=False)
     started_s = time.monotonic()
     config = ClusterConfig(router=RouterSection(grpc_port=0, http_port=0))

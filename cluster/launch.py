@@ -3,6 +3,7 @@
 import asyncio
 import os
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,7 +13,7 @@ from typing import TypeVar
 
 from cluster import readiness
 from cluster.child_process import tail
-from cluster.config import REDIS_PASSWORD_ENV, ClusterConfig
+from cluster.config import REDIS_PASSWORD_ENV, ClusterConfig, RouterSection
 from cluster.embedded_store import embedded_store
 from cluster.model_facts import read_model_facts
 from cluster.plan import ModelFacts, router_config, worker_configs
@@ -88,6 +89,7 @@ class _Launch:
 
     async def start(self, stack: AsyncExitStack) -> RunningCluster:
         """The model beside registry and Ray; then workers beside the router; then the proof by a hand-off."""
+        _check_ports(self._config.router)
         reading = asyncio.create_task(self._timed(Phase.MODEL, asyncio.to_thread(self._read_model)))
         stack.push_async_callback(_cancel, reading)
         address = await self._timed(Phase.REGISTRY, self._open_registry(stack))
@@ -209,6 +211,21 @@ def _secrets(config: ClusterConfig) -> dict[str, str]:
     elif os.environ.get(REDIS_PASSWORD_ENV):
         found[REDIS_PASSWORD_ENV] = os.environ[REDIS_PASSWORD_ENV]
     return found
+
+
+def _check_ports(router: RouterSection) -> None:
+    """Raises ConfigError before anything is started for nothing."""
+    for key, port in (("grpc_port", router.grpc_port), ("http_port", router.http_port)):
+        family = socket.AF_INET6 if ":" in router.bind_host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((router.bind_host, port))
+            except OSError as error:
+                raise ConfigError(
+                    f"router.{key}: {router.bind_host}:{port} cannot be bound ({error.strerror}); allowed: a "
+                    "port that nobody uses, or 0 to let the system choose"
+                ) from error
 
 
 def _reachable(bind_host: str) -> str:

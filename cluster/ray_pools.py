@@ -15,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import structlog
 
 from cluster.config import ClusterConfig, PoolSection
@@ -196,11 +198,20 @@ def _temporary_folder(config: ClusterConfig) -> Iterator[str]:
     if config.ray.address != "local":
         yield ""
         return
-    folder = tempfile.mkdtemp(prefix=TEMPORARY_FOLDER_PREFIX)
+    _sweep()
+    folder = tempfile.mkdtemp(prefix=f"{TEMPORARY_FOLDER_PREFIX}{os.getpid()}-")
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Removes what launches left that were killed; their process ids are in the names."""
+    for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY_FOLDER_PREFIX}*"):
+        owner = left.name.removeprefix(TEMPORARY_FOLDER_PREFIX).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

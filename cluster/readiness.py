@@ -12,6 +12,9 @@ from tandem.ids import WorkerId
 
 POLL_S = 0.1
 
+ATTEMPTS = 3
+"""A worker that failed so often before it ever served will not come."""
+
 
 async def wait_for_workers(
     store: Store,
@@ -35,6 +38,7 @@ async def wait_for_workers(
                 missing -= living
                 if not missing:
                     return
+                await _raise_if_hopeless(store, missing, logs)
                 await asyncio.sleep(POLL_S)
     except TimeoutError as error:
         tails = "\n".join(
@@ -56,6 +60,21 @@ class EndingProcess(Protocol):
     def ended(self) -> NotReady:
         """The error that says how it ended."""
         ...
+
+
+async def _raise_if_hopeless(store: Store, missing: set[WorkerId], logs: Callable[[WorkerId], str]) -> None:
+    """Raises NotReady for a worker that failed so often that it will fail again."""
+    try:
+        failures = await store.failures()
+    except TandemError:
+        # The next round asks again, and the timeout says that the registry is away.
+        return
+    for worker_id in sorted(missing & failures.keys()):
+        if failures[worker_id].count >= ATTEMPTS:
+            raise NotReady(
+                f"{worker_id} failed {failures[worker_id].count} times, last with: "
+                f"{failures[worker_id].last_reason}\n{logs(worker_id)}".rstrip()
+            )
 
 
 async def wait_for_router(router: EndingProcess, address: str, timeout_s: float) -> None:

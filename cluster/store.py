@@ -26,6 +26,7 @@ from tandem.worker import WorkerRecord
 log = structlog.get_logger(__name__)
 
 CALL_TIMEOUT_S = 1.0
+MAX_REASON_CHARACTERS = 2000
 
 _NOW = """
 local clock = redis.call('TIME')
@@ -49,12 +50,19 @@ local last = tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0')
 if last > tonumber(ARGV[2]) then return 0 end
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 redis.call('HSET', KEYS[1], ARGV[1], string.format('%.0f', now + ARGV[3]) .. ' ' .. ARGV[4])
+redis.call('HDEL', KEYS[3], ARGV[1])
 return 1
 """
 )
 
 _DEREGISTER = """
 if redis.call('HGET', KEYS[2], ARGV[1]) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
+return 1
+"""
+
+_NOTE_FAILURE = """
+local before = string.match(redis.call('HGET', KEYS[1], ARGV[1]) or '', '^(%d+) ')
+redis.call('HSET', KEYS[1], ARGV[1], string.format('%d', tonumber(before or '0') + 1) .. ' ' .. ARGV[2])
 return 1
 """
 
@@ -108,6 +116,14 @@ class Living:
     workers: tuple[RegisteredWorker, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """How often in a row a worker failed, and what the last failure said."""
+
+    count: int
+    last_reason: str
+
+
 _ENTRY = TypeAdapter(RegisteredWorker)
 
 
@@ -144,11 +160,25 @@ class Store:
         record = worker.record
         lease_ms, entry = round(lease_s * 1000), _ENTRY.dump_json(worker)
         arguments = (record.worker_id, record.incarnation, lease_ms, entry)
-        return bool(await self._run(_REGISTER, ["workers", "incarnations"], arguments))
+        return bool(await self._run(_REGISTER, ["workers", "incarnations", "failures"], arguments))
 
     async def deregister(self, record: WorkerRecord) -> None:
         """Gives the lease back at once; a newer life's lease is left alone."""
         await self._run(_DEREGISTER, ["workers", "incarnations"], [record.worker_id, record.incarnation])
+
+    async def note_failure(self, worker_id: WorkerId, reason: str) -> None:
+        """Notes that a life of a worker ended by a fault; forgotten once it registers again."""
+        await self._run(_NOTE_FAILURE, ["failures"], [worker_id, reason[:MAX_REASON_CHARACTERS]])
+
+    async def failures(self) -> dict[WorkerId, Failures]:
+        """Workers whose last lives ended by a fault before they could register."""
+        pairs = await self._run("return redis.call('HGETALL', KEYS[1])", ["failures"], [])
+        texts = [item.decode(errors="replace") for item in pairs]
+        found: dict[WorkerId, Failures] = {}
+        for worker_id, text in zip(texts[::2], texts[1::2], strict=True):
+            count, _, reason = text.partition(" ")
+            found[WorkerId(worker_id)] = Failures(int(count), reason)
+        return found
 
     async def living(self) -> Living:
         """Everyone who holds a lease, sorted by id."""

@@ -1,6 +1,7 @@
 """Edge: what `tandem up` does once its configuration is read."""
 
 import asyncio
+import logging
 import sys
 
 from rich.console import Console
@@ -8,10 +9,12 @@ from rich.console import Console
 from cluster.config import ClusterConfig
 from cluster.launch import running_cluster
 from cluster.terminal import TerminalProgress
+from tandem.logs import configure_logging
 
 
 async def serve_until_interrupted(config: ClusterConfig) -> int:
     """Serves until cancelled, which is the usual end (0), or until the router ends by itself (1)."""
+    configure_logging(logging.WARNING)
     console = Console(highlight=False)
     try:
         with TerminalProgress(console) as progress:

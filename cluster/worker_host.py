@@ -1,6 +1,7 @@
 """Edge: one life of a worker: takes an incarnation, loads, registers, serves until told to drain."""
 
 import asyncio
+import contextlib
 import importlib
 import os
 import socket
@@ -84,25 +85,35 @@ async def host_worker(spec: WorkerSpec, stop: asyncio.Event) -> None:
 
     Raises what made the worker unable to go on, and Superseded when a newer life has begun.
     """
-    started_s = time.monotonic()
     store = Store(spec.store_address(os.environ))
     try:
-        incarnation = await _next_incarnation(store, spec.config.worker_id)
-        folder = await asyncio.to_thread(_resolve, spec.model_source)
-        config = replace(spec.config, incarnation=incarnation, model_folder=folder)
-        async with _open(config, os.environ.get(CLUSTER_TOKEN_ENV)) as worker:
-            entry = RegisteredWorker(worker.record, os.getpid(), socket.gethostname())
-            async with registered(store, entry, spec.registry_lease_s) as lease:
-                log.info(
-                    "worker registered",
-                    worker_id=config.worker_id,
-                    incarnation=incarnation,
-                    start_s=round(time.monotonic() - started_s, 3),
-                )
-                await _until_stopped(stop, worker, lease)
-                await worker.drain(spec.drain_timeout_s)
+        await _serve(spec, store, stop)
+    except Exception as error:
+        reason = str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(TandemError):
+            # The registry may be what is away; the log has the reason too.
+            await store.note_failure(spec.config.worker_id, reason)
+        raise
     finally:
         await store.close()
+
+
+async def _serve(spec: WorkerSpec, store: Store, stop: asyncio.Event) -> None:
+    started_s = time.monotonic()
+    incarnation = await _next_incarnation(store, spec.config.worker_id)
+    folder = await asyncio.to_thread(_resolve, spec.model_source)
+    config = replace(spec.config, incarnation=incarnation, model_folder=folder)
+    async with _open(config, os.environ.get(CLUSTER_TOKEN_ENV)) as worker:
+        entry = RegisteredWorker(worker.record, os.getpid(), socket.gethostname())
+        async with registered(store, entry, spec.registry_lease_s) as lease:
+            log.info(
+                "worker registered",
+                worker_id=config.worker_id,
+                incarnation=incarnation,
+                start_s=round(time.monotonic() - started_s, 3),
+            )
+            await _until_stopped(stop, worker, lease)
+            await worker.drain(spec.drain_timeout_s)
 
 
 async def _next_incarnation(store: Store, worker_id: WorkerId) -> Incarnation:

@@ -47,7 +47,7 @@ class GapHistogram(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The histogram as Prometheus wants it: cumulative counts."""
-        family = HistogramMetricFamily("tandem_inter_token_seconds", "Gap between emissions of a sample.")
+        family = HistogramMetricFamily("tandem_itl_seconds", "Gap between emissions of a sample.")
         cumulative, buckets = 0, []
         for bound, count in zip((*map(str, TOKEN_BUCKETS_S), "+Inf"), self._counts, strict=True):
             cumulative += count

@@ -9,6 +9,8 @@ HOLD_STEP_S = 0.005
 BUSY_FRACTION = 0.8
 IDLE_FRACTION = 0.6
 LATE_S = 0.01
+STARVED_FRACTION = 0.4
+"""A late loop that uses at least this much lacks a core of its own; using less, it has little to gain."""
 
 
 class Pacer:
@@ -20,7 +22,8 @@ class Pacer:
 
     def observe(self, busy_fraction: float, late_s: float) -> None:
         """Takes in one period: CPU seconds per second of it, and by how much its timer fired late."""
-        if busy_fraction > BUSY_FRACTION or late_s > LATE_S:
+        starved = late_s > LATE_S and busy_fraction > STARVED_FRACTION
+        if busy_fraction > BUSY_FRACTION or starved:
             self.hold_s = min(LONGEST_HOLD_S, self.hold_s + HOLD_STEP_S)
         elif busy_fraction < IDLE_FRACTION:
             self.hold_s = max(0.0, self.hold_s - HOLD_STEP_S / 2)

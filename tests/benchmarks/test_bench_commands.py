@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.stub_worker import StubSettings, StubWorker
+from benchmarks.stub_script import StubSettings
+from benchmarks.stub_worker import StubWorker
 from engine.model_source import resolve_model
 from router.config import RouterConfig
 from router.membership import FixedMembership
@@ -61,36 +64,52 @@ async def running_router(max_queued: int = 256) -> AsyncIterator[RouterPorts]:
             stop.set()
 
 
-async def bench_serve(ports: RouterPorts, *arguments: str) -> int:
-    """Runs the command in a thread, since it has a loop of its own."""
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What `--json` printed."""
+        parsed: dict[str, Any] = json.loads(self.output)
+        return parsed
+
+
+async def bench_serve(ports: RouterPorts, *arguments: str) -> Finished:
+    """Runs the command as a person does, in a process of its own."""
     where = (
         "--address",
         f"127.0.0.1:{ports.grpc_port}",
         "--http-address",
         f"127.0.0.1:{ports.http_port}",
     )
-    return await asyncio.to_thread(main, ["bench", "serve", *where, "--json", *arguments])
+    command = (sys.executable, "-m", "tandem.cli.main", "bench", "serve", *where, "--json", *arguments)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(60):
+            output, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return Finished(process.returncode or 0, output.decode(), errors.decode())
 
 
 @pytest.mark.parametrize("api", ["grpc", "http"])
-async def test_trace_is_offered_over_both_apis(
-    api: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_trace_is_offered_over_both_apis(api: str, tmp_path: Path) -> None:
     trace = tmp_path / "azure.csv"
     trace.write_text(TRACE)
+    limits = ("--rate", "20", "--length-scale", "0.5", "--max-output-tokens", "8")
     async with running_router() as ports:
-        arguments = (
-            "--trace",
-            str(trace),
-            "--rate",
-            "20",
-            "--length-scale",
-            "0.5",
-            "--max-output-tokens",
-            "8",
-        )
-        assert await bench_serve(ports, "--api", api, *arguments) == 0
-    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        finished = await bench_serve(ports, "--api", api, "--trace", str(trace), *limits)
+    assert finished.code == 0, finished.errors
+    result = finished.result
     assert (result["offered"], result["completed"], result["failed"]) == (4, 4, 0)
     assert result["load"] == {
         "api": api,
@@ -106,35 +125,36 @@ async def test_trace_is_offered_over_both_apis(
     assert (fast["name"], fast["good"], fast["attainment"]) == ("fast", 4, 1.0)
 
 
-async def test_classes_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_classes_are_counted_apart() -> None:
+    load = ("--rate", "40", "--limit", "20", "--output-tokens", "4", "--prompt-tokens", "10")
+    shares = ("--class", "fast=1", "--class", "hopeless=1", "--seed", "3")
     async with running_router() as ports:
-        arguments = ("--rate", "40", "--limit", "20", "--output-tokens", "4", "--prompt-tokens", "10")
-        shares = ("--class", "fast=1", "--class", "hopeless=1", "--seed", "3")
-        assert await bench_serve(ports, *arguments, *shares) == 0
-    classes = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["classes"]}
+        finished = await bench_serve(ports, *load, *shares)
+    assert finished.code == 0, finished.errors
+    classes = {entry["name"]: entry for entry in finished.result["classes"]}
     assert classes["fast"]["offered"] + classes["hopeless"]["offered"] == 20
     assert classes["fast"]["good"] == classes["fast"]["offered"] > 0
     assert classes["hopeless"]["good"] == 0 < classes["hopeless"]["offered"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "Without --trace, --rate is needed"),
-        (("--rate", "1", "--class", "none=1"), "Unknown SLO class 'none'; known: fast, hopeless"),
-        (("--rate", "1", "--class", "fast"), "--class 'fast': expected NAME= and 1 number(s)"),
-        (("--rate", "1", "--slo", "fast=1,2"), "--slo 'fast=1,2': expected NAME= and 3 number(s)"),
-        (("--rate", "-1"), "rate must be positive"),
-        (("--rate", "1", "--limit", "0"), "--limit must be 1 or more"),
-        (("--trace", "/no/trace.csv"), "/no/trace.csv cannot be read"),
-    ],
-)
-async def test_wrong_load_is_refused_with_a_sentence(
-    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+WRONG = {
+    (): "Without --trace, --rate is needed",
+    ("--rate", "1", "--class", "none=1"): "Unknown SLO class 'none'; known: fast, hopeless",
+    ("--rate", "1", "--class", "fast"): "--class 'fast': expected NAME= and 1 number(s)",
+    ("--rate", "1", "--slo", "fast=1,2"): "--slo 'fast=1,2': expected NAME= and 3 number(s)",
+    ("--rate", "-1"): "rate must be positive",
+    ("--rate", "1", "--limit", "0"): "--limit must be 1 or more",
+    ("--trace", "/no/trace.csv"): "/no/trace.csv cannot be read",
+}
+
+
+async def test_wrong_load_is_refused_with_a_sentence() -> None:
     async with running_router() as ports:
-        assert await bench_serve(ports, *arguments) == 2
-    assert message in capsys.readouterr().err
+        for arguments, message in WRONG.items():
+            finished = await bench_serve(ports, *arguments)
+            assert finished.code == 2, arguments
+            assert message in finished.errors
+            assert "Traceback" not in finished.errors
 
 
 @pytest.mark.e2e

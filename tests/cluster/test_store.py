@@ -12,7 +12,7 @@ import pytest
 
 from cluster.embedded_store import EmbeddedStore, embedded_store
 from cluster.membership import StoreMembership, Superseded, keep_registered, registered
-from cluster.store import RegisteredWorker, Store, StoreAddress, StoreUnavailable
+from cluster.store import Failures, RegisteredWorker, Store, StoreAddress, StoreUnavailable
 from tandem.errors import ConfigError
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role, WorkerRecord
@@ -142,6 +142,18 @@ async def test_unreachable_registry_is_named_within_the_call_timeout() -> None:
     async with connected(StoreAddress("redis://127.0.0.1:1/0")) as store, asyncio.timeout(3):
         with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1"):
             await store.living()
+
+
+async def test_failures_add_up_until_the_worker_registers(store: Store) -> None:
+    assert await store.failures() == {}
+    await store.note_failure(WorkerId("a"), "no such model")
+    await store.note_failure(WorkerId("a"), "port 1 is taken")
+    await store.note_failure(WorkerId("b"), "x" * 10_000)
+    failures = await store.failures()
+    assert failures[WorkerId("a")] == Failures(2, "port 1 is taken")
+    assert len(failures[WorkerId("b")].last_reason) < 5000
+    await store.register(worker("a"), LEASE_S)
+    assert set(await store.failures()) == {"b"}
 
 
 async def test_desired_placement_is_kept(store: Store) -> None:

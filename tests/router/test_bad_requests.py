@@ -93,31 +93,36 @@ async def test_bad_grpc_requests_are_refused_with_a_clear_status(folder: Path) -
         assert started == 2
 
 
-def bad_body(rng: random.Random, chat: bool) -> dict[str, Any]:
-    """A JSON body with one field wrong."""
-    wrong: dict[str, list[Any]] = {
-        "model": ["other", 5, None, ["tiny"]],
-        "temperature": [-1, 2.5, "hot", [], HUGE, {}],
-        "top_p": [0, 1.5, "x", -HUGE],
-        "n": [0, 17, 1.5, "2", HUGE, -1],
-        "seed": ["x", 1.5, HUGE, {}],
-        "stop": [5, [5], {"a": 1}, ["x"] * 17, "", ["", "b"], "x" * 300],
-        "stream": ["yes", 3],
-        "stream_options": ["x", {"include_usage": "maybe"}, {"include_usage": True}],
-        "presence_penalty": [3, -3, "x"],
-        "frequency_penalty": [3, "x", []],
-        "logit_bias": [{"a": 1}, {"5": 101}, {"9999": 1}, {"-1": 1}, [1], {"5": "x"}, {"²": 1}],
-        "max_tokens": [0, -1, "x", 300, HUGE, 1.5],
-        "top_k": [-2, "x", HUGE],
-        "min_p": [2, -1],
-        "repetition_penalty": [0, 11],
-        "min_tokens": [-1, 200],
-        "stop_token_ids": [[259], ["x"], 5, [-1], [HUGE]],
-        "priority": [101, "x"],
-        "slo_class": ["gold", 5],
-    }
-    content: Any = [[{"type": "image_url", "image_url": {"url": "x"}}], 5, None, {"a": 1}, ["x"]]
-    turns: list[Any] = [
+WRONG_IN_BOTH: dict[str, list[Any]] = {
+    "model": ["other", 5, None, ["tiny"]],
+    "temperature": [-1, 2.5, "hot", [], HUGE, {}],
+    "top_p": [0, 1.5, "x", -HUGE],
+    "n": [0, 17, 1.5, "2", HUGE, -1],
+    "seed": ["x", 1.5, HUGE, {}],
+    "stop": [5, [5], {"a": 1}, ["x"] * 17, "", ["", "b"], "x" * 300],
+    "stream": ["yes", 3],
+    "stream_options": ["x", {"include_usage": "maybe"}, {"include_usage": True}],
+    "presence_penalty": [3, -3, "x"],
+    "frequency_penalty": [3, "x", []],
+    "logit_bias": [{"a": 1}, {"5": 101}, {"9999": 1}, {"-1": 1}, [1], {"5": "x"}, {"²": 1}],
+    "max_tokens": [0, -1, "x", 300, HUGE, 1.5],
+    "top_k": [-2, "x", HUGE],
+    "min_p": [2, -1],
+    "repetition_penalty": [0, 11],
+    "min_tokens": [-1, 200],
+    "stop_token_ids": [[259], ["x"], 5, [-1], [HUGE]],
+    "priority": [101, "x"],
+    "slo_class": ["gold", 5],
+}
+WRONG_IN_COMPLETIONS: dict[str, list[Any]] = {
+    "prompt": [None, "", [], [""], [[]], 5, {"a": 1}, ["a", 5], [[5], "a"], [259], [-1], [1.5], [True]],
+    "logprobs": [21, -1, "x", True],
+    "echo": [True],
+    "best_of": [3],
+}
+WRONG_CONTENT: list[Any] = [[{"type": "image_url", "image_url": {"url": "x"}}], 5, None, {"a": 1}, ["x"]]
+WRONG_IN_CHAT: dict[str, list[Any]] = {
+    "messages": [
         None,
         "hi",
         [],
@@ -125,31 +130,20 @@ def bad_body(rng: random.Random, chat: bool) -> dict[str, Any]:
         [{"content": "x"}],
         [{"role": 5, "content": "x"}],
         [{"role": "pirate", "content": "x"}],
-        [{"role": "user", "content": rng.choice(content)}],
         [{"role": "assistant", "tool_calls": [{}]}],
         [{"role": "user", "content": "x" * 400}],
-    ]
-    if chat:
-        good: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
-        wrong |= {"messages": turns, "logprobs": ["x", 1], "top_logprobs": [2, 21], "tools": [[{"a": 1}]]}
-    else:
-        good = {"prompt": "ab"}
-        prompts: list[Any] = [
-            None,
-            "",
-            [],
-            [""],
-            [[]],
-            5,
-            {"a": 1},
-            ["a", 5],
-            [[5], "a"],
-            [259],
-            [-1],
-            [1.5],
-            [True],
-        ]
-        wrong |= {"prompt": prompts, "logprobs": [21, -1, "x", True], "echo": [True], "best_of": [3]}
+        *[[{"role": "user", "content": content}] for content in WRONG_CONTENT],
+    ],
+    "logprobs": ["x", 1],
+    "top_logprobs": [2, 21],
+    "tools": [[{"a": 1}]],
+}
+
+
+def bad_body(rng: random.Random, chat: bool) -> dict[str, Any]:
+    """A JSON body with one field wrong."""
+    wrong = {**WRONG_IN_BOTH, **(WRONG_IN_CHAT if chat else WRONG_IN_COMPLETIONS)}
+    good: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "ab"}
     field = rng.choice(sorted(wrong))
     return {"model": MODEL, "max_tokens": 4, **good, field: rng.choice(wrong[field])}
 

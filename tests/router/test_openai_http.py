@@ -258,7 +258,7 @@ async def test_metrics_tell_of_requests_tokens_and_blocks(client: AsyncOpenAI, r
         'tandem_worker_kv_blocks{state="free",worker="d0"} 100000.0',
     ):
         assert line in text.splitlines()
-    gaps = [line for line in text.splitlines() if line.startswith("tandem_inter_token_seconds_count")]
+    gaps = [line for line in text.splitlines() if line.startswith("tandem_itl_seconds_count")]
     assert float(gaps[0].split()[1]) == 3.0
 
 

@@ -286,4 +286,6 @@ def test_tokens_gather_only_while_the_router_is_busy() -> None:
         pacer.observe(0.1, 0.0)
     assert pacer.hold_s == 0.0
     pacer.observe(0.1, 0.05)
+    assert pacer.hold_s == 0.0
+    pacer.observe(0.5, 0.05)
     assert pacer.hold_s > 0.0
