@@ -1,11 +1,11 @@
 # Every target is listed by `make help`.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?=
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test check format protos bench gpu-check soak clean
+.PHONY: help setup demo test check format protos bench soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -46,6 +46,12 @@ protos: $(VENV)/.installed-dev ## generate the stubs in tandem/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. \
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		protos/tandem/v1/*.proto
+
+bench: $(VENV)/.installed-dev ## measure the router's relay (a running cluster: tandem bench serve)
+	$(BIN)/tandem bench router
+
+soak: $(VENV)/.installed-dev ## long runs that make test leaves out: more seeds of the chaos test
+	$(BIN)/python -m pytest -m soak
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -102,7 +102,12 @@ async def _serve(spec: WorkerSpec, store: Store, stop: asyncio.Event) -> None:
     started_s = time.monotonic()
     incarnation = await _next_incarnation(store, spec.config.worker_id)
     folder = await asyncio.to_thread(_resolve, spec.model_source)
-    config = replace(spec.config, incarnation=incarnation, model_folder=folder)
+    config = replace(
+        spec.config,
+        incarnation=incarnation,
+        model_folder=folder,
+        advertise_host=advertised_host(spec.config.advertise_host),
+    )
     async with _open(config, os.environ.get(CLUSTER_TOKEN_ENV)) as worker:
         entry = RegisteredWorker(worker.record, os.getpid(), socket.gethostname())
         async with registered(store, entry, spec.registry_lease_s) as lease:
@@ -124,6 +129,19 @@ async def _next_incarnation(store: Store, worker_id: WorkerId) -> Incarnation:
         except StoreUnavailable as error:
             log.warning("waiting for the registry", error=str(error))
             await asyncio.sleep(STORE_RETRY_S)
+
+
+def advertised_host(host: str) -> str:
+    """The address itself, or this node's own where it means all of the node's."""
+    families = {"0.0.0.0": (socket.AF_INET, "10.255.255.255"), "::": (socket.AF_INET6, "fd00::1")}
+    if host not in families:
+        return host
+    family, anywhere = families[host]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        # Connecting a datagram socket sends nothing; it only asks the routing table.
+        probe.connect((anywhere, 9))
+        own = str(probe.getsockname()[0])
+    return f"[{own}]" if family is socket.AF_INET6 else own
 
 
 def _resolve(source: str) -> "Path":
