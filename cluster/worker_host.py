@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from cluster.config import REDIS_PASSWORD_ENV
 from cluster.membership import registered
 from cluster.store import RegisteredWorker, Store, StoreAddress, StoreUnavailable
-from tandem.errors import TandemError
+from tandem.errors import ConfigError, TandemError
 from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role, WorkerRecord
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 STORE_RETRY_S = 0.3
+STALL_LIMIT_S = 60.0
+"""A step takes well under ten seconds even on a busy CPU."""
+STALL_CHECK_S = 1.0
+EXIT_STALLED = 70
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,10 @@ class HostedWorker(Protocol):
         """Takes no new legs and waits for the running ones."""
         ...
 
+    def stalled_s(self) -> float:
+        """Seconds that the step in flight has been running; 0 between steps."""
+        ...
+
     async def failed(self) -> None:
         """Raises when the worker cannot go on; waits for ever otherwise."""
         ...
@@ -108,7 +116,7 @@ async def _serve(spec: WorkerSpec, store: Store, stop: asyncio.Event) -> None:
         model_folder=folder,
         advertise_host=advertised_host(spec.config.advertise_host),
     )
-    async with _open(config, os.environ.get(CLUSTER_TOKEN_ENV)) as worker:
+    async with _open(config, _token()) as worker:
         entry = RegisteredWorker(worker.record, os.getpid(), socket.gethostname())
         async with registered(store, entry, spec.registry_lease_s) as lease:
             log.info(
@@ -119,6 +127,22 @@ async def _serve(spec: WorkerSpec, store: Store, stop: asyncio.Event) -> None:
             )
             await _until_stopped(stop, worker, lease)
             await worker.drain(spec.drain_timeout_s)
+
+
+def _token() -> str:
+    token = os.environ.get(CLUSTER_TOKEN_ENV)
+    if not token:
+        raise ConfigError(f"A worker needs the environment variable {CLUSTER_TOKEN_ENV} on its node.")
+    return token
+
+
+async def _end_if_stalled(worker: HostedWorker) -> None:
+    """Ends the process when a step hangs: its thread can't be stopped, and others can go on with its legs."""
+    while True:
+        await asyncio.sleep(STALL_CHECK_S)
+        if worker.stalled_s() > STALL_LIMIT_S:
+            log.critical("a step hangs; the process ends", worker_id=worker.record.worker_id)
+            os._exit(EXIT_STALLED)
 
 
 async def _next_incarnation(store: Store, worker_id: WorkerId) -> Incarnation:
@@ -166,6 +190,7 @@ async def _until_stopped(stop: asyncio.Event, worker: HostedWorker, lease: "asyn
     """Returns when told to stop; raises when the worker failed or lost its lease to a newer life."""
     stopped = asyncio.create_task(stop.wait())
     failed = asyncio.create_task(worker.failed())
+    watching = asyncio.create_task(_end_if_stalled(worker))
     try:
         await asyncio.wait({stopped, failed, lease}, return_when=asyncio.FIRST_COMPLETED)
         for ended in (failed, lease):
@@ -175,4 +200,5 @@ async def _until_stopped(stop: asyncio.Event, worker: HostedWorker, lease: "asyn
     finally:
         stopped.cancel()
         failed.cancel()
-        await asyncio.gather(stopped, failed, return_exceptions=True)
+        watching.cancel()
+        await asyncio.gather(stopped, failed, watching, return_exceptions=True)

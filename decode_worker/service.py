@@ -107,6 +107,10 @@ class DecodeWorker(Worker[DecodeOutcome]):
         """Blocks may have become free: fetches what fits now."""
         self._pull_what_fits()
 
+    def blocks_freed(self) -> None:
+        """Fetches what fits now."""
+        self._pull_what_fits()
+
     def holds(self, leg_id: LegId) -> bool:
         """Whether the scheduler still has this leg."""
         return self._scheduler.holds(leg_id)

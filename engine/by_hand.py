@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from tandem.logs import configure_logging
-
 from engine.model_source import resolve_model
 from engine.worker import Worker
-from tandem.errors import TandemError
+from tandem.errors import ConfigError, TandemError
 from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import Incarnation, WorkerId
+from tandem.logs import configure_logging
 from tandem.worker import Role
 from tandem.worker_config import WorkerConfig
 
@@ -29,6 +28,7 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
     options = _parser(role).parse_args(arguments)
     configure_logging()
     try:
+        _require_token_beyond_loopback(options.bind_host)
         config = WorkerConfig(
             worker_id=WorkerId(options.worker_id),
             incarnation=Incarnation(options.incarnation),
@@ -50,6 +50,11 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _require_token_beyond_loopback(bind_host: str) -> None:
+    if bind_host not in ("127.0.0.1", "::1", "localhost") and not os.environ.get(CLUSTER_TOKEN_ENV):
+        raise ConfigError(f"--bind-host {bind_host} needs the environment variable {CLUSTER_TOKEN_ENV}.")
 
 
 async def _serve(open_worker: OpenWorker, config: WorkerConfig) -> None:

@@ -31,6 +31,8 @@ def apply_rules(row: torch.Tensor, request: SampleRequest) -> None:
         row[_index(sorted(banned), row)] = -torch.inf
     if request.params.needs_history:
         _penalise(row, request)
+        # A tiny repetition penalty overflows; the row stays finite so that its neighbours are not concerned.
+        row.clamp_(max=torch.finfo(row.dtype).max)
 
 
 def _penalise(row: torch.Tensor, request: SampleRequest) -> None:

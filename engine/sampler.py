@@ -8,8 +8,10 @@ from engine.logit_rules import apply_rules, changes_logits
 from engine.random_numbers import uniform
 from engine.step import SampledToken, SampleRequest
 from engine.token_weights import draw, filtered_weights
-from tandem.errors import ModelError
 from tandem.sampling import TokenLogprob
+
+NOTHING = -1
+"""In place of a token id: the row's logits are not finite and nothing can be drawn from them."""
 
 
 class Sampler:
@@ -19,10 +21,11 @@ class Sampler:
         self._vocabulary = vocabulary_tokens
 
     def sample(self, logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken]:
-        """One token for each request, in their order; `logits` [requests, vocabulary] float, left unchanged.
+        """A token for each request, in their order; `logits` [requests, vocabulary] float, left unchanged.
 
         Greedy takes the lowest id among equals. Log-probabilities are of the model's own logits, before bias,
-        penalties and temperature. A row without a finite maximum raises ModelError, a wrong shape ValueError.
+        penalties and temperature. A row without a finite maximum gives no token: its scheduler drops it, the
+        others go on. A wrong shape raises ValueError.
         """
         if tuple(logits.shape) != (len(requests), self._vocabulary):
             raise ValueError(
@@ -36,6 +39,7 @@ class Sampler:
         return [
             SampledToken(request.key, request.sample_index, token_id, logprobs.get(row))
             for row, (request, token_id) in enumerate(zip(requests, token_ids, strict=True))
+            if token_id != NOTHING
         ]
 
 
@@ -51,7 +55,7 @@ def _with_rules(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> torc
 
 
 def _choose(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int]:
-    """The token id of each row; `logits` [rows, vocabulary]."""
+    """The token id of each row, NOTHING where the best logit is not finite; `logits` [rows, vocabulary]."""
     best = logits.max(dim=-1)
     chosen = best.indices
     finite = best.values.isfinite()
@@ -64,11 +68,7 @@ def _choose(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int
             for row in drawn
         ]
         chosen[rows] = draw(filtered_weights(logits[rows].float(), params), uniforms)
-    token_ids: list[int] = torch.where(finite, chosen, -1).tolist()
-    if -1 in token_ids:
-        raise ModelError(
-            f"the model's logits are not finite in row {token_ids.index(-1)} of {len(token_ids)}"
-        )
+    token_ids: list[int] = torch.where(finite, chosen, NOTHING).tolist()
     return token_ids
 
 
@@ -79,7 +79,7 @@ def _logprobs(
     asked = {
         row: request.params.logprobs
         for row, request in enumerate(requests)
-        if request.params.logprobs is not None
+        if request.params.logprobs is not None and token_ids[row] != NOTHING
     }
     if not asked:
         return {}

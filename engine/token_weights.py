@@ -24,7 +24,8 @@ def filtered_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> 
     what the filters before it left, lower token ids first among equals.
     """
     temperature = _column([max(p.temperature, _SMALLEST_TEMPERATURE) for p in params], logits)
-    scaled = logits / temperature
+    # Relative to the best token, since a large logit over a small temperature would overflow.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     weights = scaled.softmax(dim=-1)
     if any(p.min_p > 0 for p in params):
         least = _column([p.min_p for p in params], logits) * weights.amax(dim=-1, keepdim=True)

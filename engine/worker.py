@@ -88,7 +88,7 @@ class Worker(ABC, Generic[OutcomeT]):
             parts.torch_thread,
             self._clock,
             self._step_done,
-            self._drop_all,
+            self._expired,
         )
         self._attach = AttachServicer(self._welcome(), self)
 
@@ -121,6 +121,10 @@ class Worker(ABC, Generic[OutcomeT]):
         """Carries out what else a step's outcome says, once its tokens are on their way."""
 
     @abstractmethod
+    def blocks_freed(self) -> None:
+        """Legs expired between steps: who waits for their blocks may go on."""
+
+    @abstractmethod
     def holds(self, leg_id: LegId) -> bool:
         """Whether the scheduler still has this leg."""
 
@@ -149,6 +153,10 @@ class Worker(ABC, Generic[OutcomeT]):
     async def failed(self) -> None:
         """Returns (by raising) when the worker can't go on."""
         await asyncio.shield(self._failure)
+
+    def stalled_s(self) -> float:
+        """Seconds that the step in flight has been running; 0 between steps."""
+        return self._steps.stalled_s()
 
     def load(self) -> wpb.LoadSnapshot:
         """The load now."""
@@ -218,6 +226,10 @@ class Worker(ABC, Generic[OutcomeT]):
                 self.metrics.dropped.labels(drop.reason.value).inc()
             if not drop.sample_indices or not self.holds(drop.leg_id):
                 self._forget(drop.leg_id)
+
+    def _expired(self, dropped: tuple[DroppedLeg, ...]) -> None:
+        self._drop_all(dropped)
+        self.blocks_freed()
 
     def _step_done(self, plan: StepPlan, result: StepResult, outcome: OutcomeT) -> None:
         by_link: defaultdict[RouterLink, list[LegToken]] = defaultdict(list)

@@ -168,7 +168,8 @@ class AttachServicer(worker_pb2_grpc.WorkerServiceServicer):
             await context.write(await link.next())
 
     async def _beat(self, link: RouterLink) -> None:
-        while True:
+        """Ends with an overrun, which `_send` can't see while a write is stuck."""
+        while not link.overrun:
             await asyncio.sleep(LOAD_INTERVAL_S)
             link.send(wpb.WorkerMessage(load=self._handler.load()))
 

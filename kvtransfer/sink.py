@@ -88,7 +88,10 @@ class HandoffSink:
         made = sink_transports(memory, config, clock) if transports is None else transports
         self._transports = {transport.name: transport for transport in made}
         self._sources = KnownSources(
-            tuple(self._transports), lambda source: HandoffClient(me, source, token), config.connect_timeout_s
+            tuple(self._transports),
+            lambda source: HandoffClient(me, source, token),
+            config.connect_timeout_s,
+            self._source_gone,
         )
         self._times = SinkTimes(config.connect_timeout_s, config.settle_s)
         self._gate = PriorityGate(config.max_pulls)
@@ -144,7 +147,10 @@ class HandoffSink:
 
     async def peer_lost(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         """Ends what runs with a source that is gone, and closes the connections to it."""
-        peer = PeerId(worker_id, incarnation)
+        await self._source_gone(PeerId(worker_id, incarnation))
+
+    async def _source_gone(self, peer: PeerId) -> None:
+        """Unmaps and disconnects too: a mapping would keep the dead process's pool in memory."""
         self._end([running for running in self._running if running.peer == peer], "The source is lost.")
         await self._sources.forget(peer)
         for transport in self._transports.values():
@@ -240,7 +246,7 @@ class HandoffSink:
                     if not last:
                         await asyncio.sleep(RETRY_PAUSE_S)
                         continue
-                    await self._sources.forget(pull.source.peer)
+                    await self._sources.forget_failed(pull.source)
                 machine.refused(number)
                 raise
             machine.granted(number, grant.lease_until_s)

@@ -1,7 +1,7 @@
 """Edge: the sources that a sink knows: one channel for each life of a worker, agreed upon once."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from kvtransfer.contract import PeerId
@@ -29,7 +29,10 @@ class KnownSources:
         transports: Sequence[str],
         make_client: Callable[[WorkerRecord], HandoffClient],
         timeout_s: float,
+        on_older_life: Callable[[PeerId], Awaitable[None]],
     ) -> None:
+        """`on_older_life` is told of each connected life that a newer one has replaced; it forgets it."""
+        self._on_older_life = on_older_life
         self._transports = tuple(transports)
         self._make_client = make_client
         self._timeout_s = timeout_s
@@ -55,13 +58,18 @@ class KnownSources:
             if other.worker_id == peer.worker_id and other.incarnation < peer.incarnation
         ]
         for other in older:
-            await self.forget(other)
+            await self._on_older_life(other)
         return known
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
         """The sources that are connected now."""
         return tuple(self._known)
+
+    async def forget_failed(self, failed: KnownSource) -> None:
+        """Closes the channel that failed, unless another pull has replaced it already."""
+        if self._known.get(failed.peer) is failed:
+            await self.forget(failed.peer)
 
     async def forget(self, peer: PeerId) -> None:
         """Closes the channel to a source; the next pull connects anew. Idempotent."""

@@ -66,10 +66,12 @@ class PrefillWorker(Worker[PrefillOutcome]):
         """Stops a leg: its blocks come back within one step, or at the fence when a pull is in flight."""
         if self._legs.get(leg_id) is not link:
             return
-        if self._scheduler.cancel(leg_id, sample_indices):
-            self._source.withdraw(leg_id)
-        if not sample_indices or not self._scheduler.holds(leg_id):
+        parked_for_nobody = self._scheduler.cancel(leg_id, sample_indices)
+        if parked_for_nobody or not sample_indices or not self._scheduler.holds(leg_id):
+            # Forgotten before the withdrawal: its router wants no news of a leg that it cancelled.
             self._forget(leg_id)
+        if parked_for_nobody:
+            self._source.withdraw(leg_id)
         self._steps.wake()
 
     def scheduler_load(self) -> LoadNumbers:
@@ -102,6 +104,10 @@ class PrefillWorker(Worker[PrefillOutcome]):
                 continue
             self._source.offer(HandoffKey(offered.leg_id, OFFER_EPOCH), offered.blocks)
             link.send(wpb.WorkerMessage(kv_offered=self._offer_message(offered)))
+
+    def blocks_freed(self) -> None:
+        """The next step takes what is free."""
+        self._steps.wake()
 
     def holds(self, leg_id: LegId) -> bool:
         """Whether the scheduler still has this leg."""

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 import grpc.aio
 import pytest
 
+from engine.logit_rules import apply_rules
 from engine.random_numbers import uniform
+from engine.step import SampleRequest
 from tandem.v1 import inference_pb2 as pb
 from tandem.v1 import inference_pb2_grpc
+from tandem.wire import sampling_from_wire
 from tests.e2e.calls import CALL_TIMEOUT_S, Collected, generate_all
 from tests.e2e.conftest import Expectation, settings
 from tests.e2e.live_cluster import LiveCluster, live_cluster
@@ -112,13 +115,16 @@ def _deciding_margin(
     reference: Reference, request: pb.GenerateRequest, sample: int, tokens: list[int]
 ) -> float:
     """How close the choice after `tokens` was: between the best two logits, or to an edge of the CDF."""
-    logits = reference.logits([*request.token_ids.ids, *tokens])
-    if request.sampling.temperature == 0.0:
+    prompt = list(request.token_ids.ids)
+    params = sampling_from_wire(request.sampling)
+    logits = reference.logits([*prompt, *tokens])
+    history = (*prompt, *tokens) if params.needs_history else ()
+    apply_rules(logits, SampleRequest(0, sample, len(tokens), params, history, len(prompt)))
+    if params.greedy:
         best = logits.topk(2).values
         return float(best[0] - best[1])
-    cdf = (logits / request.sampling.temperature).softmax(-1).cumsum(-1)
-    drawn = uniform(request.sampling.seed, sample, len(tokens))
-    return float((cdf - drawn).abs().min())
+    cdf = (logits / params.temperature).softmax(-1).cumsum(-1)
+    return float((cdf - uniform(params.seed, sample, len(tokens))).abs().min())
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,23 @@ async def test_a_sample_that_ends_with_its_first_token_is_never_handed_off(folde
         assert not [m for m in pair.prefill.news if m.WhichOneof("body") == "kv_offered"]
 
 
+async def test_a_leg_that_waits_goes_on_when_the_one_before_it_expires(folder: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    async with worker_pair(folder, "shm", max_batch=1) as pair:
+        for leg_id in ("first", "second"):
+            await pair.prefill.send(start_prefill(PROMPT, params, leg_id=leg_id))
+        await pair.prefill.until("kv_offered", count=2)
+        first = _reference(folder, PROMPT, 1)[0]
+        start = start_decode(pair, PROMPT, {0: first}, params, leg_id="first")
+        start.start_decode.remaining_s = 0.3
+        await pair.decode.send(start)
+        await pair.decode.send(start_decode(pair, PROMPT, {0: first}, params, leg_id="second"))
+        (dropped,) = await pair.decode.until("leg_dropped")
+        assert (dropped.leg_dropped.leg_id, dropped.leg_dropped.reason) == ("first", wpb.DROP_REASON_DEADLINE)
+        landed = await pair.decode.until("kv_landed", count=2)
+        assert landed[1].kv_landed.leg_id == "second"
+
+
 async def test_cancel_frees_parked_kv_and_a_later_pull_is_refused(folder: Path) -> None:
     async with worker_pair(folder, "tcp") as pair:
         await pair.prefill.send(start_prefill(PROMPT, GREEDY))
@@ -74,6 +91,7 @@ async def test_cancel_frees_parked_kv_and_a_later_pull_is_refused(folder: Path) 
         assert pair.prefill.worker.load().parked_legs == 1
         await pair.prefill.send(wpb.RouterMessage(cancel=wpb.CancelLeg(leg_id="leg")))
         await pair.settled()
+        assert not [m for m in pair.prefill.news if m.WhichOneof("body") == "leg_dropped"]
         await pair.decode.send(start_decode(pair, PROMPT, {0: 5}, GREEDY))
         (dropped,) = await pair.decode.until("leg_dropped")
         assert dropped.leg_dropped.reason == wpb.DROP_REASON_HANDOFF_FAILED

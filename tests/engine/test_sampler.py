@@ -1,6 +1,7 @@
 """The sampler as a whole: distribution, independence of the batch, rules before the draw, logprobs."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from hypothesis import strategies as st
 
 from engine.sampler import Sampler
 from engine.step import SampleRequest
-from tandem.errors import ModelError
 from tandem.sampling import SamplingParams
 
 torch.set_num_threads(1)
@@ -123,11 +123,19 @@ def test_ban_of_the_whole_vocabulary_is_void() -> None:
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(top_p=0.5)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_refused(params: SamplingParams, bad: float) -> None:
-    with pytest.raises(ModelError, match="row 1"):
-        Sampler(3).sample(
-            torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 1.0]]), [request(params), request(params)]
-        )
+def test_a_row_that_is_not_finite_gives_no_token_and_spares_its_neighbours(
+    params: SamplingParams, bad: float
+) -> None:
+    asked = replace(params, logprobs=1)
+    rows = torch.tensor([[0.0, 1.0, 9.0], [0.0, bad, 1.0], [0.0, 9.0, 1.0]])
+    drawn = Sampler(3).sample(rows, [SampleRequest(key, 0, 0, asked) for key in (1, 2, 3)])
+    assert [(token.key, token.token_id) for token in drawn] == [(1, 2), (3, 1)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0])
+def test_a_tiny_repetition_penalty_does_not_overflow(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, repetition_penalty=1e-38)
+    assert sample_one([3.0, 2.0, 1.0], params, history=(0, 2)) in (0, 2)
 
 
 def test_wrong_shape_is_refused() -> None:
