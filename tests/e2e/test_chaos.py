@@ -117,7 +117,7 @@ def _deciding_margin(
     """How close the choice after `tokens` was: between the best two logits, or to an edge of the CDF."""
     prompt = list(request.token_ids.ids)
     params = sampling_from_wire(request.sampling)
-    logits = reference.logits([*prompt, *tokens])
+    logits = reference.logits([*prompt, *tokens]).clone()
     history = (*prompt, *tokens) if params.needs_history else ()
     apply_rules(logits, SampleRequest(0, sample, len(tokens), params, history, len(prompt)))
     if params.greedy:
