@@ -15,13 +15,13 @@ def add_serve(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure, arXiv or Mooncake format")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="requests (100)")
     parser.add_argument("--arrivals", choices=("poisson", "gamma", "fixed"), default="poisson")
-    parser.add_argument("--rate", type=float, metavar="RPS", help="mean requests a second; stretches a trace")
+    parser.add_argument("--rate", type=float, metavar="RPS", help="mean requests a second")
     parser.add_argument("--variation", type=float, default=1.0, metavar="CV", help="of Gamma gaps")
     parser.add_argument("--length-scale", type=float, default=1.0, metavar="X", help="multiplies all lengths")
     parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="longer prompts are cut")
-    parser.add_argument("--max-output-tokens", type=int, default=256, metavar="N", help="longer ones are cut")
-    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="without a trace")
-    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="without a trace")
+    parser.add_argument("--max-output-tokens", type=int, default=256, metavar="N", help="cut to it (256)")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="without a trace (128)")
+    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="without a trace (32)")
     parser.add_argument(
         "--class",
         dest="classes",

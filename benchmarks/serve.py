@@ -71,10 +71,13 @@ def serve_json(chosen: argparse.Namespace, arrivals: str, summary: LoadSummary) 
         "trace": None if chosen.trace is None else chosen.trace.name,
         "arrivals": arrivals,
         "rate_rps": chosen.rate,
+        "limit": chosen.limit,
         "length_scale": chosen.length_scale,
+        "max_output_tokens": chosen.max_output_tokens,
         "seed": chosen.seed,
     }
-    return {"benchmark": "serve", "load": load, **asdict(summary)}
+    goodput_rps = sum(entry.goodput_rps for entry in summary.classes)
+    return {"benchmark": "serve", "load": load, "goodput_rps": goodput_rps, **asdict(summary)}
 
 
 async def _measure(chosen: argparse.Namespace) -> Measured:

@@ -89,7 +89,12 @@ class PrefillPool(PoolSection):
 class DecodePool(PoolSection):
     """Workers that write tokens."""
 
-    max_batch: int = Field(default=64, ge=1, le=4096, description="Most sequences of one step.")
+    max_batch: int = Field(
+        default=64,
+        ge=16,
+        le=4096,
+        description="Most sequences of one step; at least the 16 samples that one request may ask for.",
+    )
 
 
 class PoolsSection(Section):

@@ -116,7 +116,9 @@ async def test_trace_is_offered_over_both_apis(api: str, tmp_path: Path) -> None
         "trace": "azure.csv",
         "arrivals": "trace",
         "rate_rps": 20.0,
+        "limit": 100,
         "length_scale": 0.5,
+        "max_output_tokens": 8,
         "seed": 0,
     }
     assert result["output_tokens_per_s"] * result["duration_s"] == pytest.approx(4 * 8)

@@ -47,13 +47,13 @@ def test_a_worker_has_a_thread_even_on_one_core() -> None:
 
 def test_settings_reach_the_workers_they_are_for() -> None:
     config = parse_cluster_config(
-        "pools: {prefill: {token_budget: 99, metrics_port: 9100}, decode: {max_batch: 5, replicas: 2}}\n"
+        "pools: {prefill: {token_budget: 99, metrics_port: 9100}, decode: {max_batch: 20, replicas: 2}}\n"
         "workers: {transports: [tcp], checksum: false}\nleases: {handoff_s: 3, park_s: 4}",
         "f",
     )
     prefill, decode, _ = worker_configs(config, FACTS, cores=2)
     assert (prefill.token_budget, prefill.metrics_port, decode.metrics_port) == (99, 9100, None)
-    assert (decode.max_batch, decode.transports, decode.checksum) == (5, ("tcp",), False)
+    assert (decode.max_batch, decode.transports, decode.checksum) == (20, ("tcp",), False)
     assert (decode.lease_s, decode.park_s, decode.context_tokens) == (3.0, 4.0, 256)
 
 

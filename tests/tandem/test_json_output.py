@@ -61,7 +61,9 @@ def serve() -> dict[str, Any]:
     outcome = Outcome(
         OutcomeKind.COMPLETED, "a", 0.0, 0.0, 1.0, 3, (TokenArrival(0.5, 1), TokenArrival(0.6, 1))
     )
-    chosen = argparse.Namespace(api="grpc", trace=None, rate=1.0, length_scale=1.0, seed=0)
+    chosen = argparse.Namespace(
+        api="grpc", trace=None, rate=1.0, length_scale=1.0, seed=0, limit=1, max_output_tokens=8
+    )
     return serve_json(chosen, "poisson", summarise([outcome], {"a": slo}))
 
 
