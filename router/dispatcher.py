@@ -125,7 +125,7 @@ class Dispatcher:
         self._snapshot_asked_s.pop(key, None)
         for live in set(self._by_leg.values()):
             commands = live.session.worker_lost(key, self._clock())
-            if commands:
+            if commands or live.session.ended:
                 self._note_replacement(live, "worker_lost", key)
                 self.carry_out(live, commands)
 

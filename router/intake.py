@@ -11,6 +11,7 @@ from router.request import GenerationRequest
 from router.served_model import ServedModel
 from router.validation import (
     check_chat,
+    check_length,
     check_model,
     check_priority,
     check_prompt_ids,
@@ -39,11 +40,14 @@ class Intake:
         self._clock = clock
         self._tokenizer = tokenizer
         self._one_at_a_time = asyncio.Lock()
+        ids = range(tokenizer.vocabulary_tokens)
+        self._longest_token_bytes = max(1, *(len(tokenizer.token_bytes(token_id)) for token_id in ids))
 
     async def text_ids(self, text: str, field: str) -> list[int]:
         """Token ids of a text. Raises InvalidRequest when there are none."""
         if not text:
             raise InvalidRequest("The prompt must not be empty.", field)
+        check_length(len(text) // self._longest_token_bytes, self.model, field)
         if len(text) < THREAD_FROM_CHARACTERS:
             return self._tokenizer.encode(text)
         async with self._one_at_a_time:
@@ -52,8 +56,10 @@ class Intake:
     async def chat_ids(self, messages: Sequence[tuple[str, str]], field: str) -> list[int]:
         """Token ids of a conversation, given as (role, content). Raises InvalidRequest."""
         check_chat(messages, field)
+        characters = sum(len(content) for _, content in messages)
+        check_length(characters // self._longest_token_bytes, self.model, field)
         turns = [{"role": role, "content": content} for role, content in messages]
-        if sum(len(content) for _, content in messages) < THREAD_FROM_CHARACTERS:
+        if characters < THREAD_FROM_CHARACTERS:
             return self._render_and_encode(turns)
         async with self._one_at_a_time:
             return await asyncio.to_thread(self._render_and_encode, turns)

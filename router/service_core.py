@@ -134,7 +134,7 @@ class RouterCore:
 
     def _open(self, request: GenerationRequest) -> LiveRequest:
         """Takes a request in. Raises Overloaded, NotReady or DuplicateRequest, with nothing left behind."""
-        self._take_over_or_refuse(request)
+        self._refuse_duplicate(request)
         if not request.internal:
             self.accounting.offered(request.slo_class)
         try:
@@ -142,6 +142,8 @@ class RouterCore:
                 raise NotReady("The router shuts down and takes no more requests.")
             if not request.internal:
                 self.admission.enter(self.clock())
+            # Only now: a resume that is refused must not end the stream that runs.
+            self._take_over(request)
         except TandemError as error:
             self._count_outcome(request, type(error).__name__)
             raise
@@ -174,14 +176,15 @@ class RouterCore:
             note_gap=self._ignore_gap if request.internal else self.metrics.gaps.observe,
         )
 
-    def _take_over_or_refuse(self, request: GenerationRequest) -> None:
-        running = self._live.get(request.request_id)
-        if running is None:
-            return
-        if not request.resume:
+    def _refuse_duplicate(self, request: GenerationRequest) -> None:
+        if request.request_id in self._live and not request.resume:
             raise DuplicateRequest(f"A request with the id {request.request_id} is running.")
-        self.dispatcher.carry_out(running, running.session.cancel())
-        self._close(running)
+
+    def _take_over(self, request: GenerationRequest) -> None:
+        running = self._live.get(request.request_id)
+        if running is not None:
+            self.dispatcher.carry_out(running, running.session.cancel())
+            self._close(running)
 
     def _close(self, live: LiveRequest) -> None:
         """The request is over, by whatever cause: its legs stop and it leaves all books. Idempotent."""
@@ -219,7 +222,9 @@ class RouterCore:
             self.metrics.requests.labels(request.slo_class, outcome).inc()
 
     def _fail(self, live: LiveRequest, error: TandemError) -> None:
+        """Ends a request at once in all books: its reader may be stuck in a write."""
         self.dispatcher.carry_out(live, live.session.fail(error))
+        self._close(live)
 
     def _deadline_passed(self, live: LiveRequest) -> None:
         self._fail(live, DeadlineExceeded("The request's time limit passed."))

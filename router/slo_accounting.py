@@ -56,7 +56,8 @@ class SloAccounting:
 
     def figures(self, now_s: float) -> tuple[ClassGoodput, ...]:
         """All classes; a router younger than the window divides by its age."""
-        span_s = min(WINDOW_S, max(1.0, now_s - self._started_s))
+        # The oldest second is kept whole, so the window is up to a second longer than WINDOW_S.
+        span_s = max(1.0, now_s - max(self._started_s, int(now_s) - WINDOW_S))
         result = []
         for tally in self._tallies.values():
             self._forget_old(tally, now_s)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from router.request import ResumePoint
 from router.served_model import ServedModel
-from tandem.errors import InvalidRequest, UnknownModel
+from tandem.errors import InvalidRequest, PromptTooLong, UnknownModel
 from tandem.sampling import SamplingParams
 from tandem.v1 import inference_pb2 as pb
 
@@ -106,7 +106,18 @@ def check_prompt_ids(token_ids: Sequence[int], model: ServedModel, field: str) -
     """Raises InvalidRequest for an empty prompt or an id out of the vocabulary."""
     if not token_ids:
         raise InvalidRequest("The prompt must have at least one token.", field)
+    check_length(len(token_ids), model, field)
     check_token_ids(token_ids, model.vocabulary_tokens, field)
+
+
+def check_length(least_tokens: int, model: ServedModel, field: str) -> None:
+    """Refuses a prompt that can't fit before any work is spent on it. Raises PromptTooLong."""
+    if least_tokens > model.context_tokens:
+        raise PromptTooLong(
+            f"The model's context length is {model.context_tokens} tokens, but the prompt has at least "
+            f"{least_tokens} tokens.",
+            field,
+        )
 
 
 def check_chat(messages: Sequence[tuple[str, str]], field: str) -> None:
