@@ -75,8 +75,9 @@ class PoolSection(Section):
     )
     num_gpus: float = Field(default=0, ge=0, le=64, description="GPUs that Ray sets aside for a worker.")
     metrics_port: Port | None = Field(
-        default=None,
-        description="First port of Prometheus metrics; worker i takes this plus i. By default none.",
+        default=0,
+        description="First port of Prometheus metrics; worker i takes this plus i. 0 lets the system choose "
+        "(`tandem status` shows it), null serves none.",
     )
 
 

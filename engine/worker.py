@@ -270,6 +270,7 @@ class Worker(ABC, Generic[OutcomeT]):
             pool_blocks=self.config.pool_blocks,
             block_bytes=self._engine.cache.block_bytes,
             context_tokens=self._engine.context_tokens,
+            metrics_address=self.metrics.address,
         )
 
 

@@ -18,6 +18,8 @@ class WorkerMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.address = ""
+        """host:port that serves them; empty when none does."""
         self._blocks = Gauge(
             "tandem_worker_kv_blocks",
             "KV blocks by state: total, free, allocated, referenced, unaccounted (allocated - referenced).",
@@ -103,6 +105,7 @@ class WorkerMetrics:
         server, thread = start_http_server(
             config.metrics_port, addr=config.bind_host, registry=metrics.registry
         )
+        metrics.address = f"{config.advertise_host}:{server.server_port}"
         try:
             yield metrics
         finally:

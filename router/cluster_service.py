@@ -50,6 +50,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
         core = self._core
         key = WorkerKey(record.worker_id, record.incarnation)
         books = core.dispatcher.placement.loads.get(key)
+        welcome = core.dispatcher.welcomes.get(key, wpb.WorkerWelcome())
         heard_s = None if books is None else books.heard_s
         return cpb.WorkerStatus(
             worker=address_to_wire(record),
@@ -57,4 +58,5 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             attached=books is not None,
             load=core.dispatcher.snapshots.get(key, wpb.LoadSnapshot()),
             load_age_s=0.0 if heard_s is None else core.clock() - heard_s,
+            metrics_address=welcome.metrics_address,
         )

@@ -50,6 +50,7 @@ class Dispatcher:
         windows = Windows(config.prefill_window_tokens, config.decode_window_legs)
         self.placement = Placement(config.dispatch, config.block_size, windows)
         self.snapshots: dict[WorkerKey, wpb.LoadSnapshot] = {}
+        self.welcomes: dict[WorkerKey, wpb.WorkerWelcome] = {}
         self.pair_attached = asyncio.Event()
         self._fleet = fleet
         self._admission = admission
@@ -105,6 +106,7 @@ class Dispatcher:
         """A worker can be sent legs from now on."""
         key = WorkerKey(record.worker_id, record.incarnation)
         role = ROLE_FROM_WIRE.get(welcome.role, record.role)
+        self.welcomes[key] = welcome
         self.placement.attach(WorkerLoad(key, role, welcome.pool_blocks))
         log.info("worker attached", worker_id=key.worker_id, incarnation=key.incarnation, role=role.value)
         self._ask_snapshot(key)
@@ -122,6 +124,7 @@ class Dispatcher:
         log.warning("worker lost", worker_id=key.worker_id, incarnation=key.incarnation, reason=reason)
         self.placement.detach(key)
         self.snapshots.pop(key, None)
+        self.welcomes.pop(key, None)
         self._snapshot_asked_s.pop(key, None)
         for live in set(self._by_leg.values()):
             commands = live.session.worker_lost(key, self._clock())

@@ -54,6 +54,7 @@ def _worker(status: cluster_pb2.WorkerStatus) -> dict[str, Any]:
         "digest": status.worker.digest,
         "role": None if role is None else role.value,
         "attached": status.attached,
+        "metrics_address": status.metrics_address,
         "load_age_s": status.load_age_s,
         "load": {
             "waiting_prefill_tokens": status.load.waiting_prefill_tokens,

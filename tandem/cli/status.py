@@ -53,7 +53,17 @@ def _print_tables(console: "Console", status: "cluster_pb2.StatusResponse") -> N
     waiting = f"{status.queued_requests} queued, {status.active_requests} active"
     console.print(f"{status.model}: {state}; {waiting}")
     workers = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("worker", "role", "life", "address", "state", "running", "waiting", "blocks used"):
+    for title in (
+        "worker",
+        "role",
+        "life",
+        "address",
+        "metrics",
+        "state",
+        "running",
+        "waiting",
+        "blocks used",
+    ):
         workers.add_column(title, no_wrap=True)
     for worker in status.workers:
         load = worker.load
@@ -64,6 +74,7 @@ def _print_tables(console: "Console", status: "cluster_pb2.StatusResponse") -> N
             "?" if role is None else role.value,
             str(worker.worker.incarnation),
             worker.worker.address,
+            worker.metrics_address or "-",
             condition,
             str(load.running_sequences),
             str(load.waiting_legs),

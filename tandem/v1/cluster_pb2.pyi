@@ -97,12 +97,15 @@ class WorkerStatus(_message.Message):
     ATTACHED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     LOAD_AGE_S_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     role: _worker_pb2.Role.ValueType
     """What it does."""
     attached: _builtins.bool
     """Whether the router is attached to it."""
     load_age_s: _builtins.float
     """Seconds since that load was heard."""
+    metrics_address: _builtins.str
+    """host:port of its Prometheus metrics; empty when it serves none or is not attached."""
     @_builtins.property
     def worker(self) -> _worker_pb2.WorkerAddress:
         """Who it is."""
@@ -119,10 +122,11 @@ class WorkerStatus(_message.Message):
         attached: _builtins.bool = ...,
         load: _worker_pb2.LoadSnapshot | None = ...,
         load_age_s: _builtins.float = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "load", b"load", "load_age_s", b"load_age_s", "role", b"role", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "load", b"load", "load_age_s", b"load_age_s", "metrics_address", b"metrics_address", "role", b"role", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

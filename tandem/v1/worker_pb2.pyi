@@ -338,6 +338,7 @@ class WorkerWelcome(_message.Message):
     POOL_BLOCKS_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     """What it does."""
     block_size_tokens: _builtins.int
@@ -348,6 +349,8 @@ class WorkerWelcome(_message.Message):
     """Bytes a KV block."""
     context_tokens: _builtins.int
     """Most tokens of prompt and output together."""
+    metrics_address: _builtins.str
+    """host:port of its Prometheus metrics; empty when it serves none."""
     @_builtins.property
     def worker(self) -> Global___WorkerAddress:
         """Who it is."""
@@ -361,10 +364,11 @@ class WorkerWelcome(_message.Message):
         pool_blocks: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
         context_tokens: _builtins.int = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size_tokens", b"block_size_tokens", "context_tokens", b"context_tokens", "pool_blocks", b"pool_blocks", "role", b"role", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size_tokens", b"block_size_tokens", "context_tokens", b"context_tokens", "metrics_address", b"metrics_address", "pool_blocks", b"pool_blocks", "role", b"role", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -52,7 +52,7 @@ def test_settings_reach_the_workers_they_are_for() -> None:
         "f",
     )
     prefill, decode, _ = worker_configs(config, FACTS, cores=2)
-    assert (prefill.token_budget, prefill.metrics_port, decode.metrics_port) == (99, 9100, None)
+    assert (prefill.token_budget, prefill.metrics_port, decode.metrics_port) == (99, 9100, 0)
     assert (decode.max_batch, decode.transports, decode.checksum) == (20, ("tcp",), False)
     assert (decode.lease_s, decode.park_s, decode.context_tokens) == (3.0, 4.0, 256)
 

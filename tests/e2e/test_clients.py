@@ -165,5 +165,10 @@ def test_metrics_and_status_tell_what_happened(cluster: LiveCluster) -> None:
     assert {worker.worker.worker_id for worker in status.workers} == {"prefill-0", "decode-0"}
     command = [sys.executable, "-m", "tandem.cli.main", "status", "--json", "--address", cluster.grpc_address]
     done = subprocess.run(command, capture_output=True, timeout=60, check=True)
-    assert len(json.loads(done.stdout)["workers"]) == 2
+    workers = json.loads(done.stdout)["workers"]
+    assert len(workers) == 2
+    for worker in workers:
+        text = httpx.get(f"http://{worker['metrics_address']}/metrics", timeout=10.0).text
+        assert 'tandem_worker_kv_blocks{state="unaccounted"} 0.0' in text
+        assert "tandem_worker_step_seconds_count" in text
     cluster.wait_until_blocks_are_accounted()

@@ -75,13 +75,15 @@ async def test_a_leg_that_waits_goes_on_when_the_one_before_it_expires(folder: P
         await pair.prefill.until("kv_offered", count=2)
         first = _reference(folder, PROMPT, 1)[0]
         start = start_decode(pair, PROMPT, {0: first}, params, leg_id="first")
-        start.start_decode.remaining_s = 0.3
+        start.start_decode.remaining_s = 0.05
         await pair.decode.send(start)
         await pair.decode.send(start_decode(pair, PROMPT, {0: first}, params, leg_id="second"))
         (dropped,) = await pair.decode.until("leg_dropped")
         assert (dropped.leg_dropped.leg_id, dropped.leg_dropped.reason) == ("first", wpb.DROP_REASON_DEADLINE)
-        landed = await pair.decode.until("kv_landed", count=2)
-        assert landed[1].kv_landed.leg_id == "second"
+        landed = await pair.decode.until("kv_landed")
+        if landed[-1].kv_landed.leg_id == "first":
+            landed = await pair.decode.until("kv_landed", count=2)
+        assert landed[-1].kv_landed.leg_id == "second"
 
 
 async def test_cancel_frees_parked_kv_and_a_later_pull_is_refused(folder: Path) -> None:
