@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -282,21 +282,21 @@ async def open_worker(
 
     Raises ModelError when the model can't be loaded and OSError when the port is taken.
     """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch") as torch_thread:
+    torch_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
+    with ExitStack() as parts:
+        # The thread ends, with the step in flight, before the engine unmaps the KV that the step writes.
+        ending = parts.enter_context(ExitStack())
+        parts.enter_context(torch_thread)
         loop = asyncio.get_running_loop()
         engine = await loop.run_in_executor(torch_thread, load_engine, config)
-        with engine, WorkerMetrics.open(config) as metrics:
-            server = grpc_edge.server(token)
-            port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
-            record = WorkerRecord(
-                config.worker_id,
-                config.incarnation,
-                config.role,
-                f"{config.advertise_host}:{port}",
-                engine.digest,
-            )
-            pool = BlockPool(config.pool_blocks, config.block_size, prefix_cache=config.prefix_cache)
-            worker = make(WorkerParts(config, record, token, engine, pool, torch_thread, metrics))
-            async with worker.running(server):
-                log.info("worker serves", worker_id=record.worker_id, address=record.address)
-                yield worker
+        ending.enter_context(engine)
+        metrics = parts.enter_context(WorkerMetrics.open(config))
+        server = grpc_edge.server(token)
+        port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
+        address = f"{config.advertise_host}:{port}"
+        record = WorkerRecord(config.worker_id, config.incarnation, config.role, address, engine.digest)
+        pool = BlockPool(config.pool_blocks, config.block_size, prefix_cache=config.prefix_cache)
+        worker = make(WorkerParts(config, record, token, engine, pool, torch_thread, metrics))
+        async with worker.running(server):
+            log.info("worker serves", worker_id=record.worker_id, address=record.address)
+            yield worker

@@ -86,6 +86,17 @@ async def test_a_leg_that_waits_goes_on_when_the_one_before_it_expires(folder: P
         assert landed[-1].kv_landed.leg_id == "second"
 
 
+async def test_a_worker_that_is_closed_in_the_middle_of_steps_ends_in_order(folder: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    for _ in range(5):
+        async with worker_pair(folder, "shm") as pair:
+            await pair.prefill.send(start_prefill(PROMPT, params))
+            await pair.prefill.until("kv_offered")
+            firsts, _ = pair.prefill.tokens()
+            await pair.decode.send(start_decode(pair, PROMPT, {0: firsts[0][0]}, params))
+            await pair.decode.until("step", count=2)
+
+
 async def test_cancel_frees_parked_kv_and_a_later_pull_is_refused(folder: Path) -> None:
     async with worker_pair(folder, "tcp") as pair:
         await pair.prefill.send(start_prefill(PROMPT, GREEDY))
