@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from tandem.errors import Overloaded, PromptTooLong
+from tandem.errors import InvalidRequest, Overloaded, PromptTooLong
 from tandem.sampling import SamplingParams
 
 RATE_WINDOW_S = 10.0
@@ -31,7 +31,11 @@ def fit_context(
         raise PromptTooLong(f"The model's context length is {context_tokens} tokens, but {asked}.", field)
     if params.max_tokens is not None:
         return params
-    return replace(params, max_tokens=context_tokens - prompt_tokens)
+    room = context_tokens - prompt_tokens
+    if params.min_tokens > room:
+        message = f"min_tokens is {params.min_tokens}, but the prompt leaves room for {room} tokens."
+        raise InvalidRequest(message, "min_tokens")
+    return replace(params, max_tokens=room)
 
 
 class Admission:

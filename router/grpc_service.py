@@ -49,7 +49,7 @@ class GrpcDoor:
                 shown = ready
                 serving = health_pb2.HealthCheckResponse.SERVING
                 status = serving if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-                for name in (health.OVERALL_HEALTH, SERVICE_NAME):
+                for name in (health.OVERALL_HEALTH, SERVICE_NAME, CLUSTER_SERVICE_NAME):
                     await self._health.set(name, status)
             await asyncio.sleep(HEALTH_TICK_S)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import cast
@@ -24,7 +25,7 @@ class EdgeMiddleware:
 
     def __init__(self, application: ASGIApp, api_key: str | None, calls: Counter) -> None:
         self._application = application
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._expected = None if api_key is None else api_key.encode()
         self._calls = calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,11 +36,15 @@ class EdgeMiddleware:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._calls.labels("http", str(message["status"])).inc()
+                if all(name != b"x-request-id" for name, _ in message["headers"]):
+                    own = (b"x-request-id", uuid.uuid4().hex.encode())
+                    message = {**message, "headers": [*message["headers"], own]}
             await send(message)
 
         if self._refused(scope):
             body = error_json(401, "Missing or wrong API key.", code="invalid_api_key")
-            response = Response(orjson.dumps(body), 401, media_type="application/json")
+            headers = {"www-authenticate": "Bearer"}
+            response = Response(orjson.dumps(body), 401, headers, media_type="application/json")
             await response(scope, receive, counting)
         else:
             await self._application(scope, receive, counting)
@@ -47,8 +52,8 @@ class EdgeMiddleware:
     def _refused(self, scope: Scope) -> bool:
         if self._expected is None or not scope["path"].startswith(GUARDED):
             return False
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return not hmac.compare_digest(given, self._expected)
+        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._expected)
 
 
 class UntilDisconnected(Response):

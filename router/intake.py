@@ -95,12 +95,13 @@ class Intake:
         params: SamplingParams,
         seeded: bool,
         arrived_s: float,
+        field: str,
     ) -> GenerationRequest:
-        """A request of the HTTP door, whose fields were checked. Raises PromptTooLong."""
+        """A request of the HTTP door, whose fields were checked. Raises PromptTooLong, naming `field`."""
         return GenerationRequest(
             request_id=RequestId(request_id),
             token_ids=tuple(token_ids),
-            sampling=self._completed(params, seeded, request_id, len(token_ids), "prompt"),
+            sampling=self._completed(params, seeded, request_id, len(token_ids), field),
             slo_class=self.model.default_slo_class,
             arrived_s=arrived_s,
         )

@@ -14,9 +14,12 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from prometheus_client import Counter
 
-from tandem.errors import InvalidRequest, Overloaded, TandemError
+from tandem.errors import InvalidRequest, NotReady, Overloaded, TandemError
 
 log = structlog.get_logger(__name__)
+
+NOT_READY_RETRY_S = 1.0
+"""A worker that comes back needs a few seconds; asking each second costs nothing."""
 
 OUR_METHODS = "/tandem."
 INTERNAL_TEXT = "Internal error; the router's log says more."
@@ -26,13 +29,15 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def status_of(error: TandemError) -> status_pb2.Status:
-    """google.rpc.Status with BadRequest or RetryInfo where they say more."""
+    """google.rpc.Status with ErrorInfo, and with BadRequest or RetryInfo where they say more."""
     status = status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=str(error))
+    status.details.append(_packed(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain="tandem")))
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
         status.details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
-    if isinstance(error, Overloaded):
-        delay = Duration(seconds=math.ceil(error.retry_after_s))
+    if isinstance(error, Overloaded | NotReady):
+        wait_s = error.retry_after_s if isinstance(error, Overloaded) else NOT_READY_RETRY_S
+        delay = Duration(seconds=math.ceil(wait_s))
         status.details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     return status
 

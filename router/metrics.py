@@ -69,15 +69,19 @@ class GaugeCollector(Collector):
         yield GaugeMetricFamily("tandem_active_requests", "Requests admitted and unfinished.", now.active)
         yield GaugeMetricFamily("tandem_ready", "Whether requests can be served now.", float(now.ready))
         blocks = GaugeMetricFamily(
-            "tandem_worker_kv_blocks", "KV blocks of a worker.", labels=["worker", "state"]
+            "tandem_router_worker_kv_blocks",
+            "KV blocks of a worker as it last told this router.",
+            labels=["worker", "state"],
         )
         batch = GaugeMetricFamily(
-            "tandem_worker_running_sequences", "Sequences in the batch.", labels=["worker"]
+            "tandem_router_worker_sequences", "Sequences in the worker's batch.", labels=["worker"]
         )
         for key, load in now.loads:
             blocks.add_metric([key.worker_id, "allocated"], load.allocated_blocks)
             blocks.add_metric([key.worker_id, "referenced"], load.referenced_blocks)
             blocks.add_metric([key.worker_id, "free"], load.free_blocks)
+            unaccounted = load.allocated_blocks - load.referenced_blocks
+            blocks.add_metric([key.worker_id, "unaccounted"], unaccounted)
             batch.add_metric([key.worker_id], load.running_sequences)
         yield blocks
         yield batch
@@ -136,12 +140,13 @@ class RouterMetrics:
         )
         self.calls = Counter("tandem_calls", "API calls that ended.", ["api", "code"], registry=self.registry)
 
-    def observe_finished(self, slo_class: str, usage: TokenUsage, timeline: TimelineReport) -> None:
-        """A request finished with all its tokens."""
-        self.requests.labels(slo_class, "finished").inc()
+    def observe_ended(self, usage: TokenUsage, timeline: TimelineReport) -> None:
+        """A request ended, by whatever cause: what it used, and the stages that it reached."""
         self._prompt_tokens.inc(usage.prompt_tokens)
         self._completion_tokens.inc(usage.completion_tokens)
         self._cached_tokens.inc(usage.cached_tokens)
+        if not timeline.ttft_s:
+            return
         self.ttft.observe(timeline.ttft_s)
         self.queue.observe(timeline.queue_s)
         self.prefill.observe(timeline.prefill_s)

@@ -1,14 +1,22 @@
 """Pure: OpenAI's JSON, built from a request's updates: whole answers, stream chunks, errors."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from router.request import Chunk, TokenUsage
-from tandem.errors import InvalidRequest, Overloaded, TandemError
+from tandem.errors import InvalidRequest, NotReady, Overloaded, PromptTooLong, TandemError, UnknownModel
 from tandem.sampling import FinishReason, TokenLogprob
 
 FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "stop"}
+
+CODES: Mapping[type[TandemError], str] = {
+    PromptTooLong: "context_length_exceeded",
+    UnknownModel: "model_not_found",
+    Overloaded: "rate_limit_exceeded",
+    NotReady: "service_unavailable",
+}
+"""OpenAI's names where it has one; else the gRPC code in lower case."""
 
 ERROR_TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -30,13 +38,17 @@ def error_json(
 def error_json_of(error: TandemError) -> dict[str, Any]:
     """The error object of one of our errors."""
     param = error.field or None if isinstance(error, InvalidRequest) else None
-    code = "model_not_found" if error.http_status == 404 else error.grpc_code.lower()
+    if isinstance(error, UnknownModel):
+        param = "model"
+    code = CODES.get(type(error), error.grpc_code.lower())
     return error_json(error.http_status, str(error), param, code)
 
 
 def error_headers_of(error: TandemError) -> dict[str, str]:
     """Retry-After where it makes sense."""
-    return {"retry-after": f"{error.retry_after_s:.0f}"} if isinstance(error, Overloaded) else {}
+    if isinstance(error, Overloaded):
+        return {"retry-after": f"{error.retry_after_s:.0f}"}
+    return {"retry-after": "1"} if isinstance(error, NotReady) else {}
 
 
 @dataclass(slots=True)
@@ -116,8 +128,25 @@ class AnswerFormat:
             "usage": usage.json(),
         }
 
-    def stream_chunk(self, choice: Choice, chunk: Chunk, with_usage: bool) -> dict[str, Any]:
-        """One event of a stream. `choice` only keeps count here."""
+    def stream_chunks(self, choice: Choice, chunk: Chunk, with_usage: bool) -> list[dict[str, Any]]:
+        """The events of a chunk: in a chat the role comes first and the finish last, each alone."""
+        more = {"usage": None} if with_usage else {}
+        if not self._chat:
+            return [self._event([self._stream_choice(choice, chunk)], more)]
+        events = []
+        if choice.index not in self._started:
+            self._started.add(choice.index)
+            start = {"index": choice.index, "logprobs": None, "finish_reason": None}
+            events.append(self._event([{**start, "delta": {"role": "assistant", "content": ""}}], more))
+        if chunk.text or chunk.logprobs:
+            events.append(self._event([self._stream_choice(choice, replace(chunk, finish=None))], more))
+        if chunk.finish is not None:
+            end = self._stream_choice(choice, replace(chunk, text="", logprobs=()))
+            events.append(self._event([{**end, "delta": {}}], more))
+        return events
+
+    def _stream_choice(self, choice: Choice, chunk: Chunk) -> dict[str, Any]:
+        """One choice of one event. `choice` only keeps count here."""
         logprobs = self._logprobs_json(chunk.logprobs, choice.characters) if chunk.logprobs else None
         choice.characters += len(chunk.text)
         body: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": None}
@@ -126,12 +155,9 @@ class AnswerFormat:
             body["stop_reason"] = chunk.stop_token_id if chunk.stop_string is None else chunk.stop_string
         if self._chat:
             body["delta"] = {"content": chunk.text}
-            if choice.index not in self._started:
-                self._started.add(choice.index)
-                body["delta"] = {"role": "assistant", "content": chunk.text}
         else:
             body["text"] = chunk.text
-        return self._event([body], {"usage": None} if with_usage else {})
+        return body
 
     def usage_chunk(self, usage: UsageSum) -> dict[str, Any]:
         """The event before [DONE] when stream_options.include_usage was given."""
@@ -173,7 +199,8 @@ class AnswerFormat:
             "tokens": tokens,
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": [
-                {self._text(token_id): logprob for token_id, logprob in entry.top} for entry in entries
+                {self._text(token_id): logprob for token_id, logprob in _with_chosen(entry)}
+                for entry in entries
             ],
             "text_offset": offsets,
         }
@@ -188,3 +215,9 @@ class AnswerFormat:
 
     def _text(self, token_id: int) -> str:
         return self._token_bytes(token_id).decode("utf-8", "replace")
+
+
+def _with_chosen(entry: TokenLogprob) -> list[tuple[int, float]]:
+    """The alternatives and the token itself, which is among them only if it is probable."""
+    known = any(token_id == entry.token_id for token_id, _ in entry.top)
+    return [*entry.top] if known else [*entry.top, (entry.token_id, entry.logprob)]

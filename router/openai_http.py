@@ -114,13 +114,16 @@ class OpenAiDoor:
         prompts: Sequence[Sequence[int]],
         arrived_s: float,
     ) -> Response:
-        check_priority(body.priority)
-        slo_class = slo_class_name(body.slo_class, self._intake.model)
+        # As in vLLM, a lower number goes first at this door; inside, and over gRPC, a higher one does.
+        priority = -(body.priority or 0)
+        check_priority(priority)
+        slo_class = slo_class_name(body.slo_class or "", self._intake.model)
         requests = []
         for at, prompt in enumerate(prompts):
             request_id = answer_id if len(prompts) == 1 else f"{answer_id}-{at}"
-            made = self._intake.from_parts(request_id, prompt, params, body.seed is not None, arrived_s)
-            requests.append(replace(made, slo_class=slo_class, priority=body.priority))
+            seeded = body.seed is not None
+            made = self._intake.from_parts(request_id, prompt, params, seeded, arrived_s, body.prompt_field)
+            requests.append(replace(made, slo_class=slo_class, priority=priority))
         form = AnswerFormat(
             isinstance(body, ChatBody),
             answer_id,
@@ -129,7 +132,7 @@ class OpenAiDoor:
             params.logprobs,
             self._token_bytes,
         )
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
         choices = [Choice(index) for index in range(len(prompts) * params.n)]
         if body.stream:
             events = self._events(requests, form, choices, with_usage)
@@ -164,10 +167,10 @@ class OpenAiDoor:
                 async for at, update in updates:
                     if update.usage is not None:
                         usage.add(update.usage)
-                    events = []
+                    events: list[bytes] = []
                     for chunk in update.chunks:
                         choice = choices[at * requests[at].sampling.n + chunk.sample_index]
-                        events.append(_event(form.stream_chunk(choice, chunk, with_usage)))
+                        events += map(_event, form.stream_chunks(choice, chunk, with_usage))
                     if events:
                         begun = True
                         yield b"".join(events)

@@ -17,13 +17,33 @@ from tandem.sampling import SamplingParams
 MAX_PROMPTS = 64
 COMPLETION_MAX_TOKENS = 16
 
+REFUSED_BY_BOTH: Mapping[str, Sequence[Any]] = MappingProxyType(
+    {
+        "allowed_token_ids": ([],),
+        "bad_words": ([],),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "length_penalty": (1, 1.0),
+        "logits_processors": ([],),
+        "prompt_logprobs": (),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "structured_outputs": (),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+    }
+)
+"""Fields of vLLM's that change the answer and that we don't do, with the values that change nothing."""
+
 
 class StreamOptions(BaseModel):
     """Options of a streamed answer."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class SharedBody(BaseModel):
@@ -50,8 +70,11 @@ class SharedBody(BaseModel):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     stop_token_ids: list[int] | None = None
-    priority: int = 0
-    slo_class: str = ""
+    priority: int | None = None
+    slo_class: str | None = None
+
+    prompt_field: ClassVar[str] = "prompt"
+    """What the prompt is called, for messages."""
 
     _refused: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
@@ -107,7 +130,14 @@ class CompletionBody(SharedBody):
     logprobs: int | None = None
 
     _refused: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType(
-        {"echo": (False,), "suffix": ("",), "response_format": ({"type": "text"},), "prompt_embeds": ()}
+        {
+            "echo": (False,),
+            "suffix": ("",),
+            "response_format": ({"type": "text"},),
+            "prompt_embeds": (),
+            "add_special_tokens": (True,),
+            **REFUSED_BY_BOTH,
+        }
     )
     best_of: int | None = None
 
@@ -147,6 +177,7 @@ class ChatBody(SharedBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
+    prompt_field: ClassVar[str] = "messages"
     _refused: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType(
         {
             "response_format": ({"type": "text"},),
@@ -158,6 +189,12 @@ class ChatBody(SharedBody):
             "audio": (),
             "prediction": (),
             "web_search_options": (),
+            "echo": (False,),
+            "add_generation_prompt": (True,),
+            "continue_final_message": (False,),
+            "chat_template": (),
+            "chat_template_kwargs": ({},),
+            **REFUSED_BY_BOTH,
         }
     )
 

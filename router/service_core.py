@@ -209,13 +209,25 @@ class RouterCore:
             self.metrics.slo_missed.labels(slo.name, report.slo_missed_by).inc()
         elif session.state is not State.FAILED:
             self.accounting.good(slo.name, now_s)
-        if session.state is State.FINISHED:
-            self.metrics.observe_finished(slo.name, session.usage(), report)
-        elif session.error is not None:
-            self._count_outcome(request, type(session.error).__name__)
-            log.warning("request failed", request_id=request.request_id, error=str(session.error))
-        else:
-            self._count_outcome(request, "Cancelled")
+        outcome = "finished" if session.state is State.FINISHED else "Cancelled"
+        if session.error is not None:
+            outcome = type(session.error).__name__
+        self._count_outcome(request, outcome)
+        usage = session.usage()
+        self.metrics.observe_ended(usage, report)
+        log.info(
+            "request ended",
+            request_id=request.request_id,
+            outcome=outcome,
+            error=None if session.error is None else str(session.error),
+            slo_class=slo.name,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            ttft_s=round(report.ttft_s, 4),
+            tpot_s=round(report.tpot_s, 4),
+            replacements=report.replacements,
+            slo_missed_by=report.slo_missed_by or None,
+        )
 
     def _count_outcome(self, request: GenerationRequest, outcome: str) -> None:
         if not request.internal:

@@ -34,7 +34,7 @@ class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without `authorization: Bearer <token>`; health and reflection stay open."""
 
     def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+        self._expected = token.encode()
 
     async def intercept_service(
         self,
@@ -47,7 +47,8 @@ class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
             return handler
         given = dict(details.invocation_metadata).get("authorization", "")
         given_bytes = given if isinstance(given, bytes) else given.encode()
-        if hmac.compare_digest(given_bytes, self._expected):
+        scheme, _, key = given_bytes.partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._expected):
             return handler
         return _refusing(handler)
 

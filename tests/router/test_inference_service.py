@@ -177,7 +177,7 @@ async def test_full_queue_answers_with_retry_info(folder: Path) -> None:
         status = await rpc_status.aio.from_call(_AsCall(refused.value))
         info = error_details_pb2.RetryInfo()
         assert status is not None
-        assert status.details[0].Unpack(info)
+        assert status.details[1].Unpack(info)
         assert info.retry_delay.seconds >= 1
         for task in asking:
             task.cancel()
@@ -206,7 +206,10 @@ async def test_invalid_field_is_named_in_the_details(running: Cluster) -> None:
         await running.ask(request(sampling=sampling(temperature=3.0)))
     status = await rpc_status.aio.from_call(_AsCall(refused.value))
     bad = error_details_pb2.BadRequest()
-    assert status.details[0].Unpack(bad)
+    assert status.details[1].Unpack(bad)
+    reason = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(reason)
+    assert (reason.reason, reason.domain) == ("InvalidRequest", "tandem")
     assert bad.field_violations[0].field == "sampling.temperature"
 
 

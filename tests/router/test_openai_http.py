@@ -255,7 +255,7 @@ async def test_metrics_tell_of_requests_tokens_and_blocks(client: AsyncOpenAI, r
         "tandem_queued_requests 0.0",
         "tandem_ready 1.0",
         'tandem_slo_good_total{slo_class="chat"} 1.0',
-        'tandem_worker_kv_blocks{state="free",worker="d0"} 100000.0',
+        'tandem_router_worker_kv_blocks{state="unaccounted",worker="d0"} 0.0',
     ):
         assert line in text.splitlines()
     gaps = [line for line in text.splitlines() if line.startswith("tandem_itl_seconds_count")]
