@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from engine.contract import BlockMemory
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig, RopeConfig
+from kvtransfer.contract import BlockMemory
 from tandem.errors import ModelError
 from tandem.ids import BlockId
 
