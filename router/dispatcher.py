@@ -262,7 +262,13 @@ class Dispatcher:
             self._fleet.send(key, wpb.RouterMessage(cache_snapshot=wpb.CacheSnapshotRequest()))
 
     def _violated(self, live: LiveRequest, leg_id: LegId, key: WorkerKey, error: ProtocolError) -> None:
-        log.error("protocol violated by worker", worker_id=key.worker_id, leg_id=leg_id, error=str(error))
+        log.error(
+            "protocol violated by worker",
+            request_id=live.session.request.request_id,
+            worker_id=key.worker_id,
+            leg_id=leg_id,
+            error=str(error),
+        )
         commands = live.session.violated(leg_id, self._clock())
         self._note_replacement(live, "protocol", key)
         self.carry_out(live, commands)

@@ -24,7 +24,9 @@ class GrpcDoor:
     def __init__(self, core: RouterCore, intake: Intake, tokenizer: Tokenizer, api_key: str | None) -> None:
         self._core = core
         self._health = health.aio.HealthServicer()
-        self._server = grpc_edge.server(api_key, [EdgeInterceptor(core.metrics.calls)])
+        refused = core.metrics.calls.labels("grpc", "UNAUTHENTICATED")
+        edge = EdgeInterceptor(core.metrics.calls)
+        self._server = grpc_edge.server(api_key, [edge], refused.inc)
         self._server.add_generic_rpc_handlers([InferenceService(core, intake, tokenizer).handlers()])
         cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterService(core), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -13,15 +13,19 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.openai_answer import error_json
+from router.validation import REQUEST_ID
 
 SEND_TIMEOUT_S = 60.0
 """A reader that takes nothing for so long is cut off."""
 
 GUARDED = "/v1/"
+REQUEST_ID_KEY = "tandem.request_id"
+CLIENT_LEFT = 499
+BROKEN = 500
 
 
 class EdgeMiddleware:
-    """Refuses calls to the API without the key, and counts answers by status."""
+    """Refuses calls to the API without the key, gives every call an id, and counts calls by status."""
 
     def __init__(self, application: ASGIApp, api_key: str | None, calls: Counter) -> None:
         self._application = application
@@ -32,22 +36,17 @@ class EdgeMiddleware:
         """Serves one request, or refuses it."""
         if scope["type"] != "http":
             return
-
-        async def counting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._calls.labels("http", str(message["status"])).inc()
-                if all(name != b"x-request-id" for name, _ in message["headers"]):
-                    own = (b"x-request-id", uuid.uuid4().hex.encode())
-                    message = {**message, "headers": [*message["headers"], own]}
-            await send(message)
-
-        if self._refused(scope):
-            body = error_json(401, "Missing or wrong API key.", code="invalid_api_key")
-            headers = {"www-authenticate": "Bearer"}
-            response = Response(orjson.dumps(body), 401, headers, media_type="application/json")
-            await response(scope, receive, counting)
-        else:
-            await self._application(scope, receive, counting)
+        scope[REQUEST_ID_KEY] = _inbound_request_id(scope) or uuid.uuid4().hex
+        watched = _WatchedAnswer(send, scope[REQUEST_ID_KEY])
+        status = BROKEN
+        try:
+            if self._refused(scope):
+                await _refusal()(scope, receive, watched.send)
+            else:
+                await self._application(scope, receive, watched.send)
+            status = watched.status
+        finally:
+            self._calls.labels("http", str(status)).inc()
 
     def _refused(self, scope: Scope) -> bool:
         if self._expected is None or not scope["path"].startswith(GUARDED):
@@ -56,15 +55,56 @@ class EdgeMiddleware:
         return scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._expected)
 
 
+class _WatchedAnswer:
+    """Passes an answer on with the call's id in its head, and knows how it ended."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._id_header = (b"x-request-id", request_id.encode())
+        self._begun_as: int | None = None
+        self._complete = False
+
+    @property
+    def status(self) -> int:
+        """The status that went out; 499 when the answer did not reach its end, as its reader left."""
+        return self._begun_as if self._begun_as is not None and self._complete else CLIENT_LEFT
+
+    async def send(self, message: Message) -> None:
+        """The ASGI callable that applications are given."""
+        if message["type"] == "http.response.start":
+            self._begun_as = message["status"]
+            message = {**message, "headers": [*message["headers"], self._id_header]}
+        elif message["type"] == "http.response.body":
+            self._complete = not message.get("more_body", False)
+        await self._send(message)
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id of a call that EdgeMiddleware has let in; it goes back as x-request-id."""
+    return str(scope[REQUEST_ID_KEY])
+
+
+def _inbound_request_id(scope: Scope) -> str | None:
+    """The client's X-Request-Id; None unless it is a valid request id."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return given if REQUEST_ID.fullmatch(given) else None
+
+
+def _refusal() -> Response:
+    body = error_json(
+        401, "Missing or wrong API key; send it as `Authorization: Bearer KEY`.", code="invalid_api_key"
+    )
+    return Response(orjson.dumps(body), 401, {"www-authenticate": "Bearer"}, media_type="application/json")
+
+
 class UntilDisconnected(Response):
     """Sends pieces as they come; when the reader leaves, the source of the pieces is closed at once.
 
     The status goes out with the first piece, so that an error before it gets a status of its own.
     """
 
-    def __init__(self, pieces: AsyncIterator[bytes], media_type: str, request_id: str) -> None:
-        headers = {"cache-control": "no-cache", "x-request-id": request_id}
-        super().__init__(media_type=media_type, headers=headers)
+    def __init__(self, pieces: AsyncIterator[bytes], media_type: str) -> None:
+        super().__init__(media_type=media_type, headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._pieces = pieces
 

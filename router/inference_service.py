@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+import structlog
 from google.protobuf.message import DecodeError, Message
 
 from engine.tokenizer import Tokenizer
@@ -65,6 +66,8 @@ class InferenceService:
         if message is None:
             raise InvalidRequest("The message is no GenerateRequest, or a text in it is not valid UTF-8.")
         request = await self._intake.from_wire(message, context.time_remaining())
+        # Each call is a task with a context of its own, so this is in the lines of this call alone.
+        structlog.contextvars.bind_contextvars(request_id=request.request_id)
         async with aclosing(self._core.generate(request)) as updates:
             async for update in updates:
                 await context.write(self._response(request.request_id, update))

@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from engine.tokenizer import Tokenizer
 from router.admission import fit_context
@@ -30,6 +31,9 @@ from tandem.wire import sampling_from_wire
 
 THREAD_FROM_CHARACTERS = 4096
 """Longer texts are tokenised off the event loop, one at a time."""
+
+TEMPLATE_ROLES = MappingProxyType({"developer": "system"})
+"""OpenAI's newer name of a role; chat templates know the older one."""
 
 
 class Intake:
@@ -58,7 +62,7 @@ class Intake:
         check_chat(messages, field)
         characters = sum(len(content) for _, content in messages)
         check_length(characters // self._longest_token_bytes, self.model, field)
-        turns = [{"role": role, "content": content} for role, content in messages]
+        turns = [{"role": TEMPLATE_ROLES.get(role, role), "content": text} for role, text in messages]
         if characters < THREAD_FROM_CHARACTERS:
             return self._render_and_encode(turns)
         async with self._one_at_a_time:

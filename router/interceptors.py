@@ -1,51 +1,25 @@
 """Edge: what every gRPC call goes through: errors become rich statuses, outcomes are counted."""
 
-import math
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 import structlog
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from prometheus_client import Counter
 
-from tandem.errors import InvalidRequest, NotReady, Overloaded, TandemError
+from tandem.errors import TandemError
+from tandem.grpc_edge import status_of
 
 log = structlog.get_logger(__name__)
-
-NOT_READY_RETRY_S = 1.0
-"""A worker that comes back needs a few seconds; asking each second costs nothing."""
 
 OUR_METHODS = "/tandem."
 INTERNAL_TEXT = "Internal error; the router's log says more."
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def status_of(error: TandemError) -> status_pb2.Status:
-    """google.rpc.Status with ErrorInfo, and with BadRequest or RetryInfo where they say more."""
-    status = status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=str(error))
-    status.details.append(_packed(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain="tandem")))
-    if isinstance(error, InvalidRequest):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
-        status.details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
-    if isinstance(error, Overloaded | NotReady):
-        wait_s = error.retry_after_s if isinstance(error, Overloaded) else NOT_READY_RETRY_S
-        delay = Duration(seconds=math.ceil(wait_s))
-        status.details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return status
-
-
-def _packed(message: Message) -> AnyMessage:
-    packed = AnyMessage()
-    packed.Pack(message)
-    return packed
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
@@ -81,13 +55,22 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
             except TandemError as error:
                 self._calls.labels("grpc", error.grpc_code).inc()
                 await context.abort_with_status(rpc_status.to_status(status_of(error)))
+            except asyncio.CancelledError:
+                self._calls.labels("grpc", _why_ended(context)).inc()
+                raise
             except grpc.aio.AbortError:
                 raise
             except Exception:
                 log.exception("unexpected error in a call")
                 self._calls.labels("grpc", "INTERNAL").inc()
-                await context.abort(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
+                await context.abort_with_status(rpc_status.to_status(status_of(TandemError(INTERNAL_TEXT))))
             self._ok.inc()
             return response
 
         return call
+
+
+def _why_ended(context: Context) -> str:
+    """Why gRPC cancelled a call: its deadline passed, or else its client left."""
+    left_s = context.time_remaining()
+    return "CANCELLED" if left_s is None or left_s > 0 else "DEADLINE_EXCEEDED"

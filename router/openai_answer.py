@@ -1,22 +1,44 @@
 """Pure: OpenAI's JSON, built from a request's updates: whole answers, stream chunks, errors."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from router.request import Chunk, TokenUsage
-from tandem.errors import InvalidRequest, NotReady, Overloaded, PromptTooLong, TandemError, UnknownModel
+from tandem.errors import (
+    DuplicateRequest,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    PromptTooLong,
+    TandemError,
+    UnknownModel,
+    Unsupported,
+)
 from tandem.sampling import FinishReason, TokenLogprob
 
 FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "stop"}
 
 CODES: Mapping[type[TandemError], str] = {
+    InvalidRequest: "invalid_value",
     PromptTooLong: "context_length_exceeded",
+    Unsupported: "unsupported_parameter",
     UnknownModel: "model_not_found",
     Overloaded: "rate_limit_exceeded",
     NotReady: "service_unavailable",
+    DuplicateRequest: "duplicate_request",
 }
-"""OpenAI's names where it has one; else the gRPC code in lower case."""
+"""OpenAI's names where it has one; an error that is not here has its gRPC code in lower case."""
+
+STATUS_CODES: Mapping[int, str] = {
+    404: "unknown_url",
+    405: "method_not_supported",
+    408: "request_timeout",
+    413: "request_too_large",
+    500: "internal_error",
+}
+"""Codes of answers that no error of ours stands behind."""
 
 ERROR_TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -30,9 +52,10 @@ ERROR_TYPES: Mapping[int, str] = {
 def error_json(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """OpenAI's error object; without a code it takes the status's."""
     kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    named = STATUS_CODES.get(status) if code is None else code
+    return {"error": {"message": message, "type": kind, "param": param, "code": named}}
 
 
 def error_json_of(error: TandemError) -> dict[str, Any]:
@@ -46,9 +69,7 @@ def error_json_of(error: TandemError) -> dict[str, Any]:
 
 def error_headers_of(error: TandemError) -> dict[str, str]:
     """Retry-After where it makes sense."""
-    if isinstance(error, Overloaded):
-        return {"retry-after": f"{error.retry_after_s:.0f}"}
-    return {"retry-after": "1"} if isinstance(error, NotReady) else {}
+    return {} if error.retry_after_s is None else {"retry-after": str(math.ceil(error.retry_after_s))}
 
 
 @dataclass(slots=True)
@@ -77,9 +98,10 @@ class UsageSum:
 
 @dataclass(slots=True)
 class Choice:
-    """What has come of one choice so far."""
+    """What has come of one choice so far; `echo` is the prompt's text where it stands before the answer."""
 
     index: int
+    echo: str = ""
     text: list[str] = field(default_factory=list)
     characters: int = 0
     logprobs: list[Mapping[str, Any]] = field(default_factory=list)
@@ -146,7 +168,7 @@ class AnswerFormat:
         return events
 
     def _stream_choice(self, choice: Choice, chunk: Chunk) -> dict[str, Any]:
-        """One choice of one event. `choice` only keeps count here."""
+        """One choice of one event; what is echoed comes with the first. `choice` only keeps count here."""
         logprobs = self._logprobs_json(chunk.logprobs, choice.characters) if chunk.logprobs else None
         choice.characters += len(chunk.text)
         body: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": None}
@@ -156,7 +178,8 @@ class AnswerFormat:
         if self._chat:
             body["delta"] = {"content": chunk.text}
         else:
-            body["text"] = chunk.text
+            body["text"] = choice.echo + chunk.text
+            choice.echo = ""
         return body
 
     def usage_chunk(self, usage: UsageSum) -> dict[str, Any]:
@@ -179,7 +202,7 @@ class AnswerFormat:
         if self._chat:
             body["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
-            body["text"] = text
+            body["text"] = choice.echo + text
         return body
 
     def _merged_logprobs(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

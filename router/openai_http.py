@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import orjson
+import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -15,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from engine.tokenizer import Tokenizer
-from router.http_edge import EdgeMiddleware, UntilDisconnected
+from router.http_edge import EdgeMiddleware, UntilDisconnected, request_id_of
 from router.intake import Intake
 from router.merged import merged
 from router.openai_answer import (
@@ -33,6 +34,8 @@ from router.validation import check_model, check_priority, check_prompt_ids, slo
 from tandem.errors import InvalidRequest, TandemError
 from tandem.sampling import SamplingParams
 
+log = structlog.get_logger(__name__)
+
 BODY_TIMEOUT_S = 30.0
 INTERNAL_TEXT = "Internal error; the router's log says more."
 
@@ -48,7 +51,7 @@ class OpenAiDoor:
     def __init__(self, core: RouterCore, intake: Intake, tokenizer: Tokenizer, api_key: str | None) -> None:
         self._core = core
         self._intake = intake
-        self._token_bytes = tokenizer.token_bytes
+        self._tokenizer = tokenizer
         self._started = int(time.time())
         routes = [
             Route("/v1/models", self._models, methods=["GET"]),
@@ -87,35 +90,43 @@ class OpenAiDoor:
     async def _completions(self, request: Request) -> Response:
         arrived_s = self._core.clock()
         body = read_body(CompletionBody, await self._read(request))
-        check_model(body.model, self._intake.model)
+        check_model(body.model or "", self._intake.model)
         params = body.params(self._intake.model.vocabulary_tokens)
-        prompts = []
-        for prompt in body.prompts():
+        given, prompts = body.prompts(), []
+        for prompt in given:
             if isinstance(prompt, str):
                 prompts.append(await self._intake.text_ids(prompt, "prompt"))
             else:
                 check_prompt_ids(prompt, self._intake.model, "prompt")
                 prompts.append(prompt)
-        return self._answer(f"cmpl-{uuid.uuid4().hex}", body, params, prompts, arrived_s)
+        echoes = [self._text_of(prompt) if body.echo else "" for prompt in given]
+        choices = [Choice(index, echoes[index // params.n]) for index in range(len(prompts) * params.n)]
+        return self._answer(request, body, params, prompts, choices, arrived_s)
 
     async def _chat_completions(self, request: Request) -> Response:
         arrived_s = self._core.clock()
         body = read_body(ChatBody, await self._read(request))
-        check_model(body.model, self._intake.model)
+        check_model(body.model or "", self._intake.model)
         params = body.params(self._intake.model.vocabulary_tokens)
         prompt = await self._intake.chat_ids(body.turns(), "messages")
-        return self._answer(f"chatcmpl-{uuid.uuid4().hex}", body, params, [prompt], arrived_s)
+        choices = [Choice(index) for index in range(params.n)]
+        return self._answer(request, body, params, [prompt], choices, arrived_s)
+
+    def _text_of(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     def _answer(
         self,
-        answer_id: str,
+        request: Request,
         body: SharedBody,
         params: SamplingParams,
         prompts: Sequence[Sequence[int]],
+        choices: Sequence[Choice],
         arrived_s: float,
     ) -> Response:
+        answer_id = _answer_id(request, body.answer_prefix)
         # As in vLLM, a lower number goes first at this door; inside, and over gRPC, a higher one does.
-        priority = -(body.priority or 0)
+        priority = body.priority or 0
         check_priority(priority)
         slo_class = slo_class_name(body.slo_class or "", self._intake.model)
         requests = []
@@ -123,21 +134,20 @@ class OpenAiDoor:
             request_id = answer_id if len(prompts) == 1 else f"{answer_id}-{at}"
             seeded = body.seed is not None
             made = self._intake.from_parts(request_id, prompt, params, seeded, arrived_s, body.prompt_field)
-            requests.append(replace(made, slo_class=slo_class, priority=priority))
+            requests.append(replace(made, slo_class=slo_class, priority=-priority))
         form = AnswerFormat(
             isinstance(body, ChatBody),
             answer_id,
             self._intake.model.name,
             int(time.time()),
             params.logprobs,
-            self._token_bytes,
+            self._tokenizer.token_bytes,
         )
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        choices = [Choice(index) for index in range(len(prompts) * params.n)]
         if body.stream:
             events = self._events(requests, form, choices, with_usage)
-            return UntilDisconnected(events, "text/event-stream", answer_id)
-        return UntilDisconnected(self._whole(requests, form, choices), "application/json", answer_id)
+            return UntilDisconnected(events, "text/event-stream")
+        return UntilDisconnected(self._whole(requests, form, choices), "application/json")
 
     async def _whole(
         self, requests: Sequence[GenerationRequest], form: AnswerFormat, choices: Sequence[Choice]
@@ -212,6 +222,11 @@ class OpenAiDoor:
         return b"".join(parts)
 
 
+def _answer_id(request: Request, prefix: str) -> str:
+    """Unique also where several calls carry the same X-Request-Id, as the parts of one job do."""
+    return f"{prefix}-{request_id_of(request.scope)}-{uuid.uuid4().hex[:8]}"
+
+
 def _event(content: object) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
@@ -229,5 +244,7 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return json_response(error.status_code, error_json(error.status_code, message), dict(error.headers or {}))
 
 
-async def _unexpected_error(_request: Request, _error: Exception) -> Response:
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    # The server logs the traceback, but does not know the id.
+    log.error("unexpected error in a call", request_id=request_id_of(request.scope), error=repr(error))
     return json_response(500, error_json(500, INTERNAL_TEXT))

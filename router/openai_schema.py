@@ -11,7 +11,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from router.validation import check_sampling
-from tandem.errors import InvalidRequest
+from tandem.errors import InvalidRequest, Unsupported
 from tandem.sampling import SamplingParams
 
 MAX_PROMPTS = 64
@@ -21,13 +21,11 @@ REFUSED_BY_BOTH: Mapping[str, Sequence[Any]] = MappingProxyType(
     {
         "allowed_token_ids": ([],),
         "bad_words": ([],),
-        "guided_choice": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
         "length_penalty": (1, 1.0),
         "logits_processors": ([],),
         "prompt_logprobs": (),
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "structured_outputs": (),
@@ -36,6 +34,9 @@ REFUSED_BY_BOTH: Mapping[str, Sequence[Any]] = MappingProxyType(
     }
 )
 """Fields of vLLM's that change the answer and that we don't do, with the values that change nothing."""
+
+REFUSED_PREFIX = "guided_"
+"""vLLM's older names of structured outputs all begin so."""
 
 
 class StreamOptions(BaseModel):
@@ -51,7 +52,7 @@ class SharedBody(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    model: str = ""
+    model: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
@@ -75,16 +76,24 @@ class SharedBody(BaseModel):
 
     prompt_field: ClassVar[str] = "prompt"
     """What the prompt is called, for messages."""
+    answer_prefix: ClassVar[str] = "cmpl"
+    """How ids of answers begin."""
 
     _refused: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     def refuse_unsupported(self, raw: Mapping[str, Any]) -> None:
-        """Raises InvalidRequest for a field that asks for something we don't do."""
-        for name, harmless in self._refused.items():
-            if raw.get(name) is not None and raw[name] not in harmless:
-                raise InvalidRequest(f"{name} is not supported with this value.", name)
+        """Raises Unsupported for a field that asks for something we don't do, else InvalidRequest."""
+        for name, value in raw.items():
+            known = name in self._refused or name.startswith(REFUSED_PREFIX)
+            if known and value is not None and value not in self._refused.get(name, ()):
+                raise Unsupported(f"{name[:64]} is not supported with this value.", name[:64])
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
+
+    @classmethod
+    def refused_fields(cls) -> tuple[str, ...]:
+        """Names of the fields that are refused unless their value changes nothing."""
+        return tuple(cls._refused)
 
     def sampling(self, vocabulary_tokens: int, **own: Any) -> SamplingParams:
         """Checked parameters; `own` are those that bodies name differently. Raises InvalidRequest."""
@@ -128,10 +137,10 @@ class CompletionBody(SharedBody):
 
     prompt: Any = None
     logprobs: int | None = None
+    echo: bool | None = None
 
     _refused: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType(
         {
-            "echo": (False,),
             "suffix": ("",),
             "response_format": ({"type": "text"},),
             "prompt_embeds": (),
@@ -144,7 +153,9 @@ class CompletionBody(SharedBody):
     def params(self, vocabulary_tokens: int) -> SamplingParams:
         """Checked parameters; max_tokens is 16 unless given, as at OpenAI's. Raises InvalidRequest."""
         if self.best_of not in (None, self.n or 1):
-            raise InvalidRequest("best_of is not supported unless it equals n.", "best_of")
+            raise Unsupported("best_of is not supported unless it equals n.", "best_of")
+        if self.echo and self.logprobs is not None:
+            raise Unsupported("echo is not supported together with logprobs.", "echo")
         most = COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         if self.max_tokens is None and self.min_tokens:
             most = max(most, self.min_tokens)
@@ -178,6 +189,7 @@ class ChatBody(SharedBody):
     top_logprobs: int | None = None
 
     prompt_field: ClassVar[str] = "messages"
+    answer_prefix: ClassVar[str] = "chatcmpl"
     _refused: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType(
         {
             "response_format": ({"type": "text"},),
@@ -190,6 +202,7 @@ class ChatBody(SharedBody):
             "prediction": (),
             "web_search_options": (),
             "echo": (False,),
+            "add_special_tokens": (False,),
             "add_generation_prompt": (True,),
             "continue_final_message": (False,),
             "chat_template": (),
@@ -270,18 +283,17 @@ def _turn(message: Mapping[str, Any], field: str) -> tuple[str, str]:
     if not isinstance(role, str):
         raise InvalidRequest(f"{field}.role must be a string.", f"{field}.role")
     if message.get("tool_calls") or message.get("function_call"):
-        raise InvalidRequest(f"{field}: tool calls are not supported.", f"{field}.tool_calls")
+        raise Unsupported(f"{field}: tool calls are not supported.", f"{field}.tool_calls")
     if content is None and role == "assistant":
         content = ""
     if isinstance(content, list):
         content = "".join([_part(part, f"{field}.content[{at}]") for at, part in enumerate(content)])
     if not isinstance(content, str):
         raise InvalidRequest(f"{field}.content must be a string or a list of parts.", f"{field}.content")
-    # OpenAI's newer name for the same role.
-    return ("system" if role == "developer" else role), content
+    return role, content
 
 
 def _part(part: Any, field: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise InvalidRequest(f"{field} must be a part of type text; nothing else is supported.", field)
+    raise Unsupported(f"{field} must be a part of type text; nothing else is supported.", field)

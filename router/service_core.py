@@ -24,6 +24,7 @@ from router.slo_accounting import SloAccounting
 from router.text_stream import TextStream
 from tandem.errors import Cancelled, DeadlineExceeded, DuplicateRequest, NotReady, TandemError
 from tandem.ids import LegId, RequestId
+from tandem.slo import Stage
 from tandem.v1 import worker_pb2 as wpb
 from tandem.wire import sampling_to_wire
 from tandem.worker import Role
@@ -145,7 +146,7 @@ class RouterCore:
             # Only now: a resume that is refused must not end the stream that runs.
             self._take_over(request)
         except TandemError as error:
-            self._count_outcome(request, type(error).__name__)
+            self._count_refused(request, error)
             raise
         session = Session(request, self._rules(request))
         live = LiveRequest(session, sampling_to_wire(request.sampling), asyncio.Event())
@@ -205,14 +206,17 @@ class RouterCore:
         """Counts how the request ended, and whether it was good."""
         request, slo, now_s = session.request, session.rules.slo, self.clock()
         report = session.timeline.report(slo, now_s)
-        if not report.slo_met:
-            self.metrics.slo_missed.labels(slo.name, report.slo_missed_by).inc()
-        elif session.state is not State.FAILED:
+        missed_by = report.slo_missed_by
+        if session.state is State.FAILED and not missed_by:
+            missed_by = session.timeline.reached.value
+        if missed_by:
+            self.metrics.slo_missed.labels(slo.name, missed_by).inc()
+        else:
             self.accounting.good(slo.name, now_s)
         outcome = "finished" if session.state is State.FINISHED else "Cancelled"
         if session.error is not None:
             outcome = type(session.error).__name__
-        self._count_outcome(request, outcome)
+        self.metrics.requests.labels(slo.name, outcome).inc()
         usage = session.usage()
         self.metrics.observe_ended(usage, report)
         log.info(
@@ -226,12 +230,14 @@ class RouterCore:
             ttft_s=round(report.ttft_s, 4),
             tpot_s=round(report.tpot_s, 4),
             replacements=report.replacements,
-            slo_missed_by=report.slo_missed_by or None,
+            slo_missed_by=missed_by or None,
         )
 
-    def _count_outcome(self, request: GenerationRequest, outcome: str) -> None:
+    def _count_refused(self, request: GenerationRequest, error: TandemError) -> None:
+        """A request that was offered and not taken in: no stage but the queue can be blamed."""
         if not request.internal:
-            self.metrics.requests.labels(request.slo_class, outcome).inc()
+            self.metrics.requests.labels(request.slo_class, type(error).__name__).inc()
+            self.metrics.slo_missed.labels(request.slo_class, Stage.QUEUE.value).inc()
 
     def _fail(self, live: LiveRequest, error: TandemError) -> None:
         """Ends a request at once in all books: its reader may be stuck in a write."""

@@ -106,6 +106,15 @@ class Timeline:
             Stage.DECODE: last_s - landed_s,
         }
 
+    @property
+    def reached(self) -> Stage:
+        """The stage under way, or the last one when the request has ended."""
+        if self.prefill_sent_s is None:
+            return Stage.QUEUE
+        if self.first_token_s is None:
+            return Stage.PREFILL
+        return Stage.HANDOFF if self.landed_s is None else Stage.DECODE
+
     def missed_by(self, slo: SloClass, now_s: float) -> Stage | None:
         """The stage that caused the first objective missed (TTFT, then gap, then TPOT); None if all are met.
 

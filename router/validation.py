@@ -25,7 +25,7 @@ MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 MAX_MESSAGES = 4096
 MAX_TIMEOUT_S = 86_400.0
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Path = Callable[[str], str]

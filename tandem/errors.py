@@ -22,6 +22,8 @@ class TandemError(Exception):
     grpc_code: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
     retry_elsewhere: ClassVar[bool] = False
+    retry_after_s: float | None = None
+    """When asking again may help, in seconds; None when time alone mends nothing."""
 
 
 class InvalidRequest(TandemError):
@@ -34,6 +36,10 @@ class InvalidRequest(TandemError):
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message)
         self.field = field
+
+
+class Unsupported(InvalidRequest):
+    """The request asks for something that we do not do; it is named, never silently dropped."""
 
 
 class PromptTooLong(InvalidRequest):
@@ -91,6 +97,7 @@ class NotReady(TandemError):
     grpc_code = "UNAVAILABLE"
     http_status = 503
     retry_elsewhere = True
+    retry_after_s = 1.0
 
 
 class Cancelled(TandemError):

@@ -1,11 +1,19 @@
 """Edge: how every gRPC server and channel of Tandem is opened: limits, keep-alive, and the token check."""
 
 import hmac
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from tandem.errors import InvalidRequest, TandemError, Unauthenticated
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """Largest message taken on any port."""
@@ -29,12 +37,43 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 
 _OPEN_METHODS = ("/grpc.health.", "/grpc.reflection.")
 
+ERROR_DOMAIN = "tandem"
+"""Domain of the reasons in google.rpc.ErrorInfo, which are the names of tandem.errors."""
+
+_REFUSAL = Unauthenticated(
+    "The token is missing or wrong; send it as the metadata `authorization: Bearer TOKEN`."
+)
+
+
+def status_of(error: TandemError) -> status_pb2.Status:
+    """google.rpc.Status with ErrorInfo, and with BadRequest or RetryInfo where they say more."""
+    status = status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=str(error))
+    info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN)
+    status.details.append(_packed(info))
+    if isinstance(error, InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        status.details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
+    if error.retry_after_s is not None:
+        delay = Duration(seconds=math.ceil(error.retry_after_s))
+        status.details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status
+
+
+def _packed(message: Message) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(message)
+    return packed
+
 
 class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without `authorization: Bearer <token>`; health and reflection stay open."""
+    """Refuses calls without `authorization: Bearer <token>`; health and reflection stay open.
 
-    def __init__(self, token: str) -> None:
+    `on_refused` is told of each refusal, as these reach no other interceptor.
+    """
+
+    def __init__(self, token: str, on_refused: Callable[[], None] | None = None) -> None:
         self._expected = token.encode()
+        self._on_refused = on_refused
 
     async def intercept_service(
         self,
@@ -50,6 +89,8 @@ class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
         scheme, _, key = given_bytes.partition(b" ")
         if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._expected):
             return handler
+        if self._on_refused is not None:
+            self._on_refused()
         return _refusing(handler)
 
 
@@ -57,10 +98,10 @@ def _refusing(handler: Any) -> Any:
     """A handler of the same kind that answers UNAUTHENTICATED."""
 
     async def unary(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "Missing or wrong bearer token.")
+        await context.abort_with_status(rpc_status.to_status(status_of(_REFUSAL)))
 
     async def stream(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "Missing or wrong bearer token.")
+        await context.abort_with_status(rpc_status.to_status(status_of(_REFUSAL)))
         # The unreachable yield makes this a generator, which a streaming handler must be.
         yield  # type: ignore[unreachable]
 
@@ -78,9 +119,16 @@ def _refusing(handler: Any) -> Any:
     )
 
 
-def server(token: str | None, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> grpc.aio.Server:
-    """A server with our limits; with a token, every call but health and reflection must prove it."""
-    guards = [*interceptors] if token is None else [BearerTokenInterceptor(token), *interceptors]
+def server(
+    token: str | None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    on_refused: Callable[[], None] | None = None,
+) -> grpc.aio.Server:
+    """A server with our limits; with a token, every call but health and reflection must prove it.
+
+    `on_refused` is told of each call that does not.
+    """
+    guards = [*interceptors] if token is None else [BearerTokenInterceptor(token, on_refused), *interceptors]
     return grpc.aio.server(interceptors=guards, options=_OPTIONS)
 
 

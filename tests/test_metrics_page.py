@@ -6,29 +6,61 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from engine.leg import LoadNumbers
+from engine.step import StepPlan, StepResult
 from engine.worker_metrics import WorkerMetrics
 from router.metrics import RouterGauges, RouterMetrics
+from router.slo_accounting import ClassGoodput
+from router.worker_key import WorkerKey
+from tandem.ids import Incarnation, WorkerId
+from tandem.slo import SloClass
+from tandem.v1 import worker_pb2 as wpb
 
 PAGE = Path(__file__).parents[1] / "docs/metrics.md"
 ROW = re.compile(r"^\| `(?P<name>\w+)` \| (?P<kind>\w+) \|(?P<labels>[^|]*)\|", re.MULTILINE)
 
+Described = dict[str, tuple[str, frozenset[str]]]
+"""Name -> (kind, labels)."""
 
-def _documented(section: str) -> dict[str, str]:
+
+def _documented(section: str) -> Described:
     text = PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
-    return {row["name"]: row["kind"] for row in ROW.finditer(text)}
+    rows = ROW.finditer(text)
+    return {row["name"]: (row["kind"], frozenset(re.findall(r"`(\w+)`", row["labels"]))) for row in rows}
 
 
-def _exposed(registry: CollectorRegistry) -> dict[str, str]:
-    return {metric.name: metric.type for metric in registry.collect()}
+def _exposed(registry: CollectorRegistry) -> Described:
+    described: Described = {}
+    for metric in registry.collect():
+        assert metric.samples, f"{metric.name} has no sample, so its labels are not known"
+        labels = {label for sample in metric.samples for label in sample.labels}
+        described[metric.name] = (metric.type, frozenset(labels - {"le"}))
+    return described
 
 
 def test_router_metrics_are_documented() -> None:
     metrics = RouterMetrics()
-    metrics.watch(lambda: RouterGauges(queued=0, active=0, ready=True, loads=(), goodput=()))
+    slo = SloClass("chat", 1.0, 1.0, 1.0)
+    loads = [(WorkerKey(WorkerId("d0"), Incarnation(1)), wpb.LoadSnapshot())]
+    goodput = [ClassGoodput(slo, 1, 1, 1.0)]
+    metrics.watch(lambda: RouterGauges(queued=0, active=0, ready=True, loads=loads, goodput=goodput))
+    metrics.observe_handoff(wpb.KvLanded(transport="tcp"))
+    metrics.requests.labels(slo_class="chat", outcome="finished").inc()
+    metrics.slo_missed.labels(slo_class="chat", stage="queue").inc()
+    metrics.replacements.labels(reason="gap").inc()
+    metrics.calls.labels(api="http", code="200").inc()
     assert _documented("Router") == _exposed(metrics.registry)
 
 
 def test_worker_metrics_are_documented() -> None:
     metrics = WorkerMetrics()
     metrics.observe_load(LoadNumbers(0, 0, 0, 0, 4, 3, 1, 1))
+    metrics.observe_step(StepPlan(0, ()), StepResult(0, (), 0.1))
+    metrics.dropped.labels(reason="preempted").inc()
+    metrics.handoff_seconds.labels(part="move").observe(0.1)
+    metrics.handoff_bytes.labels(transport="tcp").inc()
+    metrics.transfer_faults.labels(fault="timeout").inc()
     assert _documented("Worker") == _exposed(metrics.registry)
+
+
+def test_no_metric_of_a_worker_is_also_one_of_the_router() -> None:
+    assert not _documented("Router").keys() & _documented("Worker").keys()

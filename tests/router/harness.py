@@ -115,6 +115,11 @@ class Cluster:
         self.membership.put(stub.record)
         return stub
 
+    async def metrics(self) -> str:
+        """What the router tells Prometheus."""
+        async with httpx.AsyncClient() as client:
+            return (await client.get(f"{self.http}/metrics")).text
+
     async def ready(self) -> None:
         """Waits (bounded) until the router says that it can serve."""
         async with httpx.AsyncClient() as client:

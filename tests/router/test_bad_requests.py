@@ -94,7 +94,7 @@ async def test_bad_grpc_requests_are_refused_with_a_clear_status(folder: Path) -
 
 
 WRONG_IN_BOTH: dict[str, list[Any]] = {
-    "model": ["other", 5, None, ["tiny"]],
+    "model": ["other", 5, ["tiny"]],
     "temperature": [-1, 2.5, "hot", [], HUGE, {}],
     "top_p": [0, 1.5, "x", -HUGE],
     "n": [0, 17, 1.5, "2", HUGE, -1],
@@ -117,7 +117,7 @@ WRONG_IN_BOTH: dict[str, list[Any]] = {
 WRONG_IN_COMPLETIONS: dict[str, list[Any]] = {
     "prompt": [None, "", [], [""], [[]], 5, {"a": 1}, ["a", 5], [[5], "a"], [259], [-1], [1.5], [True]],
     "logprobs": [21, -1, "x", True],
-    "echo": [True],
+    "echo": ["yes", 1],
     "best_of": [3],
 }
 WRONG_CONTENT: list[Any] = [[{"type": "image_url", "image_url": {"url": "x"}}], 5, None, {"a": 1}, ["x"]]
