@@ -148,7 +148,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Who speaks: system, user, assistant or tool."""
+    """Who speaks: system (or developer, its newer name), user, assistant or tool."""
     content: _builtins.str
     """What is said."""
     def __init__(
