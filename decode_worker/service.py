@@ -54,7 +54,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
         """Queues a leg for its pull, or drops it with a reason."""
         start = message.start_decode
         leg_id = LegId(start.leg_id or message.start_prefill.leg_id)
-        if not self._take(link, leg_id):
+        if not self._take(link, leg_id, start.request_id):
             return
         try:
             if not message.HasField("start_decode"):
@@ -154,7 +154,13 @@ class DecodeWorker(Worker[DecodeOutcome]):
         else:
             self._scheduler.failed(leg_id)
             fault = error.fault.value if isinstance(error, TransferError) else "internal"
-            log.warning("hand-off failed", leg_id=leg_id, fault=fault, error=str(error), exc_info=error)
+            log.warning(
+                "hand-off failed",
+                request_id=self._request_ids.get(leg_id),
+                leg_id=leg_id,
+                fault=fault,
+                exc_info=error,
+            )
             self.metrics.transfer_faults.labels(fault).inc()
             self._drop_all([DroppedLeg(leg_id, DropReason.HANDOFF_FAILED, str(error))])
         self._pull_what_fits()

@@ -79,6 +79,7 @@ class Worker(ABC, Generic[OutcomeT]):
         self._engine = parts.engine
         self._clock: Callable[[], float] = time.monotonic
         self._legs: dict[LegId, RouterLink] = {}
+        self._request_ids: dict[LegId, str] = {}
         self._draining = False
         self._emptied = asyncio.Event()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -198,7 +199,7 @@ class Worker(ABC, Generic[OutcomeT]):
                 stepping.cancel()
                 await asyncio.gather(stepping, return_exceptions=True)
 
-    def _take(self, link: RouterLink, leg_id: LegId) -> bool:
+    def _take(self, link: RouterLink, leg_id: LegId, request_id: str) -> bool:
         """Notes whose leg it is; refuses one that comes twice or while draining."""
         if self._draining:
             link.send_dropped(DroppedLeg(leg_id, DropReason.DRAINING, "The worker drains."))
@@ -207,10 +208,12 @@ class Worker(ABC, Generic[OutcomeT]):
             link.send_dropped(DroppedLeg(leg_id, DropReason.INTERNAL, "The leg is here already."))
             return False
         self._legs[leg_id] = link
+        self._request_ids[leg_id] = request_id
         return True
 
     def _forget(self, leg_id: LegId) -> None:
         self._legs.pop(leg_id, None)
+        self._request_ids.pop(leg_id, None)
         self._note_if_empty()
 
     def _note_if_empty(self) -> None:
@@ -224,6 +227,12 @@ class Worker(ABC, Generic[OutcomeT]):
             if link is not None:
                 link.send_dropped(drop)
                 self.metrics.dropped.labels(drop.reason.value).inc()
+                log.info(
+                    "leg dropped",
+                    request_id=self._request_ids[drop.leg_id],
+                    leg_id=drop.leg_id,
+                    reason=drop.reason.value,
+                )
             if not drop.sample_indices or not self.holds(drop.leg_id):
                 self._forget(drop.leg_id)
 

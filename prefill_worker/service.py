@@ -50,7 +50,7 @@ class PrefillWorker(Worker[PrefillOutcome]):
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Queues a prompt, or drops the leg with a reason."""
         leg_id = LegId(message.start_prefill.leg_id or message.start_decode.leg_id)
-        if not self._take(link, leg_id):
+        if not self._take(link, leg_id, message.start_prefill.request_id):
             return
         try:
             if not message.HasField("start_prefill"):
