@@ -16,8 +16,18 @@ ALLOWED = {
     "prefill_worker": {"engine", "kvtransfer", "tandem"},
     "decode_worker": {"engine", "kvtransfer", "tandem"},
     "router": {"tandem"},
-    "cluster": {"tandem", "engine", "kvtransfer", "prefill_worker", "decode_worker", "router", "benchmarks"},
-    "benchmarks": {"tandem", "engine", "kvtransfer", "router", "prefill_worker", "decode_worker"},
+    "planner": {"tandem"},
+    "cluster": {
+        "tandem",
+        "engine",
+        "kvtransfer",
+        "prefill_worker",
+        "decode_worker",
+        "router",
+        "planner",
+        "benchmarks",
+    },
+    "benchmarks": {"tandem", "engine", "kvtransfer", "router", "prefill_worker", "decode_worker", "planner"},
 }
 
 ROOMS: tuple[str, ...] = tuple(ALLOWED)
