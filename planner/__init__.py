@@ -1,1 +1,1 @@
-"""Latency models, workload, simulator, placement search, controller: where Tandem decides how many of what."""
+"""Latency models, workload, simulator, placement search, controller: deciding how many of what."""

@@ -29,7 +29,7 @@ class StepShape:
 
 
 class LatencyModel(Protocol):
-    """Step times of one worker of one kind (hardware, model, tp, pp); all times in seconds, all calls pure."""
+    """Step times of one worker of one kind (hardware, model, tp, pp); in seconds; all calls pure."""
 
     def step_s(self, shape: StepShape) -> float:
         """Time of one step, all pipeline stages together; 0 for an empty shape."""
