@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -50,6 +50,7 @@ def test_identity_gives_back_the_very_bits(shape: BlockShape) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1e-3, 1.0, 300.0]))
 def test_int8_errs_by_half_a_step_of_its_group(shape: BlockShape, seed: int, spread: float) -> None:
     blocks = blocks_of(shape, seed, spread)
@@ -59,6 +60,7 @@ def test_int8_errs_by_half_a_step_of_its_group(shape: BlockShape, seed: int, spr
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1e-3, 1.0, 300.0]))
 def test_fp8_errs_by_a_sixteenth_of_the_number(shape: BlockShape, seed: int, spread: float) -> None:
     blocks = blocks_of(shape, seed, spread)
@@ -70,6 +72,7 @@ def test_fp8_errs_by_a_sixteenth_of_the_number(shape: BlockShape, seed: int, spr
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), outlier=st.sampled_from([0.0, 8.0, 1000.0]))
 def test_the_outlier_codec_keeps_its_middle_narrow(shape: BlockShape, seed: int, outlier: float) -> None:
     """One wild number in a group costs the others nothing, unlike with a scale for all."""
