@@ -1,9 +1,10 @@
 """Pure: what a transport of KV blocks promises, and the messages at its border.
 
-The puller (sink) drives: it asks the source for a lease on a piece of a leg's KV, moves it over one transport,
-asks for the next one, and commits with the checksums of what it holds, which the source compares. The contract fits one-sided transports (shm, cuda_ipc: the sink reads the source's
-memory under the lease) and two-sided, ordered ones (tcp, nccl: the source sends when it grants the pull; the
-sink numbers the transfers of a pair and the source serves them in that order).
+The puller (sink) drives: it asks the source for a lease on a piece of a leg's KV, moves it over one
+transport, asks for the next one, and commits with the checksums of what it holds, which the source compares.
+The contract fits one-sided transports (shm, cuda_ipc: the sink reads the source's memory under the lease) and
+two-sided, ordered ones (tcp, nccl: the source sends when it grants the pull; the sink numbers the transfers
+of a pair and the source serves them in that order).
 """
 
 from collections.abc import Callable, Sequence
@@ -80,9 +81,9 @@ class BlockRange:
 class KvReady:
     """How much of a growing offer may be pulled; both numbers only grow.
 
-    The offer's first `blocks` blocks are complete in every layer. Layers [0, `layers`) are complete in *every*
-    block of the offer: while later prompt chunks are still to come it is 0, in the last chunk's step it counts
-    that step's finished layers. All blocks, or all layers, make the offer complete.
+    The offer's first `blocks` blocks are complete in every layer. Layers [0, `layers`) are complete in
+    *every* block of the offer: while later prompt chunks are still to come it is 0, in the last chunk's step
+    it counts that step's finished layers. All blocks, or all layers, make the offer complete.
     """
 
     blocks: int
@@ -199,9 +200,9 @@ class SinkTransport(Protocol):
         """Writes the granted part of each block into the same part of the target blocks, in order.
 
         `on_landed` may be called from any thread, at most once for a block, as soon as the block is there
-        (its caller hashes it while it is in the CPU's cache, and sees that the transfer goes on); blocks it was
-        not called for are looked at when `receive` has returned. It may raise; then the transfer fails so.
-        Raises TransferError on failure or when the lease would be overrun. When it returns, raises or was
+        (its caller hashes it while it is in the CPU's cache, and sees that the transfer goes on); blocks it
+        was not called for are looked at when `receive` has returned. It may raise; then the transfer fails
+        so. Raises TransferError on failure or when the lease would be overrun. When it returns, raises or was
         cancelled, nothing writes the target blocks or reads the source's any more.
         """
         ...
@@ -265,11 +266,11 @@ class TransferConfig:
 
     `heads` are the KV heads of this worker's blocks; None means all. `fence_margin_s` is how long after a
     lease's end the source still keeps blocks that a sink may be reading. `regrasp_s` is how long a sink whose
-    link broke has to pull again before its hand-off is given up. `settle_s` bounds the wait for a commit to be
-    acknowledged; `forget_s` is how long a source remembers an ended hand-off. `max_pulls` bounds the transfers
-    of a sink at one time; others wait by priority. A transfer that shows no progress for `stall_s`, not
-    counting what its bytes take at `slowest_bytes_per_s`, is given up. A transport that failed is left aside
-    for `backoff_s`, doubled with every failure in a row up to `backoff_cap_s`.
+    link broke has to pull again before its hand-off is given up. `settle_s` bounds the wait for a commit to
+    be acknowledged; `forget_s` is how long a source remembers an ended hand-off. `max_pulls` bounds the
+    transfers of a sink at one time; others wait by priority. A transfer that shows no progress for `stall_s`,
+    not counting what its bytes take at `slowest_bytes_per_s`, is given up. A transport that failed is left
+    aside for `backoff_s`, doubled with every failure in a row up to `backoff_cap_s`.
     """
 
     transports: tuple[str, ...] = ("shm", "tcp")

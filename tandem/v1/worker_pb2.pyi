@@ -1018,6 +1018,9 @@ class CommitRequest(_message.Message):
 
     HANDOFF_FIELD_NUMBER: _builtins.int
     LANDED_FIELD_NUMBER: _builtins.int
+    LAST_NUMBER_FIELD_NUMBER: _builtins.int
+    last_number: _builtins.int
+    """Number of the puller's last transfer; a commit with an earlier one is out of date and changes nothing."""
     @_builtins.property
     def handoff(self) -> Global___HandoffRef:
         """Which hand-off."""
@@ -1031,10 +1034,11 @@ class CommitRequest(_message.Message):
         *,
         handoff: Global___HandoffRef | None = ...,
         landed: _abc.Iterable[Global___LandedTransfer] | None = ...,
+        last_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "landed", b"landed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "landed", b"landed", "last_number", b"last_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
