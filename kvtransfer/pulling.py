@@ -304,8 +304,8 @@ class Pulling:
                 status = await self._order.source.client.commit(machine.key, number, sums, COMMIT_CALL_S)
             except TransferError as error:
                 if error.fault is TransferFault.REFUSED:
-                    machine.status(None, tools.clock())
-                    continue
+                    machine.cancel()
+                    raise
                 lost += error.fault is TransferFault.DISCONNECTED
                 if lost > 1:
                     machine.source_lost()

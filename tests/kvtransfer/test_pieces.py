@@ -38,13 +38,17 @@ def ready_cells(ready: KvReady, num_blocks: int, layers: int) -> set[tuple[int, 
     }
 
 
-@given(data=st.data())
-def test_every_byte_moves_once_and_none_before_it_is_ready(data: st.DataObject) -> None:
-    layers = data.draw(st.integers(1, 6))
-    num_blocks = data.draw(st.integers(1, 12))
-    layer_bytes = data.draw(st.sampled_from([64, MIN_PIECE_BYTES // 4, MAX_PIECE_BYTES // 3]))
-    skipped = data.draw(st.integers(0, num_blocks - 1))
-    whole = BlockRange(skipped, num_blocks - skipped)
+@given(
+    layers=st.integers(1, 6),
+    num_blocks=st.integers(1, 12),
+    skipped=st.integers(0, 11),
+    layer_bytes=st.sampled_from([64, MIN_PIECE_BYTES // 4, MAX_PIECE_BYTES // 3]),
+    growth=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=8),
+)
+def test_every_byte_moves_once_and_none_before_it_is_ready(
+    layers: int, num_blocks: int, skipped: int, layer_bytes: int, growth: list[tuple[int, int]]
+) -> None:
+    whole = BlockRange(min(skipped, num_blocks - 1), num_blocks - min(skipped, num_blocks - 1))
     wanted: BlockRange | None = whole
     ready = KvReady(0, 0)
     moved: set[tuple[int, int]] = set()
@@ -52,9 +56,11 @@ def test_every_byte_moves_once_and_none_before_it_is_ready(data: st.DataObject) 
         piece = next_piece(wanted, ready, layers, layer_bytes)
         if piece is None:
             assert not complete(ready, num_blocks, layers), "a complete offer is not granted"
-            blocks = data.draw(st.integers(ready.blocks, num_blocks))
-            ready = grown(ready, KvReady(blocks, data.draw(st.integers(ready.layers, layers))))
-            if complete(ready, num_blocks, layers) or data.draw(st.booleans()):
+            blocks, more = growth.pop() if growth else (num_blocks, layers)
+            ready = grown(
+                ready, KvReady(min(num_blocks, ready.blocks + blocks), min(layers, ready.layers + more))
+            )
+            if complete(ready, num_blocks, layers):
                 ready = KvReady(num_blocks, layers)
             continue
         part = cells(piece, layers)
