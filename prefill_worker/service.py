@@ -39,7 +39,12 @@ class PrefillWorker(Worker[PrefillOutcome]):
         )
         super().__init__(parts, self._scheduler)
         self._source = HandoffSource(
-            parts.record, parts.engine.cache, transfer_config(config), self._clock, self._released
+            parts.record,
+            parts.engine.cache,
+            transfer_config(config),
+            self._clock,
+            self._released,
+            observer=self.metrics.transfers,
         )
 
     @classmethod
