@@ -19,8 +19,9 @@ from kvtransfer.communicator import (
 )
 from kvtransfer.device import Device
 from kvtransfer.nccl import BindingLoader, NcclBinding
-from kvtransfer.nccl_moves import Watch, Wire
+from kvtransfer.nccl_moves import Wire
 from kvtransfer.threads import in_daemon_thread, outlast
+from kvtransfer.watch import Watch
 from tandem.errors import TransferError, TransferFault
 
 _KEPT: list[Wire] = []

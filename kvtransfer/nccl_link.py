@@ -12,9 +12,9 @@ from typing import Final
 
 from kvtransfer import framing
 from kvtransfer.framing import Header
+from kvtransfer.links import greet
 from kvtransfer.listener import read_exactly
 from kvtransfer.nccl_address import NcclAddress
-from tandem.errors import TransferError, TransferFault
 
 _EPOCH: Final = struct.Struct("!Q")
 
@@ -45,23 +45,9 @@ async def open_link(address: NcclAddress, ticket: bytes, within_s: float) -> soc
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     connection = socket.socket(family, socket.SOCK_STREAM)
-    loop = asyncio.get_running_loop()
-    try:
-        connection.setblocking(False)
-        async with asyncio.timeout(within_s):
-            await loop.sock_connect(connection, (address.host.strip("[]"), address.port))
-            tune(connection)
-            await loop.sock_sendall(connection, framing.encode_greeting(ticket) + _EPOCH.pack(address.epoch))
-            framing.check_welcome(await read_exactly(connection, framing.WELCOME_BYTES))
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, TimeoutError):
-            raise TransferError(TransferFault.TIMEOUT, "The source's link did not answer.") from error
-        if isinstance(error, OSError):
-            message = f"The source's link cannot be had: {error}."
-            raise TransferError(TransferFault.DISCONNECTED, message) from error
-        raise
-    return connection
+    tune(connection)
+    greeting = framing.encode_greeting(ticket) + _EPOCH.pack(address.epoch)
+    return await greet(connection, (address.host.strip("[]"), address.port), greeting, within_s)
 
 
 def tune(connection: socket.socket) -> None:
@@ -71,12 +57,3 @@ def tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 1)
-
-
-def cut(connection: socket.socket) -> None:
-    """Ends a link that a task reads; the task closes it, and the other side ends its communicator, too."""
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        # It is broken or closed already.
-        return

@@ -6,20 +6,14 @@ there, and both look between the messages at whether they should stop. Two slots
 and cap the bytes in flight.
 """
 
-import math
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from kvtransfer.device import Device, DevicePool, Lane, Mark, PieceCopy, Pieces, Staging
 from kvtransfer.nccl import NcclCommunicator
 from kvtransfer.pack_plan import Chunk, chunks
-from tandem.errors import TransferError, TransferFault
-
-POLL_S: Final = 0.0001
-"""Pause between two looks at a mark: the device tells nobody when work is done."""
+from kvtransfer.watch import Watch, outwait, wait_for
 
 QUIET_S: Final = 0.5
 """Bound of a copy of staged bytes within the device; it waits for no peer."""
@@ -48,31 +42,6 @@ class Part:
     size_bytes: int
 
 
-class Watch:
-    """Says while a transfer runs whether it should go on; stopped from any thread."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic, until_s: float = math.inf) -> None:
-        """`until_s` is the end of the lease on `clock`."""
-        self._stopped = threading.Event()
-        self._clock = clock
-        self._until_s = until_s
-
-    def stop(self) -> None:
-        """Makes the transfer end soon."""
-        self._stopped.set()
-
-    def check(self) -> None:
-        """Raises TransferError when it was stopped (DISCONNECTED) or its lease ended (LEASE)."""
-        if self._stopped.is_set():
-            raise TransferError(TransferFault.DISCONNECTED, "The transfer was stopped.")
-        if self._clock() >= self._until_s:
-            raise TransferError(TransferFault.LEASE, "The lease ended before all blocks had come.")
-
-    def pause(self) -> None:
-        """Waits for a moment, or until it is stopped."""
-        self._stopped.wait(POLL_S)
-
-
 def send_part(wire: Wire, watch: Watch, part: Part) -> None:
     """Packs and sends; when it returns or raises TransferError, nothing reads the blocks any more."""
     with wire.device.current():
@@ -88,7 +57,7 @@ def send_part(wire: Wire, watch: Watch, part: Part) -> None:
             for mark in taken:
                 _wait(wire, mark, watch)
         finally:
-            _quieten(wire.copying)
+            outwait(wire.copying.mark(), QUIET_S)
 
 
 def receive_part(wire: Wire, watch: Watch, part: Part) -> None:
@@ -105,7 +74,7 @@ def receive_part(wire: Wire, watch: Watch, part: Part) -> None:
                     _wait(wire, arrived[slot], watch)
                     wire.copying.copy(_unpacking(wire, part, plan[number - 1], slot))
         finally:
-            _quieten(wire.copying)
+            outwait(wire.copying.mark(), QUIET_S)
 
 
 def _post(wire: Wire, chunk: Chunk, slot: int) -> Mark:
@@ -137,20 +106,10 @@ def _unpacking(wire: Wire, part: Part, chunk: Chunk, slot: int) -> PieceCopy:
 
 def _wait(wire: Wire, mark: Mark | None, watch: Watch) -> None:
     """Until a mark is done. Raises TransferError when the transfer should end or NCCL broke meanwhile."""
-    if mark is None:
-        return
-    while not mark.done():
+
+    def check() -> None:
         watch.check()
         wire.communicator.check()
-        watch.pause()
-    watch.check()
-    wire.communicator.check()
 
-
-def _quieten(lane: Lane) -> None:
-    """Until the copies within the device are done. Raises TransferError when the device does not answer."""
-    mark, until_s = lane.mark(), time.monotonic() + QUIET_S
-    while not mark.done():
-        if time.monotonic() >= until_s:
-            raise TransferError(TransferFault.TIMEOUT, "The device did not finish a copy of its own.")
-        time.sleep(POLL_S)
+    if mark is not None:
+        wait_for(mark, check)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from kvtransfer import framing, nccl_link
+from kvtransfer import framing, links, nccl_link
 from kvtransfer.communicator import CommunicatorCounts
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, TransferConfig
 from kvtransfer.device import Device, DevicePool
@@ -19,9 +19,10 @@ from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.nccl import NcclBinding
 from kvtransfer.nccl_address import NcclAddress
 from kvtransfer.nccl_communicator import NcclKit, PairCommunicator, Rank
-from kvtransfer.nccl_moves import Part, Watch, receive_part
+from kvtransfer.nccl_moves import Part, receive_part
 from kvtransfer.nccl_pairs import CommunicatorShelf
 from kvtransfer.threads import outlast
+from kvtransfer.watch import Watch
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -136,7 +137,7 @@ class NcclSink:
         except BaseException:
             communicator.end()
             raise
-        communicator.on_over = partial(nccl_link.cut, link)
+        communicator.on_over = partial(links.cut, link)
         pair = self._pairs[source] = _Pair(told, communicator, link)
         pair.watching = asyncio.create_task(_watch_link(pair))
         communicator.open()

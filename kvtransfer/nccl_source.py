@@ -14,7 +14,7 @@ from functools import partial
 
 import structlog
 
-from kvtransfer import framing, nccl_link
+from kvtransfer import framing, links, nccl_link
 from kvtransfer.communicator import CommunicatorCounts
 from kvtransfer.contract import BlockMemory, PeerId, Transfer, TransferConfig
 from kvtransfer.device import Device, DevicePool
@@ -23,10 +23,11 @@ from kvtransfer.listener import LinkListener
 from kvtransfer.nccl import NcclBinding
 from kvtransfer.nccl_address import NcclAddress
 from kvtransfer.nccl_communicator import NcclKit, PairCommunicator, Rank
-from kvtransfer.nccl_moves import Part, Watch, send_part
+from kvtransfer.nccl_moves import Part, send_part
 from kvtransfer.nccl_pairs import CommunicatorShelf
 from kvtransfer.posts import Post, PostBox, ended_with
 from kvtransfer.threads import outlast
+from kvtransfer.watch import Watch
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -132,7 +133,7 @@ class NcclSource:
             await asyncio.get_running_loop().sock_sendall(connection, refusal)
             return
         pair.linked = True
-        pair.communicator.on_over = partial(nccl_link.cut, connection)
+        pair.communicator.on_over = partial(links.cut, connection)
         answering = asyncio.create_task(self._answer(connection, sink, pair))
         reading = asyncio.create_task(_read_asks(connection, pair.asks))
         try:

@@ -1,4 +1,4 @@
-"""Edge: both sides of the nccl transport in one process, over a real link and a fake NCCL that moves bytes."""
+"""Edge: both sides of the nccl transport in one process: a real link and a fake NCCL that moves bytes."""
 
 import asyncio
 import time
