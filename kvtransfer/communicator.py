@@ -5,11 +5,11 @@ by somebody else's clock: what overran is left alone, never destroyed, and what 
 aborted at once (field-notes, "NCCL through CuPy"; nccl #549, #564, #989).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Protocol, TypeVar, runtime_checkable
 
 from tandem.errors import ProtocolError
 
@@ -131,6 +131,24 @@ class CommunicatorCounts:
             self.abandoned + other.abandoned,
             self.wedged or other.wedged,
         )
+
+
+@runtime_checkable
+class HoldsCommunicators(Protocol):
+    """A transport that has them."""
+
+    def counts(self) -> CommunicatorCounts:
+        """Its communicators now."""
+        ...
+
+
+def counts_of(transports: Iterable[object]) -> CommunicatorCounts:
+    """The communicators of all transports that have some."""
+    total = CommunicatorCounts()
+    for transport in transports:
+        if isinstance(transport, HoldsCommunicators):
+            total = total.plus(transport.counts())
+    return total
 
 
 KeyT = TypeVar("KeyT")

@@ -216,7 +216,10 @@ class SinkTransport(Protocol):
         ...
 
     async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
-        """Makes the pair usable; raises TransferError. Cheap when the link to the same incarnation lives."""
+        """Makes the pair usable; raises TransferError. Cheap when the link to the same incarnation lives.
+
+        The fault STALE_EPOCH says that this address is used up and the source must be asked for another.
+        """
         ...
 
     async def receive(

@@ -107,8 +107,9 @@ class PairCommunicator:
     async def run(self, work: Callable[[Wire, Watch], None], watch: Watch) -> None:
         """Runs one transfer; whatever ends it early ends the communicator, because its order is lost.
 
-        Raises what the work raised. When it returns, raises or was cancelled, the work has ended, unless the
-        state is STUCK; then only staging is still in use.
+        One that is cancelled may end by itself within stop_s: often the other side was only quicker to see
+        that all is there. Raises what the work raised. When it returns, raises or was cancelled, the work has
+        ended, unless the state is STUCK; then only staging is still in use.
         """
         wire = self._wire
         if wire is None or self.state is not CommunicatorState.READY or self.busy:
@@ -119,6 +120,9 @@ class PairCommunicator:
         try:
             await asyncio.shield(self._working)
             succeeded = True
+        except asyncio.CancelledError:
+            succeeded = await self._ends_by_itself(self._working)
+            raise
         finally:
             if not succeeded:
                 self.end()
@@ -126,6 +130,12 @@ class PairCommunicator:
             if self._working.done():
                 self._working.exception()
             self._watch = self._working = None
+
+    async def _ends_by_itself(self, working: asyncio.Future[None]) -> bool:
+        """Whether the transfer succeeds within stop_s."""
+        grace = asyncio.create_task(asyncio.wait((working,), timeout=self._limits.stop_s))
+        await outlast(grace)
+        return working.done() and working.exception() is None
 
     def end(self) -> None:
         """Begins to end it, whatever it does; idempotent."""

@@ -79,7 +79,7 @@ class NcclSink:
             pair = self._pairs.get(source)
             if pair is not None and not pair.usable and pair.address.epoch >= told.epoch:
                 raise TransferError(TransferFault.STALE_EPOCH, "The communicator of this address is over.")
-            if pair is None or pair.address != told:
+            if pair is None or pair.address.epoch < told.epoch:
                 await self._part_from(source)
                 pair = await self._join(source, told, ticket)
         await pair.communicator.ready(self._config.connect_timeout_s)

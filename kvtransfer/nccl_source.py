@@ -157,18 +157,32 @@ class NcclSource:
         while True:
             asked = (await pair.asks.get()).transfer
             post = await self._box.meet(sink, asked)
-            task = asyncio.current_task()
-            if post is None or task is None or not post.take(task.cancel):
+            if post is None or not await self._served(connection, pair, post):
                 await nccl_link.write_header(connection, Header(HeaderKind.REFUSED, asked, 0))
-                continue
-            error: BaseException | None = None
-            try:
-                await self._give(connection, pair, post)
-            except BaseException as failure:
-                error = failure
+
+    async def _served(self, connection: socket.socket, pair: _Pair, post: Post) -> bool:
+        """Whether the sink was told that bytes come; raises when the pair is over.
+
+        A transfer that is given up after its bytes are on their way leaves the pair as it was.
+        """
+        giving = asyncio.create_task(self._give(connection, pair, post))
+        if not post.take(giving.cancel):
+            giving.cancel()
+            return False
+        error: BaseException | None = None
+        try:
+            await giving
+        except asyncio.CancelledError as failure:
+            error = failure
+            task = asyncio.current_task()
+            if pair.communicator.state.over or (task is not None and task.cancelling()):
                 raise
-            finally:
-                post.ended.set_result(ended_with(error))
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            post.ended.set_result(ended_with(error))
+        return post.announced
 
     async def _give(self, connection: socket.socket, pair: _Pair, post: Post) -> None:
         if self._opened is None:
@@ -176,9 +190,13 @@ class NcclSource:
         self._shelf.used(pair.communicator)
         part = Part(self._opened[2], post.blocks, post.part_offset, post.part_bytes)
         header = Header(HeaderKind.BYTES, post.transfer, len(post.blocks) * post.part_bytes)
-        await nccl_link.write_header(connection, header)
-        watch = Watch()
-        await pair.communicator.run(partial(send_part, part=part), watch)
+        post.announced = True
+        try:
+            await nccl_link.write_header(connection, header)
+        except BaseException:
+            pair.communicator.end()
+            raise
+        await pair.communicator.run(partial(send_part, part=part), Watch())
 
 
 async def _read_asks(connection: socket.socket, asks: asyncio.Queue[Header]) -> None:

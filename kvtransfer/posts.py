@@ -23,7 +23,10 @@ PAST_KEPT = 256
 
 @dataclass(slots=True, eq=False)
 class Post:
-    """A granted transfer; `stop` ends its serving, which began when it is not None."""
+    """A granted transfer; `stop` ends its serving, which began when it is not None.
+
+    `announced` says that the sink was told, or half told, that its bytes come.
+    """
 
     transfer: Transfer
     blocks: tuple[BlockId, ...]
@@ -32,6 +35,7 @@ class Post:
     ended: asyncio.Future[TransferError | None]
     stop: Callable[[], object] | None = None
     stopped: bool = False
+    announced: bool = False
 
     def take(self, stop: Callable[[], object]) -> bool:
         """Begins to serve it; False when it is over, or served already."""

@@ -152,10 +152,16 @@ class Pulling:
         raise next(reversed(self._failures.values()), none)
 
     async def _connect(self, road: str) -> None:
-        source = self._order.source
-        endpoint = next(found for found in source.endpoints if found.transport == road)
-        transport = self._tools.transports[road]
-        await transport.connect(source.peer, endpoint.address, endpoint.ticket, source.block_bytes)
+        """Makes the pair usable; an address that is used up is asked for anew, once."""
+        source, transport = self._order.source, self._tools.transports[road]
+        told = source.endpoint(road)
+        try:
+            await transport.connect(source.peer, told.address, told.ticket, source.block_bytes)
+        except TransferError as error:
+            if error.fault is not TransferFault.STALE_EPOCH:
+                raise
+            told = (await self._tools.sources.renew(source)).endpoint(road)
+            await transport.connect(source.peer, told.address, told.ticket, source.block_bytes)
 
     async def _ask(self, road: str) -> PullGrant | None:
         """A lease on the next piece, None when nothing is ready yet.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from kvtransfer.communicator import CommunicatorCounts, counts_of
 from kvtransfer.contract import (
     BlockMemory,
     BlockRange,
@@ -132,6 +133,10 @@ class HandoffSink:
                 machine.abort_sent()
                 self._tell_abort(key, source)
             self._ended.set()
+
+    def communicators(self) -> CommunicatorCounts:
+        """For metrics and the watchdog."""
+        return counts_of(self._transports.values())
 
     async def peer_lost(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         """Ends what runs with a source that is gone, and closes the connections to it."""

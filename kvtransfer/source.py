@@ -10,6 +10,7 @@ from functools import partial
 
 import structlog
 
+from kvtransfer.communicator import CommunicatorCounts, counts_of
 from kvtransfer.contract import (
     BlockMemory,
     HandoffKey,
@@ -158,6 +159,10 @@ class HandoffSource:
     def counts(self) -> SourceCounts:
         """For metrics."""
         return self._book.counts()
+
+    def communicators(self) -> CommunicatorCounts:
+        """For metrics and the watchdog."""
+        return counts_of(self._transports.values())
 
     def connect(self, who: Introduction) -> Agreement:
         """How the sink can pull from here.

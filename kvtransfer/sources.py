@@ -27,6 +27,13 @@ class KnownSource:
     block_bytes: int
     checked: bool
 
+    def endpoint(self, transport: str) -> Endpoint:
+        """Where one of its transports is. Raises TransferError (UNSUPPORTED) when it has none of the name."""
+        for found in self.endpoints:
+            if found.transport == transport:
+                return found
+        raise TransferError(TransferFault.UNSUPPORTED, f"The source no longer offers {transport}.")
+
 
 class KnownSources:
     """Connects to sources on demand and keeps them until they fail or a newer life appears."""
@@ -69,6 +76,14 @@ class KnownSources:
             await self._on_older_life(other)
         return known
 
+    async def renew(self, source: KnownSource) -> KnownSource:
+        """Asks a connected source for its addresses anew. Raises TransferError when it cannot be asked."""
+        async with self._locks.setdefault(source.peer, asyncio.Lock()):
+            fresh = await self._agree(source.peer, source.client)
+            if source.peer in self._known:
+                self._known[source.peer] = fresh
+        return fresh
+
     @property
     def peers(self) -> tuple[PeerId, ...]:
         """The sources that are connected now."""
@@ -95,17 +110,20 @@ class KnownSources:
 
     async def _connect(self, peer: PeerId, source: WorkerRecord) -> KnownSource:
         client = self._make_client(source)
-        config = self._config
         try:
-            answer = await client.connect(
-                *(self._transports, self._host_id, config.connect_timeout_s, self._checksums, config.heads)
-            )
-            if answer.checksum not in (self._checksums or ("",)):
-                message = f"The source asks for the checksum {answer.checksum or 'none'}."
-                raise TransferError(TransferFault.UNSUPPORTED, message)
+            return await self._agree(peer, client)
         except BaseException:
             await client.close()
             raise
+
+    async def _agree(self, peer: PeerId, client: HandoffClient) -> KnownSource:
+        config = self._config
+        answer = await client.connect(
+            *(self._transports, self._host_id, config.connect_timeout_s, self._checksums, config.heads)
+        )
+        if answer.checksum not in (self._checksums or ("",)):
+            message = f"The source asks for the checksum {answer.checksum or 'none'}."
+            raise TransferError(TransferFault.UNSUPPORTED, message)
         offered = {
             found.transport: Endpoint(found.transport, found.address, found.ticket)
             for found in answer.endpoints

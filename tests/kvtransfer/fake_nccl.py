@@ -95,7 +95,7 @@ class HostLane:
     def wait(self, mark: Mark) -> None:
         """See Lane."""
         assert isinstance(mark, HostMark)
-        self.enqueue(lambda: _ignore(mark.event.wait(30)))
+        self.enqueue(lambda: ignore(mark.event.wait(30)))
 
     def enqueue(self, work: Callable[[], None]) -> None:
         """Runs it after all that was enqueued before."""
@@ -109,7 +109,7 @@ class HostLane:
 _LANES: dict[int, HostLane] = {}
 
 
-def _ignore(_result: object) -> None:
+def ignore(_result: object) -> None:
     return
 
 
@@ -210,7 +210,7 @@ class FakeCommunicator:
         if mischief.send_status:
             raise NcclError(mischief.send_status)
         if mischief.send_nothing:
-            _LANES[stream].enqueue(lambda: _ignore(mischief.release.wait(30)))
+            _LANES[stream].enqueue(lambda: ignore(mischief.release.wait(30)))
             return
         length = count // 2 if mischief.truncate else count
         _LANES[stream].enqueue(lambda: self._guarded(lambda: self._send(address, length)))

@@ -15,7 +15,7 @@ from kvtransfer.cuda_driver import HANDLE_BYTES, CudaDriver, SharedMemory
 from kvtransfer.cuda_ipc import CudaIpcSink, CudaIpcSource, IpcAddress, IpcKit
 from tandem.errors import TransferError, TransferFault
 from tandem.worker import Role
-from tests.kvtransfer.fake_nccl import DevicePoolInHost, HostDevice, HostLane
+from tests.kvtransfer.fake_nccl import DevicePoolInHost, HostDevice, HostLane, ignore
 from tests.kvtransfer.pair import Pool, blocks, config, eventually, key, outcome_of, record
 
 SOURCE = PeerId.of(record("prefill-0", Role.PREFILL))
@@ -207,7 +207,7 @@ class TestPairs:
             await pair.connect()
             release = asyncio.Event()
             loop = asyncio.get_running_loop()
-            lane = SlowLane(lambda: asyncio.run_coroutine_threadsafe(release.wait(), loop).result(10))
+            lane = SlowLane(lambda: ignore(asyncio.run_coroutine_threadsafe(release.wait(), loop).result(10)))
             pair.sink._mappings[SOURCE].lane = lane
             copying = asyncio.create_task(pair.sink.receive(SOURCE, pair.grant(), TARGETS))
             await asyncio.sleep(0.05)

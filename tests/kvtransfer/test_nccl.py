@@ -6,7 +6,7 @@ import time
 import pytest
 
 from kvtransfer.communicator import CommunicatorLimits, CommunicatorState
-from kvtransfer.contract import PeerId
+from kvtransfer.contract import BlockRange, PeerId, PullGrant, Transfer
 from kvtransfer.nccl_address import NcclAddress
 from kvtransfer.nccl_sink import NcclSink
 from kvtransfer.nccl_source import NcclSource
@@ -14,7 +14,7 @@ from tandem.errors import TransferError, TransferFault
 from tandem.ids import Incarnation, WorkerId
 from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, Mischief, host_kit
 from tests.kvtransfer.nccl_pair import BLOCK_BYTES, SINK, SOURCE, TICKET, nccl_pair
-from tests.kvtransfer.pair import Pool, blocks, config, eventually, outcome_of
+from tests.kvtransfer.pair import Pool, blocks, config, eventually, key, outcome_of
 
 SCATTERED = blocks(7, 8, 9, 3, 30, 0, 1, 12, 14, 13)
 TARGETS = blocks(1, 2, 3, 20, 5, 11, 12, 31, 0, 22)
@@ -172,6 +172,30 @@ class TestFailures:
             assert moving.cancelled()
             assert time.monotonic() - began_s < 1.5
             assert len(pair.sink_nccl.aborted) == 1
+
+    async def test_send_that_is_given_up_when_its_bytes_are_there_leaves_the_pair_alive(self) -> None:
+        async with nccl_pair() as pair:
+            await pair.connect()
+            for number in range(8):
+                await pair.move(blocks(number, number + 8), blocks(1, 2))
+                assert pair.sink_pool.read(blocks(1, 2)) == pair.source_pool.read(blocks(number, number + 8))
+            assert len(pair.source_nccl.made) == 1
+            assert pair.source_nccl.aborted == []
+
+    async def test_send_that_is_given_up_before_it_was_asked_for_is_refused(self) -> None:
+        async with nccl_pair() as pair:
+            await pair.connect()
+            transfer = Transfer(key("a"), 7, BlockRange(0, 1))
+            sending = asyncio.create_task(pair.source.send(SINK, transfer, blocks(1), 0, BLOCK_BYTES))
+            await asyncio.sleep(0.02)
+            sending.cancel()
+            await asyncio.wait((sending,))
+            grant = PullGrant(transfer, blocks(1), 0, BLOCK_BYTES, BLOCK_BYTES, time.monotonic() + 5)
+            with pytest.raises(TransferError) as caught:
+                await pair.sink.receive(SOURCE, grant, blocks(1))
+            assert caught.value.fault is TransferFault.REFUSED
+            await pair.move(blocks(3), blocks(4))
+            assert pair.source_nccl.aborted == []
 
     async def test_lost_link_frees_the_source_in_the_middle_of_a_send(self) -> None:
         async with nccl_pair(sink_mischief=Mischief(send_nothing=True)) as pair:
