@@ -1,5 +1,6 @@
 """Edge: a CUDA device as transports use it: streams and events of torch, kernels of block_kernels.py."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,10 @@ from tandem.errors import TransferError, TransferFault
 
 def open_device(index: int) -> Device:
     """Raises OSError, in a sentence, where there is no such device or no triton."""
+    return _open(index)
+
+
+def _open(index: int) -> "CudaDevice":
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise OSError(f"There is no CUDA device {index}.")
     try:
@@ -20,6 +25,18 @@ def open_device(index: int) -> Device:
     except ImportError as error:
         raise OSError(f"triton is not installed or cannot be loaded ({error}).") from error
     return CudaDevice(index, block_kernels)
+
+
+@functools.cache
+def _hashing_device(index: int) -> "CudaDevice":
+    return _open(index)
+
+
+def device_checksums(
+    pool: DevicePool, blocks: Sequence[int], offset_bytes: int, size_bytes: int
+) -> tuple[int, ...]:
+    """CudaDevice.checksums of a pool, by one device object for all. Raises OSError as open_device does."""
+    return _hashing_device(pool.device_index).checksums(pool, blocks, offset_bytes, size_bytes)
 
 
 class CudaDevice:

@@ -23,6 +23,7 @@ from kvtransfer.contract import (
 )
 from kvtransfer.handoff import SinkTimes
 from kvtransfer.handoff_client import CommitStatus, PullTerms
+from kvtransfer.hashing import Hasher
 from kvtransfer.landing import Landing
 from kvtransfer.pieces import layer_span, remainder
 from kvtransfer.priority import PriorityGate
@@ -58,6 +59,7 @@ class PullTools:
     roads: Roads
     gate: PriorityGate
     executor: Executor
+    hashers: Mapping[str, Hasher]
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
 
@@ -231,7 +233,7 @@ class Pulling:
         part = grant.transfer.block_range
         begin = part.first_block - self._order.block_range.first_block
         targets = self._order.targets[begin : begin + part.num_blocks]
-        landing = Landing(tools.memory, grant, targets, self._order.source.checked)
+        landing = Landing(grant, targets, tools.hashers.get(self._order.source.checksum))
         began_s = tools.clock()
         machine.move_started()
         try:

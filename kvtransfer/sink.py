@@ -20,6 +20,7 @@ from kvtransfer.contract import (
 )
 from kvtransfer.handoff import HandoffState, SinkTimes
 from kvtransfer.handoff_client import HandoffClient
+from kvtransfer.hashing import hashers
 from kvtransfer.priority import PriorityGate
 from kvtransfer.pulling import Pulling, PullOrder, PullTools
 from kvtransfer.roads import Roads
@@ -66,10 +67,12 @@ class HandoffSink:
         self._clock = clock
         made = sink_transports(memory, config, clock) if transports is None else transports
         self._transports = {transport.name: transport for transport in made}
+        own_hashers = hashers(memory) if config.checksum else {}
         self._sources = KnownSources(
             tuple(self._transports),
             lambda source: HandoffClient(me, source, token),
             config,
+            tuple(own_hashers),
             self._source_gone,
         )
         self._roads = Roads(config, clock, observer)
@@ -84,6 +87,7 @@ class HandoffSink:
             roads=self._roads,
             gate=PriorityGate(config.max_pulls),
             executor=self._executor,
+            hashers=own_hashers,
         )
         self._aborts: set[asyncio.Task[None]] = set()
         self._closing = False

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import structlog
 
-from kvtransfer.checksums import XXH3
 from kvtransfer.contract import PeerId, TransferConfig
 from kvtransfer.handoff_client import HandoffClient
 from kvtransfer.host import host_id
@@ -19,13 +18,14 @@ _log = structlog.get_logger("tandem.kvtransfer")
 
 @dataclass(frozen=True, slots=True)
 class KnownSource:
-    """A connected source; `endpoints` are in our order of preference; `checked` when checksums are used."""
+    """A connected source; `endpoints` are in our order of preference; `checksum` names the
+    checksums that it wants to be shown, empty for none."""
 
     peer: PeerId
     client: HandoffClient
     endpoints: tuple[Endpoint, ...]
     block_bytes: int
-    checked: bool
+    checksum: str
 
     def endpoint(self, transport: str) -> Endpoint:
         """Where one of its transports is. Raises TransferError (UNSUPPORTED) when it has none of the name."""
@@ -43,14 +43,18 @@ class KnownSources:
         transports: Sequence[str],
         make_client: Callable[[WorkerRecord], HandoffClient],
         config: TransferConfig,
+        checksums: Sequence[str],
         on_older_life: Callable[[PeerId], Awaitable[None]],
     ) -> None:
-        """`on_older_life` is told of each connected life that a newer one has replaced; it forgets it."""
+        """`checksums` are those that can be computed here, best first.
+
+        `on_older_life` is told of each connected life that a newer one has replaced; it forgets it.
+        """
         self._on_older_life = on_older_life
         self._transports = tuple(transports)
         self._make_client = make_client
         self._config = config
-        self._checksums = (XXH3,) if config.checksum else ()
+        self._checksums = tuple(checksums)
         self._host_id = host_id()
         self._known: dict[PeerId, KnownSource] = {}
         self._locks: dict[PeerId, asyncio.Lock] = {}
@@ -132,4 +136,4 @@ class KnownSources:
         left_out = {name: "not offered by the source" for name in self._transports if name not in offered}
         roads = [endpoint.transport for endpoint in ordered]
         _log.info("source connected", source=peer.worker_id, roads=roads, left_out=left_out)
-        return KnownSource(peer, client, ordered, answer.block_bytes, answer.checksum != "")
+        return KnownSource(peer, client, ordered, answer.block_bytes, answer.checksum)

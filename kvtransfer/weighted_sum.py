@@ -15,6 +15,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.errors import TransferError, TransferFault
+
 NAME: Final = "wsum64"
 WORD_BYTES: Final = 4
 LENGTH_FACTOR: Final = 0xA24BAED4963EE407
@@ -35,7 +37,9 @@ def weights(first: int, count: int) -> NDArray[np.uint64]:
 
 
 def weighted_sum(data: memoryview) -> int:
-    """wsum64 of bytes in host memory. Raises ValueError unless they are whole words."""
+    """wsum64 of bytes in host memory. Raises TransferError (UNSUPPORTED) unless they are whole words."""
+    if len(data) % WORD_BYTES:
+        raise TransferError(TransferFault.UNSUPPORTED, f"{len(data)} bytes are not whole 32-bit words.")
     words = np.frombuffer(data, dtype="<u4")
     total = len(words) * LENGTH_FACTOR
     for first in range(0, len(words), _CHUNK_WORDS):

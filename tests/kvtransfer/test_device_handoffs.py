@@ -1,24 +1,29 @@
 """Whole hand-offs over the roads of device memory, beside tcp: fallback, return, and what dies."""
 
 import asyncio
+import ctypes
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
+from kvtransfer import weighted_sum
 from kvtransfer.contract import BlockRange, SinkTransport, SourceTransport, TransferConfig
 from kvtransfer.cuda_ipc import CudaIpcSink, CudaIpcSource, IpcKit
+from kvtransfer.device import DevicePool
 from kvtransfer.handoff import ReleaseReason
+from kvtransfer.hashing import hashers
 from kvtransfer.nccl_sink import NcclSink
 from kvtransfer.nccl_source import NcclSource
 from kvtransfer.sink import HandoffSink
 from kvtransfer.tcp_sink import TcpSink
 from kvtransfer.tcp_source import TcpSource
+from tandem.errors import TransferError
 from tandem.worker import Role
 from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, HostDevice, host_kit
-from tests.kvtransfer.pair import TOKEN, Pair, blocks, config, key, record, served_source
+from tests.kvtransfer.pair import TOKEN, Pair, Pool, blocks, config, key, record, served_source
 from tests.kvtransfer.test_cuda_ipc import HostSharing
 
 Makers = tuple[
@@ -26,6 +31,21 @@ Makers = tuple[
     Callable[[DevicePoolInHost, TransferConfig], SinkTransport],
 ]
 GIVEN, TARGETS = blocks(7, 8, 9, 3, 30, 0), blocks(1, 2, 3, 20, 5, 11)
+
+
+def checksums_in_host(
+    pool: DevicePool, some: Sequence[int], offset_bytes: int, size_bytes: int
+) -> tuple[int, ...]:
+    """What the kernel computes, of a device that lies in host memory."""
+    pieces = pool.pieces(offset_bytes)
+    parts = [ctypes.string_at(pieces.address + block * pieces.stride_bytes, size_bytes) for block in some]
+    return tuple(weighted_sum.weighted_sum(memoryview(part)) for part in parts)
+
+
+@pytest.fixture(autouse=True)
+def kernel_in_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of hashing is as on a device."""
+    monkeypatch.setattr("kvtransfer.cuda_device.device_checksums", checksums_in_host)
 
 
 @asynccontextmanager
@@ -126,3 +146,36 @@ async def test_wedged_transport_is_told() -> None:
         await pair.sink.peer_lost(pair.source_record.worker_id, pair.source_record.incarnation)
         assert pair.sink.communicators().wedged == "An NCCL abort hangs."
         sink_nccl.mischief.release.set()
+
+
+async def test_wrong_bytes_on_the_device_are_seen_and_pulled_again() -> None:
+    sink_nccl = FakeNccl()
+    async with device_pair(nccl_makers(FakeNccl(), sink_nccl), config("nccl", "tcp")) as pair:
+        pair.source.offer(key("a"), GIVEN)
+        inner = pair.sink._transports["nccl"]
+        receive = inner.receive
+
+        async def spoilt(*arguments: object) -> None:
+            await receive(*arguments)  # type: ignore[arg-type]
+            pair.sink_pool.view(TARGETS[2])[5] ^= 1
+
+        inner.receive = spoilt  # type: ignore[assignment, method-assign]
+        report = await pair.pull(key("a"), BlockRange(0, len(GIVEN)), TARGETS)
+        assert report.transport == "tcp"
+        assert pair.sink_pool.read(TARGETS) == pair.source_pool.read(GIVEN)
+
+
+def test_host_and_device_have_a_checksum_in_common_and_agree_on_it() -> None:
+    host, device = Pool(8, 4096), DevicePoolInHost(8, 4096)
+    host.fill(3)
+    device.fill(3)
+    assert list(hashers(host)) == ["xxh3_64", "wsum64"]
+    assert list(hashers(device)) == ["wsum64"]
+    some = blocks(3, 0, 5)
+    assert hashers(host)["wsum64"].sums(some, 1024, 512) == hashers(device)["wsum64"].sums(some, 1024, 512)
+    assert hashers(host)["xxh3_64"].sums(some, 0, 4096) != hashers(host)["wsum64"].sums(some, 0, 4096)
+    for hasher in (*hashers(host).values(), *hashers(device).values()):
+        with pytest.raises(TransferError, match="stopped"):
+            hasher.sums(some, 0, 4096, lambda: True)
+    host.close()
+    device.close()
