@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 from kvtransfer import weighted_sum
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+if not GPU:
+    # Triton looks at it when a kernel is defined, so it comes before the kernels' import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if GPU else ["cpu"]
 
-import triton.language as tl
+import triton.language as tl  # noqa: E402
 
-from kvtransfer import block_kernels
+from kvtransfer import block_kernels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,8 +67,8 @@ def test_words_in_other_places_and_other_lengths_are_seen(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("words_each", [1, 100, block_kernels.SUM_WORDS, block_kernels.SUM_WORDS + 7])
-def test_kernel_sums_as_the_host_does(words_each: int) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_sums_as_the_host_does(words_each: int, device: str) -> None:
     size = 4 * words_each
     pool = torch.randint(0, 256, (5, size + 16), dtype=torch.uint8, generator=torch.manual_seed(1)).to(device)
     indices = torch.tensor([4, 0, 3], device=device)
@@ -83,8 +86,8 @@ def test_kernel_sums_as_the_host_does(words_each: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 24, 4096 * 8, 4096 * 8 * 2 + 24])
-def test_copy_kernel_moves_pieces_and_nothing_else(size: int) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.mark.parametrize("device", DEVICES)
+def test_copy_kernel_moves_pieces_and_nothing_else(size: int, device: str) -> None:
     word, word_bytes = (tl.int64, 8) if size % 8 == 0 else (tl.int8, 1)
     generator = torch.manual_seed(1)
     source = torch.randint(0, 256, (6, size + 8), dtype=torch.uint8, generator=generator).to(device)
