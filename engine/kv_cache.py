@@ -65,6 +65,16 @@ class KvCache:
         """Descriptor of the memfd, valid until `close`; None when the pool is not in host memory."""
         return None if self._shared is None else self._shared.descriptor
 
+    @property
+    def device_index(self) -> int | None:
+        """Which CUDA device holds the pool; None when it is in host memory."""
+        return self.pool.device.index
+
+    @property
+    def device_address(self) -> int:
+        """Address of block 0; block i lies i * block_bytes after it."""
+        return self.pool.data_ptr()
+
     def copy_blocks(self, pairs: Iterable[tuple[BlockId, BlockId]]) -> None:
         """Copies source to target for each (source, target), one after the other."""
         pool = self.pool

@@ -1,9 +1,11 @@
-"""Edge: blocking work in threads that never outlives its caller."""
+"""Edge: blocking work in threads: such that never outlives its caller, and such that may never return."""
 
 import asyncio
+import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor
+from concurrent.futures import Future as ConcurrentFuture
 from typing import TypeVar
 
 ResultT = TypeVar("ResultT")
@@ -45,3 +47,23 @@ def _contained(work: Callable[[], ResultT]) -> ResultT:
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise
+
+
+def in_daemon_thread(work: Callable[[], ResultT], name: str) -> asyncio.Future[ResultT]:
+    """Runs work that may never return in a thread of its own, which does not keep the process alive.
+
+    The future cannot be used to stop it; await it shielded and with a bound.
+    """
+    outcome: ConcurrentFuture[ResultT] = ConcurrentFuture()
+    outcome.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return asyncio.wrap_future(outcome)
