@@ -3,7 +3,7 @@
 import asyncio
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from typing import TypeVar
 
 ResultT = TypeVar("ResultT")
@@ -28,25 +28,26 @@ async def run_to_end(
 
 
 def run_beside(helpers: Executor, works: Sequence[Callable[[], None]], stop: Callable[[], None]) -> None:
-    """Runs the first work in this thread and the others in the helpers'; raises what one that failed raised.
+    """Runs the first work in this thread and the others in the helpers'; raises what failed first.
 
     When one fails, it calls `stop`, and it returns or raises only when all have ended; so the works must end
     soon after `stop`. This thread works too instead of waiting: two threads that are woken together start on
     one core, and a transfer is over before the system has moved one of them.
     """
-    own, *others = works
-    futures = [helpers.submit(_contained, work) for work in others]
-    try:
-        own()
-    except BaseException:
-        stop()
-        raise
-    finally:
-        for future in futures:
-            if future.exception() is not None:
-                stop()
-    for future in futures:
-        future.result()
+    failures: list[BaseException] = []
+
+    def attempt(work: Callable[[], None]) -> None:
+        try:
+            _contained(work)
+        except BaseException as error:
+            failures.append(error)
+            stop()
+
+    futures = [helpers.submit(attempt, work) for work in works[1:]]
+    attempt(works[0])
+    wait(futures)
+    if failures:
+        raise failures[0]
 
 
 async def outlast(future: asyncio.Future[ResultT]) -> None:

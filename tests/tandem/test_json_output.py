@@ -77,7 +77,7 @@ def relay() -> dict[str, Any]:
 
 
 def kv() -> dict[str, Any]:
-    timed = Timed(PullReport("shm", 98_304, 0.001, 0.002, 0.001), 0.005)
+    timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.0, 0.001), 0.005)
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
     case = CaseTimes(layout, 4, (0.001,), (0.002,), {Road("shm", True): (timed,)})
     return result_json([case], 1, case, 2)
