@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import logging
 import os
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -15,6 +16,7 @@ from benchmarks.kv_report import case_json, handoff_json, text
 from benchmarks.kv_times import CaseTimes, Road
 from benchmarks.processes import exchange, running_module
 from tandem.errors import InvalidRequest
+from tandem.logs import configure_logging
 
 TRANSPORTS: Final = ("shm", "tcp")
 
@@ -30,6 +32,7 @@ def run(chosen: argparse.Namespace) -> int:
         raise InvalidRequest(f"--rounds must be positive, not {chosen.rounds}.", "--rounds")
     # As in a worker's hand-off: the benchmark copies on one core, whatever torch may do on more.
     torch.set_num_threads(1)
+    configure_logging(logging.WARNING)
     result = asyncio.run(_measure(chosen.rounds, chosen.quick))
     print(json.dumps(result) if chosen.json else text(result))
     return 0

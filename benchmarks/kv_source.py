@@ -5,6 +5,7 @@ line, carries it out and answers with an empty line; ends with stdin.
 """
 
 import asyncio
+import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -24,6 +25,7 @@ from kvtransfer.handoff_service import HandoffServicer
 from kvtransfer.source import HandoffSource
 from tandem import grpc_edge
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
+from tandem.logs import configure_logging
 from tandem.v1.worker_pb2_grpc import add_HandoffServiceServicer_to_server
 from tandem.worker import Role, WorkerRecord
 
@@ -113,6 +115,8 @@ async def _serve(spec: SourceSpec) -> None:
 
 def main() -> None:
     """Serves until stdin ends."""
+    # Answers alone go to stdout.
+    configure_logging(logging.WARNING)
     asyncio.run(_serve(SPEC.validate_json(sys.stdin.buffer.readline())))
 
 

@@ -24,8 +24,8 @@ BATCH_BYTES: Final = 1536 * 1024
 DIRECT_BYTES: Final = 256 * 1024
 """Runs of at least so many bytes are copied by a memmove of their own."""
 
-CHUNK_BYTES: Final = 4 * 1024 * 1024
-"""Bytes of one memmove, between two looks at the lease: well under a millisecond."""
+CHUNK_BYTES: Final = 32 * 1024 * 1024
+"""Bytes of one memmove, between two looks at the lease: some milliseconds. A large one bypasses the caches."""
 
 SMALLEST_UNIT_BYTES: Final = 1024
 """Below this unit, moving item by item costs more than a memmove for each run."""
