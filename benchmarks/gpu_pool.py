@@ -30,6 +30,10 @@ class GpuPool:
         """Raises TransferError: the bytes are not in host memory."""
         raise TransferError(TransferFault.UNSUPPORTED, "This KV pool has no bytes in host memory.")
 
+    def window(self, begin: int, length: int) -> memoryview:
+        """Raises TransferError: the bytes are not in host memory."""
+        raise TransferError(TransferFault.UNSUPPORTED, "This KV pool has no bytes in host memory.")
+
     def fileno(self) -> int | None:
         """None: there is no descriptor."""
         return None

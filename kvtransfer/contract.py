@@ -38,6 +38,10 @@ class BlockMemory(Protocol):
         """Writable bytes of one block, length block_bytes, without a copy."""
         ...
 
+    def window(self, begin: int, length: int) -> memoryview:
+        """Writable bytes [begin, begin + length) of the pool, no copy; block i is at i * block_bytes."""
+        ...
+
     def fileno(self) -> int | None:
         """Descriptor of the shared memory with block i at offset i * block_bytes; None if there is none."""
         ...

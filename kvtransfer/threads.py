@@ -3,8 +3,8 @@
 import asyncio
 import threading
 import traceback
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, wait
 from concurrent.futures import Future as ConcurrentFuture
 from typing import TypeVar
 
@@ -27,6 +27,29 @@ async def run_to_end(
             stop()
         await outlast(future)
         raise
+
+
+def run_beside(helpers: Executor, works: Sequence[Callable[[], None]], stop: Callable[[], None]) -> None:
+    """Runs the first work in this thread and the others in the helpers'; raises what failed first.
+
+    When one fails, it calls `stop`, and it returns or raises only when all have ended; so the works must end
+    soon after `stop`. This thread works too instead of waiting: two threads that are woken together start on
+    one core, and a transfer is over before the system has moved one of them.
+    """
+    failures: list[BaseException] = []
+
+    def attempt(work: Callable[[], None]) -> None:
+        try:
+            _contained(work)
+        except BaseException as error:
+            failures.append(error)
+            stop()
+
+    futures = [helpers.submit(attempt, work) for work in works[1:]]
+    attempt(works[0])
+    wait(futures)
+    if failures:
+        raise failures[0]
 
 
 async def outlast(future: asyncio.Future[ResultT]) -> None:
