@@ -202,10 +202,12 @@ class FakeCommunicator:
         self._owner = owner
         self._connection = connection
         self._broken = 0
+        self.sends: list[int] = []
 
     def send(self, address: int, count: int, datatype: int, peer: int, stream: int) -> None:
         """Enqueues on the stream."""
         del datatype, peer
+        self.sends.append(count)
         mischief = self._owner.mischief
         if mischief.send_status:
             raise NcclError(mischief.send_status)

@@ -1,7 +1,9 @@
 """The nccl transport: real bytes over a fake NCCL, and every row of what the binding does badly."""
 
 import asyncio
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +16,10 @@ from tandem.errors import TransferError, TransferFault
 from tandem.ids import Incarnation, WorkerId
 from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, Mischief, host_kit
 from tests.kvtransfer.nccl_pair import BLOCK_BYTES, SINK, SOURCE, TICKET, nccl_pair
+from tests.kvtransfer.nccl_peer import TRANSFER
 from tests.kvtransfer.pair import Pool, blocks, config, eventually, key, outcome_of
 
+ROOT = Path(__file__).resolve().parents[2]
 SCATTERED = blocks(7, 8, 9, 3, 30, 0, 1, 12, 14, 13)
 TARGETS = blocks(1, 2, 3, 20, 5, 11, 12, 31, 0, 22)
 
@@ -66,6 +70,13 @@ class TestBytes:
             assert caught.value.fault is TransferFault.REFUSED
             await pair.move(blocks(5), blocks(6))
             assert pair.sink_pool.read(blocks(6)) == pair.source_pool.read(blocks(5))
+
+    async def test_no_more_than_two_slots_are_ever_in_flight(self) -> None:
+        async with nccl_pair(source_mischief=Mischief(send_nothing=True)) as pair:
+            await pair.connect()
+            moving = asyncio.create_task(pair.move(SCATTERED, TARGETS, lease_s=0.4))
+            assert isinstance(await outcome_of(moving), TransferError)
+            assert pair.source_nccl.made[0].sends == [4 * BLOCK_BYTES, 4 * BLOCK_BYTES]
 
 
 class TestOpening:
@@ -208,6 +219,33 @@ class TestFailures:
             await eventually(lambda: pair.lost == [SINK], within_s=2)
             assert isinstance(await outcome_of(moving), TransferError)
             assert time.monotonic() - began_s < 2.0
+
+    async def test_source_killed_in_the_middle_of_a_transfer_frees_the_sink(self) -> None:
+        pool, nccl = DevicePoolInHost(8, BLOCK_BYTES), FakeNccl()
+        sink = NcclSink(pool, config("nccl"), time.monotonic, host_kit(nccl))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.kvtransfer.nccl_peer"), cwd=ROOT, stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert process.stdout is not None
+            address = (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
+            await sink.connect(SOURCE, address, TICKET, BLOCK_BYTES)
+            until_s = time.monotonic() + 30
+            grant = PullGrant(TRANSFER, blocks(0, 1, 2, 3), 0, BLOCK_BYTES, 4 * BLOCK_BYTES, until_s)
+            receiving = asyncio.create_task(sink.receive(SOURCE, grant, blocks(4, 5, 6, 7)))
+            await eventually(lambda: any(held.busy for held in sink._shelf._held), within_s=5)
+            process.kill()
+            killed_s = time.monotonic()
+            failure = await outcome_of(receiving)
+            assert time.monotonic() - killed_s < 2.0
+            assert isinstance(failure, TransferError)
+            assert len(nccl.aborted) == 1
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            await sink.close()
+            pool.close()
 
 
 class TestAborting:
