@@ -1,5 +1,6 @@
 """Pure: a leg and its samples at a decode worker: what comes in, what goes out, and the states in between."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -25,7 +26,7 @@ class DecodeLeg:
     """
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     prompt_tokens: int
     samples: tuple[SampleStart, ...]
     params: SamplingParams

@@ -1,5 +1,6 @@
 """Pure: a leg at a prefill worker: what comes in, what goes out, and the states in between."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -13,7 +14,7 @@ class PrefillLeg:
     """A prompt to read; see StartPrefill in worker.proto. `deadline_s` is on the worker's monotonic clock."""
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     prompt_tokens: int
     sample_indices: tuple[int, ...]
     params: SamplingParams
