@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from decode_worker.grown_tokens import GrownTokens
 from engine.leg import DroppedLeg, LegToken
 from tandem.errors import InvalidRequest, PromptTooLong
 from tandem.ids import BlockId, LegId
@@ -170,7 +171,7 @@ class SampleRecord:
     record: LegRecord
     sample_index: int
     key: int
-    tokens: list[int]
+    tokens: list[int] | GrownTokens
     computed: int
     table: list[BlockId]
     state: SampleState = SampleState.RUNNING

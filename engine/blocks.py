@@ -137,13 +137,17 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def private(self, block: BlockId) -> bool:
+        """Whether its one owner may write a block without copying it."""
+        return self._references[block] == 1 and block not in self._tree
+
     def writable(self, block: BlockId) -> tuple[BlockId, tuple[BlockId, BlockId] | None]:
         """Copy-on-write: the block itself if nobody else refers to it, else a new one and the pair to copy.
 
         The caller keeps its reference to the source until the copy is done, so that nobody else writes it
         meanwhile, and releases it then. OutOfBlocks allocates nothing.
         """
-        if self._references[block] == 1 and block not in self._tree:
+        if self.private(block):
             return block, None
         (copy,) = self.allocate(1)
         return copy, (block, copy)

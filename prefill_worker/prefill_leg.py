@@ -43,6 +43,15 @@ class PrefillOutcome:
     dropped: tuple[DroppedLeg, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillBacklog:
+    """Prompts that a worker has not read: their tokens, and the legs that wait and that run."""
+
+    tokens: int
+    waiting_legs: int
+    running_legs: int
+
+
 class LegState(Enum):
     """Where a leg stands. LEAVING: it is over, but the step in flight still touches its blocks."""
 
