@@ -1,8 +1,10 @@
 """Pure: a leg and its samples at a decode worker: what comes in, what goes out, and the states in between."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from decode_worker.grown_tokens import GrownTokens
 from engine.leg import DroppedLeg, LegToken
 from tandem.errors import InvalidRequest, PromptTooLong
 from tandem.ids import BlockId, LegId
@@ -25,7 +27,7 @@ class DecodeLeg:
     """
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     prompt_tokens: int
     samples: tuple[SampleStart, ...]
     params: SamplingParams
@@ -169,7 +171,7 @@ class SampleRecord:
     record: LegRecord
     sample_index: int
     key: int
-    tokens: list[int]
+    tokens: list[int] | GrownTokens
     computed: int
     table: list[BlockId]
     state: SampleState = SampleState.RUNNING

@@ -1,5 +1,6 @@
 """Pure: a leg at a prefill worker: what comes in, what goes out, and the states in between."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -13,7 +14,7 @@ class PrefillLeg:
     """A prompt to read; see StartPrefill in worker.proto. `deadline_s` is on the worker's monotonic clock."""
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     prompt_tokens: int
     sample_indices: tuple[int, ...]
     params: SamplingParams
@@ -40,6 +41,15 @@ class PrefillOutcome:
     tokens: tuple[LegToken, ...]
     offered: tuple[OfferedLeg, ...]
     dropped: tuple[DroppedLeg, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBacklog:
+    """Prompts that a worker has not read: their tokens, and the legs that wait and that run."""
+
+    tokens: int
+    waiting_legs: int
+    running_legs: int
 
 
 class LegState(Enum):

@@ -18,6 +18,7 @@ from prefill_worker.prefill_leg import (
     LegRecord,
     LegState,
     OfferedLeg,
+    PrefillBacklog,
     PrefillLeg,
     PrefillOutcome,
 )
@@ -166,17 +167,23 @@ class PrefillScheduler:
 
     def load(self) -> LoadNumbers:
         """Counts for dispatch and metrics; O(legs + blocks held)."""
-        ahead = [*self._waiting, *self._running]
+        backlog = self.backlog()
         return LoadNumbers(
-            waiting_prefill_tokens=sum(len(record.leg.token_ids) - record.computed for record in ahead),
-            waiting_legs=len(self._waiting),
-            running_sequences=len(self._running),
+            waiting_prefill_tokens=backlog.tokens,
+            waiting_legs=backlog.waiting_legs,
+            running_sequences=backlog.running_legs,
             parked_legs=sum(record.state is LegState.PARKED for record in self._legs.values()),
             total_blocks=self._pool.num_blocks,
             free_blocks=self._pool.free_blocks,
             allocated_blocks=self._pool.allocated_blocks,
             referenced_blocks=distinct_blocks(self.held_blocks()),
         )
+
+    def backlog(self) -> PrefillBacklog:
+        """The prompts that are not read; O(waiting and running legs)."""
+        ahead = [*self._waiting, *self._running]
+        tokens = sum(len(record.leg.token_ids) - record.computed for record in ahead)
+        return PrefillBacklog(tokens, len(self._waiting), len(self._running))
 
     def legs(self) -> Mapping[LegId, LegState]:
         """The legs here and their states."""

@@ -20,7 +20,7 @@ class WaitingLeg:
     """A leg that needs a worker; `anew` marks one whose request has been started before."""
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     sequences: int
     avoid: frozenset[WorkerKey]
     priority: int
