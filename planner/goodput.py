@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from planner.placement import Attainment, Candidate, Evaluate, Objective
+from planner.placement import Candidate, Evaluate, Objective, Reached
 
 _FIRST_SHARE = 0.02
 _DOUBLINGS = 4
@@ -33,7 +33,7 @@ class Goodput:
     bucket: int = 0
     given_up: bool = False
     failing_rps: float = 0.0
-    failing: Attainment | None = None
+    failing: Reached | None = None
     runs: int = 0
 
     @property
@@ -67,7 +67,7 @@ class _Search:
 
     def __init__(self, evaluate: Evaluate, probe: Probe, attainment: float) -> None:
         self._evaluate, self._probe, self._asked = evaluate, probe, attainment
-        self._failing: Attainment | None = None
+        self._failing: Reached | None = None
         self._failing_rps = 0.0
         self._runs = 0
 

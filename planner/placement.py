@@ -122,7 +122,7 @@ class Slo:
 
 
 @dataclass(frozen=True, slots=True)
-class Attainment:
+class Reached:
     """How many requests of a run were offered, met each objective, and met them all."""
 
     offered: int
@@ -145,7 +145,7 @@ class Evaluate(Protocol):
 
     def __call__(
         self, candidate: Candidate, rate_rps: float, bucket: int = 0, slo_scale: float = 1.0
-    ) -> Attainment:
-        """Attainment at a rate of requests of one bucket of lengths, with all objectives times
+    ) -> Reached:
+        """What is reached at a rate of requests of one bucket of lengths, with all objectives times
         `slo_scale`."""
         ...

@@ -14,7 +14,9 @@ SLO_CLASS = "planned"
 """Name of the class with the plan's objectives."""
 
 
-def cluster_yaml(plan: PlanFile, mix: Mix, workers: Workers, kv_bytes_per_token: int, model_source: str) -> str:
+def cluster_yaml(
+    plan: PlanFile, mix: Mix, workers: Workers, kv_bytes_per_token: int, model_source: str
+) -> str:
     """The YAML, with one comment on where it is from.
 
     Raises ConfigError for a mix that `tandem up` cannot run: it starts workers of one device each, split by
@@ -60,8 +62,8 @@ def cluster_yaml(plan: PlanFile, mix: Mix, workers: Workers, kv_bytes_per_token:
 
 
 _CANNOT = (
-    "`tandem up` can't run this plan, it has {}; plan again with search.tp: [1], search.pp: [1], search.modes: "
-    "[disaggregated] and one kind of hardware, or leave out -o"
+    "`tandem up` can't run this plan, it has {}; plan again with search.tp: [1], search.pp: [1], "
+    "search.modes: [disaggregated] and one kind of hardware, or leave out -o"
 )
 
 

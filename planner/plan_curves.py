@@ -1,8 +1,9 @@
-"""Pure: the points of a plan's plot: attainment of the best candidate of each mode by rate and by SLO scale."""
+"""Pure: the points of a plan's plot: attainment of the best candidate of each mode by rate and by SLO
+scale."""
 
 from collections.abc import Callable, Iterable, Sequence
 
-from planner.placement import Attainment, Candidate, Mode
+from planner.placement import Candidate, Mode, Reached
 from planner.plan_plot import Line
 from planner.plan_result import PlanResult
 
@@ -12,9 +13,10 @@ SLO_SCALES = (2.0, 1.5, 1.25, 1.0, 0.8, 0.6, 0.4)
 
 def plan_lines(
     result: PlanResult,
-    attainments: Callable[[Sequence[tuple[Candidate, float, int, float]]], Iterable[Attainment]],
+    attainments: Callable[[Sequence[tuple[Candidate, float, int, float]]], Iterable[Reached]],
 ) -> list[Line]:
-    """Rates are shares of the best candidate's goodput a device; SLO scales are tried at 0.9 of its own goodput."""
+    """Rates are shares of the best candidate's goodput a device; SLO scales are tried at 0.9 of its own
+    goodput."""
     best = [one for mode in Mode if (one := result.best(mode)) is not None]
     most = max(one.per_device_rps for one in best)
     lines = []

@@ -17,7 +17,8 @@ class Line:
 
 
 def draw(lines: Sequence[Line], attainment: float, path: Path) -> None:
-    """Writes the picture; the ending of `path` decides the format. Raises ConfigError when it can't be written."""
+    """Writes the picture; the ending of `path` decides the format. Raises ConfigError when it can't be
+    written."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from planner.goodput import Goodput, Probe, find_goodput
-from planner.placement import Attainment, Candidate
+from planner.placement import Candidate, Reached
 from planner.plan_file import PlanFile
 from planner.plan_run import read_problem
 from planner.simulated_candidate import SimulatedCandidate
@@ -31,7 +31,7 @@ class PlanProcesses:
         work = partial(_found, *self._asked)
         return map(work, probes) if self._pool is None else self._pool.map(work, probes)
 
-    def attainments(self, runs: Sequence[Run]) -> Iterable[Attainment]:
+    def attainments(self, runs: Sequence[Run]) -> Iterable[Reached]:
         """Single runs, in their order."""
         work = partial(_attained, *self._asked)
         return map(work, runs) if self._pool is None else self._pool.map(work, runs)
@@ -51,7 +51,7 @@ def _found(plan_json: str, folder: str, probe: Probe) -> Goodput:
     return find_goodput(simulate, probe, simulate.slo.attainment, simulate.tolerance)
 
 
-def _attained(plan_json: str, folder: str, run: Run) -> Attainment:
+def _attained(plan_json: str, folder: str, run: Run) -> Reached:
     return _simulated(plan_json, folder)(*run)
 
 

@@ -26,8 +26,8 @@ def fits_nowhere(space: Space, workers: PlannedWorkers, longest_tokens: int) -> 
     count = -(-needed * largest.devices // max(1.0, has))
     return ConfigError(
         f"{model.name} fits nowhere: weights and the KV of one request of {longest_tokens} tokens need "
-        f"{needed / 1e9:.1f} GB, the largest worker ({largest}) has {has / 1e9:.1f} GB for them; it would take "
-        f"a worker of {count:.0f} {largest.device}, or devices with more memory"
+        f"{needed / 1e9:.1f} GB, the largest worker ({largest}) has {has / 1e9:.1f} GB for them; it would "
+        f"take a worker of {count:.0f} {largest.device}, or devices with more memory"
     )
 
 
@@ -37,21 +37,22 @@ def impossible_slo(kinds: Sequence[WorkerKind], bounds: Bounds, slo: Slo) -> Con
     ttft_s = bounds.idle_ttft_s(quickest)
     if ttft_s > slo.ttft_s:
         return ConfigError(
-            f"no placement meets a time to first token of {slo.ttft_s:g} s for {slo.attainment:.0%} of requests: "
-            f"even idle, the quickest worker ({quickest}) needs {ttft_s:.3g} s; ask for that or more, for a lower "
-            "attainment, or give faster hardware"
+            f"no placement meets a time to first token of {slo.ttft_s:g} s for {slo.attainment:.0%} of "
+            f"requests: even idle, the quickest worker ({quickest}) needs {ttft_s:.3g} s; ask for that or "
+            "more, for a lower attainment, or give faster hardware"
         )
     steadiest = min(kinds, key=bounds.idle_tpot_s)
     tpot_s = bounds.idle_tpot_s(steadiest)
     if tpot_s > slo.tpot_s:
         return ConfigError(
-            f"no placement meets a time per token of {slo.tpot_s:g} s: even alone, a sequence on the quickest "
-            f"worker ({steadiest}) takes {tpot_s:.3g} s a token; ask for that or more, or give faster hardware"
+            f"no placement meets a time per token of {slo.tpot_s:g} s: even alone, a sequence on the "
+            f"quickest worker ({steadiest}) takes {tpot_s:.3g} s a token; ask for that or more, or give "
+            "faster hardware"
         )
     return ConfigError(
-        f"no placement meets all objectives together for {slo.attainment:.0%} of requests, although an idle worker "
-        f"reaches {ttft_s:.3g} s to the first and {tpot_s:.3g} s for each token: relax slo.longest_gap_s "
-        f"({slo.longest_gap_s:g} s) or the attainment"
+        f"no placement meets all objectives together for {slo.attainment:.0%} of requests, although an idle "
+        f"worker reaches {ttft_s:.3g} s to the first and {tpot_s:.3g} s for each token: relax "
+        f"slo.longest_gap_s ({slo.longest_gap_s:g} s) or the attainment"
     )
 
 
@@ -60,8 +61,8 @@ def not_enough_devices(asked_rps: float, largest: Mix, space: Space) -> ConfigEr
     devices = sum(group.devices for group in space.groups)
     needed = -(-devices * asked_rps // largest.rate_rps)
     return ConfigError(
-        f"{asked_rps:g} req/s are more than these {devices} devices bear: at most {largest.rate_rps:.3g} req/s; "
-        f"it would take about {needed:.0f} devices of this mix, or a lower rate_rps"
+        f"{asked_rps:g} req/s are more than these {devices} devices bear: at most {largest.rate_rps:.3g} "
+        f"req/s; it would take about {needed:.0f} devices of this mix, or a lower rate_rps"
     )
 
 

@@ -95,9 +95,7 @@ def plan_json(result: PlanResult) -> dict[str, Any]:
     return {
         "goodput_rps": result.mix.rate_rps,
         "cost_per_hour": result.mix.cost,
-        "placement": [
-            {"count": count, **_candidate(candidate)} for candidate, count in result.mix.counts
-        ],
+        "placement": [{"count": count, **_candidate(candidate)} for candidate, count in result.mix.counts],
         "ranked": [
             {
                 **_candidate(one.candidate),

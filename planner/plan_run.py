@@ -1,4 +1,5 @@
-"""Edge: makes a plan from plan.yaml: reads its files, bounds, searches in processes, mixes, and says why not."""
+"""Edge: makes a plan from plan.yaml: reads its files, bounds, searches in processes, mixes, and says why
+not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ class Problem:
 
 
 def read_problem(plan: PlanFile, folder: Path) -> Problem:
-    """Files are relative to `folder`. Raises ConfigError, InvalidRequest for files and names without sense."""
+    """Files are relative to `folder`. Raises ConfigError, InvalidRequest for files and names without
+    sense."""
     groups = tuple(
         NodeGroup(nodes.device, nodes.nodes, nodes.devices_per_node, nodes.price_per_hour)
         for nodes in plan.hardware
@@ -60,10 +62,9 @@ def read_problem(plan: PlanFile, folder: Path) -> Problem:
 
 
 def make_plan(problem: Problem, find_many: FindMany, progress: Progress) -> PlanResult:
-    """Searches every bucket, then mixes. Raises ConfigError that says what would be needed when nothing will do."""
-    searched = [
-        _searched(problem, bucket, find_many, progress) for bucket in range(len(problem.buckets))
-    ]
+    """Searches every bucket, then mixes. Raises ConfigError that says what would be needed when nothing
+    will do."""
+    searched = [_searched(problem, bucket, find_many, progress) for bucket in range(len(problem.buckets))]
     found = [answer for one in searched for answer in one.found]
     mix = _mix(problem, found)
     return PlanResult(

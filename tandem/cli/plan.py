@@ -1,6 +1,7 @@
 """Edge: `tandem plan`: which workers on which hardware give the most goodput, and whether to disaggregate."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,15 @@ if TYPE_CHECKING:
     from planner.placement_search import Progress
     from planner.plan_result import PlanResult
 
+UNCUT_COLUMNS = 250
+
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command's arguments."""
     parser = commands.add_parser(
         "plan",
         help="find a placement",
-        description="Searches placements by simulation: how many prefill and decode workers on which devices.",
+        description="Searches placements by simulation: how many workers of which role on which devices.",
     )
     parser.add_argument(
         "-f", "--file", type=Path, required=True, metavar="plan.yaml", help="see docs/planning.md"
@@ -74,7 +77,9 @@ def _print_tables(result: "PlanResult", top: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    # Without a terminal nothing is cut: the reader is a file or another program.
+    width = None if sys.stdout.isatty() else UNCUT_COLUMNS
+    console = Console(highlight=False, width=width)
     console.print(f"{result.mix.rate_rps:.3g} req/s for {result.mix.cost:g} an hour:")
     for candidate, count in result.mix.counts:
         console.print(f"  {count} of: {candidate}")

@@ -4,7 +4,7 @@ from math import exp
 
 from planner.distserve_fit import DistServeFit
 from planner.latency import LatencyModel, TransferModel
-from planner.placement import Attainment, Candidate, NodeGroup, Objective, Slo, WorkerKind
+from planner.placement import Candidate, NodeGroup, Objective, Reached, Slo, WorkerKind
 from planner.placement_bound import Bounds, Lengths
 from planner.placement_space import Space
 from planner.transfer_links import LinkTransfer, link_of_rate
@@ -79,11 +79,9 @@ class Formula:
 
     def __call__(
         self, candidate: Candidate, rate_rps: float, bucket: int = 0, slo_scale: float = 1.0
-    ) -> Attainment:
+    ) -> Reached:
         self.calls += 1
         limit = self.limit_rps(candidate)
         share = 1 / (1 + exp(8 * (rate_rps / limit - 1)) / 9) if limit else 0.0
         good = round(OFFERED * share)
-        return Attainment(
-            OFFERED, good, {Objective.TTFT: good, Objective.TPOT: OFFERED, Objective.GAP: OFFERED}
-        )
+        return Reached(OFFERED, good, {Objective.TTFT: good, Objective.TPOT: OFFERED, Objective.GAP: OFFERED})

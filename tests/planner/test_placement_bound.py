@@ -38,7 +38,9 @@ def test_the_decode_batch_is_the_largest_whose_step_is_in_time() -> None:
     limit = bounds.decode(KIND)
     model = Opt13bWorkers().latency(KIND)
     assert model is not None
-    now_s, more_s = (model.step_s(StepShape((), batch, batch * 150)) for batch in (limit.batch, limit.batch + 1))
+    now_s, more_s = (
+        model.step_s(StepShape((), batch, batch * 150)) for batch in (limit.batch, limit.batch + 1)
+    )
     assert now_s <= 0.028 < more_s
     assert limit.rate_rps == pytest.approx(limit.batch / (99 * limit.step_s))
     assert not limit.held_by_memory
