@@ -79,9 +79,10 @@ class LengthSection(Section):
 class WorkloadSection(Section):
     """Requests: drawn lengths, or those of a trace; arrivals are drawn at the rate that is tried.
 
-    `requests` a run; a run of each seed counts. `buckets` divides requests by the length of their prompt,
-    so that each may be served by hardware of its own (Melange); the cluster's router does not do that, so
-    1 is what `tandem up` can run.
+    A run has `requests` requests and lasts `seconds` at least, so that queues show that grow slowly; those
+    of its first quarter are not counted, since the cluster is empty at first. A run of each seed counts.
+    `buckets` divides requests by the length of their prompt, so that each may be served by hardware of its
+    own (Melange); the cluster's router does not do that, so 1 is what `tandem up` can run.
     """
 
     trace: Path | None = None
@@ -90,6 +91,7 @@ class WorkloadSection(Section):
     arrivals: Literal["poisson", "gamma", "fixed"] = "poisson"
     variation: Annotated[float, Field(gt=0, le=100)] = 1.0
     requests: Annotated[int, Field(ge=50, le=1_000_000)] = 1000
+    seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1, max_length=20)
     buckets: Annotated[int, Field(ge=1, le=8)] = 1
 
