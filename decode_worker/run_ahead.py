@@ -81,7 +81,7 @@ class RunAheadScheduler(DecodeScheduler):
         steps = self._steady.steps_with_blocks(self._steady.steps_to_end())
         if steps == 0:
             return None
-        self._pool.promise(self._steady.growth(1))
+        self._pool.promise(self._steady.growth_next())
         self._run = DecodeRun(steps, len(self._steady), self._steady.context_tokens)
         self._run_taken = 0
         self._in_flight = list(self._running)
@@ -96,7 +96,7 @@ class RunAheadScheduler(DecodeScheduler):
             raise ProtocolError(f"no run is in flight that can have taken {taken} steps and go on")
         if taken > self._run_taken:
             steps = taken - self._run_taken
-            self._pool.promise(self._steady.growth(steps + 1) - self._steady.growth(1))
+            self._pool.promise(self._steady.growth(steps + 1) - self._steady.growth_next())
             self._steady.take(steps)
             self._run_taken = taken
 
@@ -108,7 +108,7 @@ class RunAheadScheduler(DecodeScheduler):
         if self._run is None:
             raise ProtocolError("no run is in flight")
         left = self._run.steps - self._run_taken
-        in_flight = self._steady.growth(1)
+        in_flight = self._steady.growth_next()
         free_after = self._pool.free_blocks + in_flight
         if self._steady.growth(left) <= free_after:
             return self._run.steps

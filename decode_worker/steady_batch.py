@@ -83,6 +83,10 @@ class SteadyBatch:
         while ends and ((member := members.get(ends[0][2])) is None or member[1] != ends[0][0]):
             heapq.heappop(ends)
 
+    def growth_next(self) -> int:
+        """Blocks that the next step needs."""
+        return self._needing[self.clock % len(self._needing)]
+
     def growth(self, steps: int) -> int:
         """Blocks that the next steps need."""
         size = len(self._needing)

@@ -140,7 +140,8 @@ class PrefillScheduler:
         for record in in_flight:
             record.computed += record.slice_tokens
             record.slice_tokens = 0
-            self._pool.publish(record.leg.token_ids[: record.computed], record.table)
+            if self._pool.caches:
+                self._pool.publish(record.leg.token_ids[: record.computed], record.table)
             if record.state is LegState.LEAVING:
                 self._end(record, LegInput.STEP_DONE)
             elif record.computed < len(record.leg.token_ids):
