@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from planner.events import NEWS, EventQueue
-from planner.records import Records
+from planner.records import Ended, Records
 from planner.simulator_decode import DecodeSite
 from planner.simulator_prefill import PrefillSite
 from planner.simulator_pull import Pulls
@@ -75,7 +75,7 @@ class Simulation:
         for site in self._sites.values():
             if site.alive:
                 site.check_empty()
-        return SimulationResult(self._records, self._used, max(self._records.times["ended_s"], default=0.0))
+        return SimulationResult(self._records, self._used, max(self._records.times("ended_s"), default=0.0))
 
     def _start(self, worker_id: WorkerId) -> None:
         """A new life of a worker, in the role it has now."""
@@ -133,7 +133,12 @@ class Simulation:
 
     def _ended(self, asked: SimRequest, session: Session | None, error: TandemError | None) -> None:
         self._under_way -= 1
-        self._records.add(asked, session, error, self._events.now_s)
+        now_s = self._events.now_s
+        if session is None:
+            self._records.add(asked, Ended(now_s, None, error=error))
+            return
+        tokens = len(session.samples[0].tokens)
+        self._records.add(asked, Ended(now_s, session.timeline, tokens, session.usage_cached_tokens, error))
 
     def _next_report_s(self) -> float:
         interval_s = self._setup.router.load_interval_s
