@@ -15,7 +15,7 @@ from planner.plain_decode import PlainDecode
 from planner.plain_prefill import PlainPrefill
 from planner.plain_request import NotPlainError, PlainRequest
 from planner.records import Ended, Records
-from planner.simulator_setup import Setup, SimRole
+from planner.simulator_setup import Drive, Setup, SimRole
 from planner.utilisation import Utilisation
 from planner.workload import SimRequest
 from router.admission import Admission, fit_context
@@ -34,7 +34,8 @@ def may_be_plain(setup: Setup) -> bool:
     """Whether counting can follow the setup at all."""
     roles = {spec.role for spec in setup.workers}
     cached = any(spec.prefix_cache for spec in setup.workers)
-    return roles == {SimRole.PREFILL, SimRole.DECODE} and not (cached or setup.faults or setup.stepwise)
+    disaggregated = roles == {SimRole.PREFILL, SimRole.DECODE}
+    return disaggregated and setup.drive is Drive.AUTO and not (cached or setup.faults)
 
 
 class PlainCluster:

@@ -4,6 +4,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 
+from engine.length_sums import LengthSums
 from planner.events import STEP_BEGIN, STEP_END, EventQueue
 from planner.gap_log import GapLog
 from planner.plain_request import NotPlainError, PlainRequest
@@ -16,7 +17,7 @@ from router.worker_load import ReportedLoad, WorkerLoad
 class PlainDecode:
     """Counts the legs and blocks of one decode worker, and advances its batch in runs of steps.
 
-    The batch is sums and a clock of steps, as in decode_worker/steady_batch.py.
+    The batch is sums and a clock of steps, as in decode_worker/run_ahead.py.
     """
 
     def __init__(
@@ -39,11 +40,8 @@ class PlainDecode:
         self._waiting: deque[PlainRequest] = deque()
         self._pulling = 0
         self._joining: list[PlainRequest] = []
-        self._batch = 0
-        self._clock = 0
-        self._context = 0
+        self._sums = LengthSums(spec.block_size)
         self._ends: list[tuple[int, int, PlainRequest]] = []
-        self._needing = [0] * spec.block_size
         self._numbers = 0
         self._gaps = GapLog()
         self._busy = False
@@ -93,7 +91,7 @@ class PlainDecode:
         self._sync()
         return ReportedLoad(
             waiting_legs=len(self._waiting) + self._pulling,
-            running_sequences=self._batch + len(self._joining),
+            running_sequences=self._sums.count + len(self._joining),
             total_blocks=self.spec.pool_blocks,
             free_blocks=self._free,
         )
@@ -102,7 +100,7 @@ class PlainDecode:
         taken = False
         while self._waiting:
             request = self._waiting[0]
-            ahead = self._batch + len(self._joining) + self._pulling
+            ahead = self._sums.count + len(self._joining) + self._pulling
             if ahead >= self.spec.max_batch:
                 break
             needed = request.blocks + (ahead + 1 if ahead else 0)
@@ -118,7 +116,7 @@ class PlainDecode:
             self._pull(self, request)
         if taken and self._run_batch:
             left = self._run_steps - self._taken
-            short = self._growth(left) > self._free + self._needing[self._clock % self._size]
+            short = self._sums.growth(left) > self._free + self._sums.growth_next()
             if short and self._ends_after > self._taken + 1:
                 self._end_after(self._taken + 1)
 
@@ -129,23 +127,21 @@ class PlainDecode:
     def _begin(self, _: None) -> None:
         for request in self._joining:
             prompt = request.asked.prompt_tokens
-            request.joined_clock = self._clock
-            end = self._clock + request.asked.output_tokens - 1
+            request.joined_clock = self._sums.clock
+            end = self._sums.clock + request.asked.output_tokens - 1
             heapq.heappush(self._ends, (end, request.number, request))
-            self._needing[(self._clock - prompt) % self._size] += 1
-            self._context += prompt + 1
-        self._batch += len(self._joining)
+            self._sums.join(prompt)
         self._beginning, self._joining = self._joining, []
-        if not self._batch:
+        if not self._sums.count:
             self._busy = False
             return
-        steps = self._steps_with_blocks(self._ends[0][0] - self._clock)
+        steps = self._sums.steps_with_blocks(self._free, self._ends[0][0] - self._sums.clock)
         if steps == 0:
             raise NotPlainError
-        self._free -= self._needing[self._clock % self._size]
+        self._free -= self._sums.growth_next()
         self._start_s = self._events.now_s
         self._taken = 0
-        self._run_batch, self._run_context, self._run_steps = self._batch, self._context, steps
+        self._run_batch, self._run_context, self._run_steps = self._sums.count, self._sums.context_tokens, steps
         self._end_after(steps)
 
     def _end_after(self, steps: int) -> None:
@@ -173,47 +169,44 @@ class PlainDecode:
         """The run is over after so many steps, the last of which ends now."""
         whole = taken == self._ends_after
         self._note(taken)
-        self._free += self._needing[self._clock % self._size]
+        self._free += self._sums.growth_next()
         now_s = self._events.now_s
         self._used.step(self._start_s, now_s - self._start_s, 0, self._run_batch, taken)
         self._run_batch = 0
         self._busy = False
         ended: list[PlainRequest] = []
-        while self._ends and self._ends[0][0] == self._clock:
+        while self._ends and self._ends[0][0] == self._sums.clock:
             ended.append(heapq.heappop(self._ends)[2])
         for request in ended:
             self._leave(request)
         for request in ended:
             pace = Pace(request.first_s, self._gaps.longest_s(request.first_step + 1))
             self._on_written(self, request, pace)
-        if not self._batch and not self._joining:
+        if not self._sums.count and not self._joining:
             self._gaps.clear()
         if whole:
             self._pull_what_fits()
         self.kick()
 
     def _leave(self, request: PlainRequest) -> None:
-        computed = request.asked.prompt_tokens + self._clock - request.joined_clock
-        self._batch -= 1
+        computed = request.asked.prompt_tokens + self._sums.clock - request.joined_clock
+        self._sums.leave(computed)
         self._free += -(-computed // self._size)
-        self._needing[(self._clock - computed) % self._size] -= 1
-        self._context -= computed + 1
 
     def _note(self, taken: int) -> None:
         """Steps of the run up to the `taken`th are over, and the next one has its blocks."""
-        clock, batch = self._clock, self._run_batch
+        clock, batch = self._sums.clock, self._run_batch
         if self._taken == 0 and (self._beginning or self._start_s > self._last_end_s):
             first_s = self._end_of(1)
             self._gaps.note(clock + 1, first_s - self._last_end_s)
             for request in self._beginning:
                 request.first_step, request.first_s = clock + 1, first_s
         steps = taken - self._taken
-        self._free -= self._growth(steps + 1) - self._needing[clock % self._size]
-        self._clock = clock + steps
-        self._context += steps * batch
+        self._free -= self._sums.growth(steps + 1) - self._sums.growth_next()
+        self._sums.take(steps)
         latency = self.spec.latency
         self._gaps.note(
-            self._clock, latency.decode_run_s(batch, self._run_context + (taken - 1) * batch, 1)
+            self._sums.clock, latency.decode_run_s(batch, self._run_context + (taken - 1) * batch, 1)
         )
         self._taken = taken
         self._last_end_s = self._end_of(taken)
@@ -232,23 +225,3 @@ class PlainDecode:
         while taken + 1 < self._ends_after and self._end_of(taken + 1) <= now_s:
             taken += 1
         return taken
-
-    def _growth(self, steps: int) -> int:
-        """Blocks that the next steps need."""
-        size, needing = self._size, self._needing
-        rounds, rest = divmod(steps, size)
-        if rest == 0:
-            return rounds * self._batch
-        start = self._clock % size
-        end = start + rest
-        some = sum(needing[start:end]) if end <= size else sum(needing[start:]) + sum(needing[: end - size])
-        return rounds * self._batch + some
-
-    def _steps_with_blocks(self, most: int) -> int:
-        """How many of the next steps the free blocks suffice for."""
-        if (most // self._size + 1) * self._batch <= self._free or self._growth(most) <= self._free:
-            return most
-        steps = self._free // self._batch * self._size
-        while steps < most and self._growth(steps + 1) <= self._free:
-            steps += 1
-        return steps

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from planner.events import STEP_BEGIN, STEP_END, EventQueue
+from planner.events import NEWS, STEP_BEGIN, STEP_END, EventQueue
 from planner.latency import PromptPart, StepShape
 from planner.plain_request import NotPlainError, PlainRequest
 from planner.simulator_setup import WorkerSpec
@@ -71,10 +71,13 @@ class PlainPrefill:
         parts: list[PromptPart] = []
         waiting_runs = iter(self._running.copy())
         while budget > 0:
-            request = next(waiting_runs, None) or self._start_next()
+            room = budget if flying and self.spec.whole_prompts else None
+            request = next(waiting_runs, None) or self._start_next(room)
             if request is None:
                 break
-            tokens = min(budget, request.asked.prompt_tokens - request.computed)
+            tokens = request.asked.prompt_tokens - request.computed
+            if not self.spec.whole_prompts:
+                tokens = min(budget, tokens)
             request.slice_tokens = tokens
             budget -= tokens
             parts.append(PromptPart(tokens, request.computed))
@@ -85,13 +88,12 @@ class PlainPrefill:
         shape = StepShape(tuple(parts))
         took_s = self.spec.latency.stage_s(shape)
         lag_s = self.spec.latency.step_s(shape) - took_s
-        if lag_s > 0:
-            raise NotPlainError
         now_s = self._events.now_s
         self._used.step(now_s, took_s, self.spec.token_budget - budget, 0)
-        self._events.at(now_s + took_s, STEP_END, self._ended, flying)
+        self._events.at(now_s + took_s, STEP_END, self._ended, (flying, lag_s))
 
-    def _ended(self, flying: list[PlainRequest]) -> None:
+    def _ended(self, ended: tuple[list[PlainRequest], float]) -> None:
+        flying, lag_s = ended
         read: list[PlainRequest] = []
         for request in flying:
             request.computed += request.slice_tokens
@@ -103,15 +105,23 @@ class PlainPrefill:
                 else:
                     self._parked_blocks += request.blocks
         self._busy = False
-        if read:
-            self._on_read(self, read)
+        if lag_s > 0:
+            self._events.at(self._events.now_s + lag_s, NEWS, self._tell, read)
+        else:
+            self._tell(read)
         self.kick()
 
-    def _start_next(self) -> PlainRequest | None:
+    def _tell(self, read: list[PlainRequest]) -> None:
+        if read:
+            self._on_read(self, read)
+
+    def _start_next(self, room: int | None) -> PlainRequest | None:
         """The first waiting prompt whose blocks can be had, unless one ahead was passed by too often."""
         if self._parked_blocks > MAX_PARKED_FRACTION * self.spec.pool_blocks:
             return None
         for place, request in enumerate(self._waiting):
+            if room is not None and request.asked.prompt_tokens > room:
+                return None
             if request.blocks <= self._free:
                 for ahead in self._waiting[:place]:
                     ahead.passed_by += 1

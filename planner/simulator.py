@@ -5,16 +5,18 @@ are the live ones. Simulated are time (a latency and a transfer model), the netw
 and the tokens (each is the same). The same setup and requests give the same records, byte for byte.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from planner.events import NEWS, EventQueue
+from planner.plain_cluster import PlainCluster, may_be_plain
+from planner.plain_request import NotPlainError
 from planner.records import Ended, Records
 from planner.simulator_decode import DecodeSite
 from planner.simulator_prefill import PrefillSite
 from planner.simulator_pull import Pulls
 from planner.simulator_router import SimulatedRouter
-from planner.simulator_setup import Fault, FaultKind, Setup, SimRole, WorkerSpec, check
+from planner.simulator_setup import Drive, Fault, FaultKind, Setup, SimRole, check
 from planner.utilisation import Utilisation
 from planner.workload import SimRequest, prompt_ids
 from router.session import Session
@@ -29,19 +31,21 @@ _OTHER = {SimRole.PREFILL: SimRole.DECODE, SimRole.DECODE: SimRole.PREFILL}
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """What came of it. `span_s` is from time 0 to the last request's end; `used` is by worker, over all its lives."""
+    """What came of it; `used` is by worker, over all its lives."""
 
     records: Records
     used: dict[WorkerId, Utilisation]
-    span_s: float
+
+    @property
+    def span_s(self) -> float:
+        """From time 0 to the last request's end."""
+        return max(self.records.times("ended_s"), default=0.0)
 
 
 class Simulation:
     """One simulated cluster. Owns its sites; run it once."""
 
     def __init__(self, setup: Setup, requests: Iterable[SimRequest]) -> None:
-        """Raises InvalidRequest for a setup that can't serve."""
-        check(setup)
         self._setup = setup
         self._requests = iter(requests)
         self._events = EventQueue()
@@ -75,7 +79,7 @@ class Simulation:
         for site in self._sites.values():
             if site.alive:
                 site.check_empty()
-        return SimulationResult(self._records, self._used, max(self._records.times("ended_s"), default=0.0))
+        return SimulationResult(self._records, self._used)
 
     def _start(self, worker_id: WorkerId) -> None:
         """A new life of a worker, in the role it has now."""
@@ -104,7 +108,7 @@ class Simulation:
                 self._pulls,
                 setup.router.context_tokens,
                 used,
-                setup.stepwise,
+                setup.drive is Drive.STEPS,
             )
             role = Role.DECODE
         self._sites[worker_id] = site
@@ -195,14 +199,18 @@ class Simulation:
             self._start(worker_id)
 
 
-def simulate(setup: Setup, requests: Iterable[SimRequest]) -> SimulationResult:
-    """The records of a simulated cluster. Raises InvalidRequest for what can't be simulated."""
-    return Simulation(setup, requests).run()
+def simulate(setup: Setup, requests: Callable[[], Iterable[SimRequest]]) -> SimulationResult:
+    """What becomes of the requests; `requests` gives them in order of arrival, the same ones each time.
 
-
-def spec_names(setup: Setup) -> Iterator[WorkerId]:
-    """The workers' names, in order."""
-    return (spec.worker_id for spec in setup.workers)
-
-
-__all__ = ["Simulation", "SimulationResult", "WorkerSpec", "simulate"]
+    Counts the plain course (planner/plain_cluster.py) as long as it is one, else drives the full objects.
+    Raises InvalidRequest for what can't be simulated.
+    """
+    check(setup)
+    if may_be_plain(setup):
+        plain = PlainCluster(setup, requests())
+        try:
+            plain.run()
+        except NotPlainError:
+            return Simulation(setup, requests()).run()
+        return SimulationResult(plain.records, plain.used)
+    return Simulation(setup, requests()).run()

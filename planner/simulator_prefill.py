@@ -58,6 +58,7 @@ class PrefillSite:
             max_waiting=spec.max_waiting,
             context_tokens=context_tokens,
             eos_ids=(),
+            whole_prompts=spec.whole_prompts,
         )
         self._events = events
         self._router = router
