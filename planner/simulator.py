@@ -5,13 +5,15 @@ are the live ones. Simulated are time (a latency and a transfer model), the netw
 and the tokens (each is the same). The same setup and requests give the same records, byte for byte.
 """
 
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.events import NEWS, EventQueue
 from planner.plain_cluster import PlainCluster, may_be_plain
 from planner.plain_request import NotPlainError
 from planner.records import Ended, Records
+from planner.simulator_colocated import ColocatedSite
 from planner.simulator_decode import DecodeSite
 from planner.simulator_prefill import PrefillSite
 from planner.simulator_pull import Pulls
@@ -25,7 +27,7 @@ from tandem.errors import InvalidRequest, TandemError
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role
 
-AnySite = PrefillSite | DecodeSite
+AnySite = PrefillSite | DecodeSite | ColocatedSite
 _OTHER = {SimRole.PREFILL: SimRole.DECODE, SimRole.DECODE: SimRole.PREFILL}
 
 
@@ -51,9 +53,11 @@ class Simulation:
         self._events = EventQueue()
         self._records = Records(setup.router.slo_classes)
         self._shares_prompts = any(spec.prefix_cache for spec in setup.workers)
+        colocated = setup.workers[0].role is SimRole.COLOCATED
         self._router = SimulatedRouter(
             self._events,
-            setup.router,
+            # A colocated worker is never done with a prompt before its answer: no window is kept.
+            replace(setup.router, prefill_window_tokens=sys.maxsize) if colocated else setup.router,
             setup.workers[0].block_size,
             lambda asked: prompt_ids(asked, self._shares_prompts),
             self._ended,
@@ -99,6 +103,9 @@ class Simulation:
                 used,
             )
             role = Role.PREFILL
+        elif self._roles[worker_id] is SimRole.COLOCATED:
+            site = ColocatedSite(key, spec, self._events, self._router, used)
+            role = Role.MIXED
         else:
             site = DecodeSite(
                 key,
@@ -168,7 +175,7 @@ class Simulation:
         elif site.alive:
             if fault.kind is FaultKind.DEATH:
                 self._die(site)
-            else:
+            elif not isinstance(site, ColocatedSite):
                 site.draining = True
                 self._router.reported(site.key, site.load())
                 self._flip_when_empty(site)
@@ -178,7 +185,7 @@ class Simulation:
         self._router.lost(site.key)
         if isinstance(site, PrefillSite):
             self._pulls.source_died(site.key)
-        else:
+        elif isinstance(site, DecodeSite):
             self._pulls.sink_died(site.key)
 
     def _flip_when_empty(self, site: AnySite) -> None:
