@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from statistics import NormalDist
@@ -57,7 +57,7 @@ class Ended:
 
 
 class Records:
-    """One row for each request offered, in order of their ends."""
+    """One row for each request offered; columns are in order of the requests' ends."""
 
     def __init__(self, classes: Sequence[SloClass]) -> None:
         self.classes = {slo.name: slo for slo in classes}
@@ -100,32 +100,40 @@ class Records:
             (code(asked.slo_class), code(outcome), code(workers[0]), code(workers[1]), code(missed))
         )
 
-    def times(self, name: str) -> "array[float]":
-        """A column of seconds, in order of the ends; nan where there is no value."""
-        return self._times[_TIMES.index(name) :: len(_TIMES)]
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The requests' numbers."""
+        return self._numbers
 
-    def counts(self, name: str) -> "array[int]":
-        """A column of numbers of tokens or of times that something happened, in order of the ends."""
-        return self._counts[_COUNTS.index(name) :: len(_COUNTS)]
+    @property
+    def times(self) -> Mapping[str, Sequence[float]]:
+        """The columns of seconds; nan where there is no value."""
+        return {name: self._times[at :: len(_TIMES)] for at, name in enumerate(_TIMES)}
+
+    @property
+    def counts(self) -> Mapping[str, Sequence[int]]:
+        """The columns of numbers of tokens, and of placements anew."""
+        return {name: self._counts[at :: len(_COUNTS)] for at, name in enumerate(_COUNTS)}
 
     def names(self, name: str) -> list[str]:
-        """A column of names, in order of the ends."""
+        """A column of names."""
         return [self._known_names[code] for code in self._codes(name)]
 
-    def _codes(self, name: str) -> "array[int]":
-        return self._names[_NAMES.index(name) :: len(_NAMES)]
-
-    def _column(self, name: str) -> Sequence[float] | Sequence[int] | Sequence[str]:
+    def column(self, name: str) -> Sequence[float] | Sequence[int] | Sequence[str]:
+        """Any column of COLUMNS."""
         if name == "number":
             return self._numbers
         if name in _NAMES:
             return self.names(name)
-        return self.times(name) if name in _TIMES else self.counts(name)
+        return self.times[name] if name in _TIMES else self.counts[name]
+
+    def _codes(self, name: str) -> Sequence[int]:
+        return self._names[_NAMES.index(name) :: len(_NAMES)]
 
     def csv_lines(self) -> Iterator[str]:
         """Header and rows, in order of the requests' numbers; nan where there is no value."""
         yield ",".join(COLUMNS) + "\n"
-        columns = [self._column(name) for name in COLUMNS]
+        columns = [self.column(name) for name in COLUMNS]
         for row in sorted(range(len(self)), key=self._numbers.__getitem__):
             yield ",".join([str(column[row]) for column in columns]) + "\n"
 
@@ -133,7 +141,7 @@ class Records:
         """The values of a column of times of one class; requests without one are left out."""
         wanted = self._name_codes.get(slo_class)
         kept = [code == wanted for code in self._codes("slo_class")]
-        return [value for value in compress(self.times(name), kept) if not math.isnan(value)]
+        return [value for value in compress(self.times[name], kept) if not math.isnan(value)]
 
     def good(self, slo_class: str) -> tuple[int, int]:
         """Requests of a class that met all their objectives, and all that were offered."""

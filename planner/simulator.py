@@ -6,8 +6,9 @@ and the tokens (each is the same). The same setup and requests give the same rec
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import tee
 
 from planner.events import NEWS, EventQueue
 from planner.plain_cluster import PlainCluster, may_be_plain
@@ -41,7 +42,7 @@ class SimulationResult:
     @property
     def span_s(self) -> float:
         """From time 0 to the last request's end."""
-        return max(self.records.times("ended_s"), default=0.0)
+        return max(self.records.times["ended_s"], default=0.0)
 
 
 class Simulation:
@@ -206,18 +207,19 @@ class Simulation:
             self._start(worker_id)
 
 
-def simulate(setup: Setup, requests: Callable[[], Iterable[SimRequest]]) -> SimulationResult:
-    """What becomes of the requests; `requests` gives them in order of arrival, the same ones each time.
+def simulate(setup: Setup, requests: Iterable[SimRequest]) -> SimulationResult:
+    """What becomes of the requests, which come in order of arrival.
 
     Counts the plain course (planner/plain_cluster.py) as long as it is one, else drives the full objects.
     Raises InvalidRequest for what can't be simulated.
     """
     check(setup)
-    if may_be_plain(setup):
-        plain = PlainCluster(setup, requests())
-        try:
-            plain.run()
-        except NotPlainError:
-            return Simulation(setup, requests()).run()
-        return SimulationResult(plain.records, plain.used)
-    return Simulation(setup, requests()).run()
+    if not may_be_plain(setup):
+        return Simulation(setup, requests).run()
+    asked, again = tee(requests)
+    plain = PlainCluster(setup, asked)
+    try:
+        plain.run()
+    except NotPlainError:
+        return Simulation(setup, again).run()
+    return SimulationResult(plain.records, plain.used)
