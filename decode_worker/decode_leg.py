@@ -72,6 +72,9 @@ def check_leg(leg: DecodeLeg, *, max_batch: int, context_tokens: int, pool_token
 class LegState(Enum):
     """Where a leg stands. ABORTING: it is over, but a pull may still write its blocks."""
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     WAITING = "waiting"
     PULLING = "pulling"
     ABORTING = "aborting"
@@ -81,6 +84,9 @@ class LegState(Enum):
 
 class LegInput(Enum):
     """What can happen to a leg."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     RESERVE = "reserve"
     LAND = "land"
@@ -105,6 +111,9 @@ LEG_TRANSITIONS = {
 class SampleState(Enum):
     """Where a sample in the batch stands. LEAVING: it is over, but the step in flight touches its blocks."""
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     RUNNING = "running"
     LEAVING = "leaving"
     ENDED = "ended"
@@ -112,6 +121,9 @@ class SampleState(Enum):
 
 class SampleInput(Enum):
     """What can happen to a sample in the batch."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     FINISH = "finish"
     STOP = "stop"

@@ -78,11 +78,11 @@ class RunAheadScheduler(DecodeScheduler):
         self._unsteady = [sample for sample in self._unsteady if not self._enter(sample)]
         if self._unsteady or not self._running:
             return None
-        steps = self._steady.steps_with_blocks(self._steady.steps_to_end())
+        steps = self._steady.sums.steps_with_blocks(self._pool.free_blocks, self._steady.steps_to_end())
         if steps == 0:
             return None
-        self._pool.promise(self._steady.growth(1))
-        self._run = DecodeRun(steps, len(self._steady), self._steady.context_tokens)
+        self._pool.promise(self._steady.sums.growth_next())
+        self._run = DecodeRun(steps, self._steady.sums.count, self._steady.sums.context_tokens)
         self._run_taken = 0
         self._in_flight = list(self._running)
         return self._run
@@ -96,8 +96,8 @@ class RunAheadScheduler(DecodeScheduler):
             raise ProtocolError(f"no run is in flight that can have taken {taken} steps and go on")
         if taken > self._run_taken:
             steps = taken - self._run_taken
-            self._pool.promise(self._steady.growth(steps + 1) - self._steady.growth(1))
-            self._steady.take(steps)
+            self._pool.promise(self._steady.sums.growth(steps + 1) - self._steady.sums.growth_next())
+            self._steady.sums.take(steps)
             self._run_taken = taken
 
     def steps_possible(self) -> int:
@@ -108,9 +108,9 @@ class RunAheadScheduler(DecodeScheduler):
         if self._run is None:
             raise ProtocolError("no run is in flight")
         left = self._run.steps - self._run_taken
-        in_flight = self._steady.growth(1)
+        in_flight = self._steady.sums.growth_next()
         free_after = self._pool.free_blocks + in_flight
-        if self._steady.growth(left) <= free_after:
+        if self._steady.sums.growth(left) <= free_after:
             return self._run.steps
         return self._run_taken + 1
 
@@ -122,7 +122,7 @@ class RunAheadScheduler(DecodeScheduler):
         if self._run is None or not self._run_taken < taken <= self._run.steps:
             raise ProtocolError(f"no run of {taken} steps is in flight")
         self.advance(taken - 1)
-        self._steady.take(1)
+        self._steady.sums.take(1)
         self._run, self._in_flight = None, []
         ended = [sample for sample in self._steady.ending() if sample.state is SampleState.RUNNING]
         tokens: list[LegToken] = []

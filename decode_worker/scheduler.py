@@ -370,7 +370,8 @@ class DecodeScheduler:
     def _end_sample(self, sample: SampleRecord, happened: SampleInput) -> None:
         """Takes a sample out of the batch; its full blocks stay cached for who comes with the same prefix."""
         sample.state = next_state(SAMPLE_TRANSITIONS, sample.state, happened)
-        self._pool.publish(sample.tokens[: sample.computed], sample.table)
+        if self._pool.caches:
+            self._pool.publish(sample.tokens[: sample.computed], sample.table)
         if sample.pending_copy is not None:
             self._pool.release(sample.pending_copy[:1])
         self._pool.release(sample.table)

@@ -53,6 +53,11 @@ class BlockPool:
         self._next_event = num_blocks
 
     @property
+    def caches(self) -> bool:
+        """Whether computed blocks are kept for reuse; if not, publish and match do nothing."""
+        return self._caching
+
+    @property
     def free_blocks(self) -> int:
         """Blocks that can be allocated now: free ones and cached ones that nobody refers to."""
         return len(self._free) + len(self._evictable) - self._promised

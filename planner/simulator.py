@@ -5,16 +5,21 @@ are the live ones. Simulated are time (a latency and a transfer model), the netw
 and the tokens (each is the same). The same setup and requests give the same records, byte for byte.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import tee
 
 from planner.events import NEWS, EventQueue
-from planner.records import Records
+from planner.plain_cluster import PlainCluster, may_be_plain
+from planner.plain_request import NotPlainError
+from planner.records import Ended, Records
+from planner.simulator_colocated import ColocatedSite
 from planner.simulator_decode import DecodeSite
 from planner.simulator_prefill import PrefillSite
 from planner.simulator_pull import Pulls
 from planner.simulator_router import SimulatedRouter
-from planner.simulator_setup import Fault, FaultKind, Setup, SimRole, WorkerSpec, check
+from planner.simulator_setup import Drive, Fault, FaultKind, Setup, SimRole, check
 from planner.utilisation import Utilisation
 from planner.workload import SimRequest, prompt_ids
 from router.session import Session
@@ -23,33 +28,37 @@ from tandem.errors import InvalidRequest, TandemError
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role
 
-AnySite = PrefillSite | DecodeSite
+AnySite = PrefillSite | DecodeSite | ColocatedSite
 _OTHER = {SimRole.PREFILL: SimRole.DECODE, SimRole.DECODE: SimRole.PREFILL}
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """What came of it. `span_s` is from time 0 to the last request's end; `used` is by worker, over all its lives."""
+    """What came of it; `used` is by worker, over all its lives."""
 
     records: Records
     used: dict[WorkerId, Utilisation]
-    span_s: float
+
+    @property
+    def span_s(self) -> float:
+        """From time 0 to the last request's end."""
+        return max(self.records.times["ended_s"], default=0.0)
 
 
 class Simulation:
     """One simulated cluster. Owns its sites; run it once."""
 
     def __init__(self, setup: Setup, requests: Iterable[SimRequest]) -> None:
-        """Raises InvalidRequest for a setup that can't serve."""
-        check(setup)
         self._setup = setup
         self._requests = iter(requests)
         self._events = EventQueue()
         self._records = Records(setup.router.slo_classes)
         self._shares_prompts = any(spec.prefix_cache for spec in setup.workers)
+        colocated = setup.workers[0].role is SimRole.COLOCATED
         self._router = SimulatedRouter(
             self._events,
-            setup.router,
+            # A colocated worker is never done with a prompt before its answer: no window is kept.
+            replace(setup.router, prefill_window_tokens=sys.maxsize) if colocated else setup.router,
             setup.workers[0].block_size,
             lambda asked: prompt_ids(asked, self._shares_prompts),
             self._ended,
@@ -75,7 +84,7 @@ class Simulation:
         for site in self._sites.values():
             if site.alive:
                 site.check_empty()
-        return SimulationResult(self._records, self._used, max(self._records.times["ended_s"], default=0.0))
+        return SimulationResult(self._records, self._used)
 
     def _start(self, worker_id: WorkerId) -> None:
         """A new life of a worker, in the role it has now."""
@@ -95,6 +104,9 @@ class Simulation:
                 used,
             )
             role = Role.PREFILL
+        elif self._roles[worker_id] is SimRole.COLOCATED:
+            site = ColocatedSite(key, spec, self._events, self._router, used)
+            role = Role.MIXED
         else:
             site = DecodeSite(
                 key,
@@ -104,7 +116,7 @@ class Simulation:
                 self._pulls,
                 setup.router.context_tokens,
                 used,
-                setup.stepwise,
+                setup.drive is Drive.STEPS,
             )
             role = Role.DECODE
         self._sites[worker_id] = site
@@ -133,7 +145,12 @@ class Simulation:
 
     def _ended(self, asked: SimRequest, session: Session | None, error: TandemError | None) -> None:
         self._under_way -= 1
-        self._records.add(asked, session, error, self._events.now_s)
+        now_s = self._events.now_s
+        if session is None:
+            self._records.add(asked, Ended(now_s, None, error=error))
+            return
+        tokens = len(session.samples[0].tokens)
+        self._records.add(asked, Ended(now_s, session.timeline, tokens, session.usage_cached_tokens, error))
 
     def _next_report_s(self) -> float:
         interval_s = self._setup.router.load_interval_s
@@ -159,7 +176,7 @@ class Simulation:
         elif site.alive:
             if fault.kind is FaultKind.DEATH:
                 self._die(site)
-            else:
+            elif not isinstance(site, ColocatedSite):
                 site.draining = True
                 self._router.reported(site.key, site.load())
                 self._flip_when_empty(site)
@@ -169,7 +186,7 @@ class Simulation:
         self._router.lost(site.key)
         if isinstance(site, PrefillSite):
             self._pulls.source_died(site.key)
-        else:
+        elif isinstance(site, DecodeSite):
             self._pulls.sink_died(site.key)
 
     def _flip_when_empty(self, site: AnySite) -> None:
@@ -191,13 +208,18 @@ class Simulation:
 
 
 def simulate(setup: Setup, requests: Iterable[SimRequest]) -> SimulationResult:
-    """The records of a simulated cluster. Raises InvalidRequest for what can't be simulated."""
-    return Simulation(setup, requests).run()
+    """What becomes of the requests, which come in order of arrival.
 
-
-def spec_names(setup: Setup) -> Iterator[WorkerId]:
-    """The workers' names, in order."""
-    return (spec.worker_id for spec in setup.workers)
-
-
-__all__ = ["Simulation", "SimulationResult", "WorkerSpec", "simulate"]
+    Counts the plain course (planner/plain_cluster.py) as long as it is one, else drives the full objects.
+    Raises InvalidRequest for what can't be simulated.
+    """
+    check(setup)
+    if not may_be_plain(setup):
+        return Simulation(setup, requests).run()
+    asked, again = tee(requests)
+    plain = PlainCluster(setup, asked)
+    try:
+        plain.run()
+    except NotPlainError:
+        return Simulation(setup, again).run()
+    return SimulationResult(plain.records, plain.used)

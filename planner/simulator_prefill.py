@@ -10,7 +10,7 @@ from kvtransfer.contract import HandoffKey
 from kvtransfer.handoff import ReleaseReason, SourceTimes
 from kvtransfer.source_protocol import SourceHandoff, SourceInput
 from planner.events import NEWS, STEP_BEGIN, STEP_END, EventQueue
-from planner.latency import PromptPart, StepShape
+from planner.latency import PromptPart, StepShape, total_tokens
 from planner.simulator_router import LiveRequest, SimulatedRouter
 from planner.simulator_setup import WorkerSpec
 from planner.utilisation import Utilisation
@@ -58,6 +58,7 @@ class PrefillSite:
             max_waiting=spec.max_waiting,
             context_tokens=context_tokens,
             eos_ids=(),
+            whole_prompts=spec.whole_prompts,
         )
         self._events = events
         self._router = router
@@ -160,7 +161,7 @@ class PrefillSite:
         shape = StepShape(tuple([PromptPart(len(part.token_ids), part.start) for part in plan.slices]))
         took_s = self.spec.latency.stage_s(shape)
         lag_s = self.spec.latency.step_s(shape) - took_s
-        self._used.step(self._events.now_s, took_s, shape)
+        self._used.step(self._events.now_s, took_s, total_tokens(shape.prompts), 0)
         self._events.at(self._events.now_s + took_s, STEP_END, self._step_ended, (plan, took_s, lag_s))
 
     def _step_ended(self, ended: tuple[StepPlan, float, float]) -> None:

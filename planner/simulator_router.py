@@ -86,6 +86,7 @@ class SimulatedRouter:
         self._deadline_armed = False
         self._params: dict[int, SamplingParams] = {}
         self._legs_made = 0
+        self._unserved = True
         self._without_since_s = {Role.PREFILL: 0.0, Role.DECODE: 0.0}
 
     @property
@@ -165,11 +166,13 @@ class SimulatedRouter:
         """A worker can be chosen from now on."""
         self.sites[key] = site
         self.placement.attach(WorkerLoad(key, role, total_blocks))
+        self._note_service()
         self._pump()
 
     def lost(self, key: WorkerKey) -> None:
         """A worker is gone: its legs are placed anew."""
         self.sites.pop(key, None)
+        self._note_service()
         self.placement.detach(key)
         self._note_service()
         for live in list(self._by_leg.values()):
@@ -181,7 +184,12 @@ class SimulatedRouter:
         """A worker told its load."""
         books = self.placement.loads.get(key)
         if books is not None:
+            drained = load.draining and not books.reported.draining
+            if drained:
+                self._note_service()
             books.heard(load, self._events.now_s)
+            if drained:
+                self._note_service()
             self._pump()
 
     def carry_out(self, live: LiveRequest, commands: Sequence[Command]) -> None:
@@ -228,7 +236,7 @@ class SimulatedRouter:
     def _waiting(self, live: LiveRequest, leg_id: LegId) -> WaitingLeg:
         session = live.session
         leg = session.legs[leg_id]
-        if not self.placement.serves(Role.PREFILL) or not self.placement.serves(Role.DECODE):
+        if self._unserved:
             self._events.at(self._events.now_s + self._rules.park_requests_s, NEWS, self._fail_parked, None)
         return WaitingLeg(
             leg_id,
@@ -296,8 +304,11 @@ class SimulatedRouter:
             self._deadlines.popleft()
 
     def _note_service(self) -> None:
-        for role in self._without_since_s:
-            if self.placement.serves(role):
+        """Remembers since when no worker plays a role; called before and after that can change."""
+        served = {role: self.placement.serves(role) for role in self._without_since_s}
+        self._unserved = not all(served.values())
+        for role, is_served in served.items():
+            if is_served:
                 self._without_since_s[role] = self._events.now_s
 
     def _fail_parked(self, _: None) -> None:

@@ -21,9 +21,10 @@ class SimRole(Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One worker. `policy` names a batching policy (planner/batching.py); disaggregated roles have one.
+    """One worker. `pool_blocks` blocks of `block_size` tokens; `node` decides whether KV stays in a machine.
 
-    `node` decides whether KV stays inside a machine. `pool_blocks` blocks of `block_size` tokens.
+    `policy` is a colocated worker's batching, by its name in planner/batching.py. `whole_prompts` makes a
+    prefill worker batch as DistServe does: up to `token_budget` tokens, no prompt split.
     """
 
     worker_id: WorkerId
@@ -36,7 +37,8 @@ class WorkerSpec:
     max_batch: int = 256
     max_waiting: int = 4096
     prefix_cache: bool = False
-    policy: str = "fcfs"
+    policy: str = "sarathi"
+    whole_prompts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,16 @@ class RouterRules:
     prefill_window_tokens: int = 16_384
     decode_window_legs: int = 16
     load_interval_s: float = 0.5
+
+
+class Drive(Enum):
+    """What a simulation drives: counts as long as nothing fails, the full objects in runs of steps, or in
+    single steps as the live workers do. All three give the same records.
+    """
+
+    AUTO = "auto"
+    RUNS = "runs"
+    STEPS = "steps"
 
 
 class FaultKind(Enum):
@@ -82,7 +94,6 @@ class Fault:
 class Setup:
     """A simulation but for its requests.
 
-    `stepwise` drives the schedulers of the live workers one step at a time instead of in runs of steps.
     `transfer_attempts` is how many transports a pull tries. `flip_s` is how long a drained worker takes to
     change its role.
     """
@@ -94,7 +105,7 @@ class Setup:
     times: SourceTimes = field(default_factory=SourceTimes)
     transfer_attempts: int = 2
     flip_s: float = 1.0
-    stepwise: bool = False
+    drive: Drive = Drive.AUTO
     keep_timeline: bool = False
 
     def classes(self) -> Mapping[str, SloClass]:

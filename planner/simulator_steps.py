@@ -10,7 +10,7 @@ from decode_worker.run_ahead import DecodeRun, RunAheadScheduler
 from engine.step import SampledToken, StepPlan, StepResult
 from planner.events import STEP_BEGIN, STEP_END, EventQueue
 from planner.gap_log import GapLog
-from planner.latency import LatencyModel, PromptPart, StepShape
+from planner.latency import LatencyModel, PromptPart, StepShape, total_tokens
 from planner.utilisation import Utilisation
 from router.timeline import Pace
 from tandem.ids import LegId
@@ -153,7 +153,8 @@ class DecodeSteps:
             return
         shape = shape_of(plan)
         took_s = self._latency.step_s(shape)
-        self._used.step(self._events.now_s, took_s, shape)
+        read = total_tokens(shape.prompts)
+        self._used.step(self._events.now_s, took_s, read, shape.decode_batch)
         self._events.at(self._events.now_s + took_s, STEP_END, self._step_ended, plan)
 
     def _end_after(self, run: DecodeRun, steps: int) -> None:
@@ -172,12 +173,7 @@ class DecodeSteps:
             return
         self._note(run, taken)
         outcome = self._scheduler.complete_run(taken)
-        self._used.step(
-            self._start_s,
-            self._events.now_s - self._start_s,
-            StepShape((), run.batch, run.context_tokens),
-            taken,
-        )
+        self._used.step(self._start_s, self._events.now_s - self._start_s, 0, run.batch, taken)
         self._run = None
         self._busy = False
         for token in outcome.tokens:

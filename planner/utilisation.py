@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from planner.latency import StepShape, total_tokens
-
 MOST_SPANS = 200_000
 """Steps kept for the timeline of a worker; later ones are counted only."""
 
@@ -30,12 +28,13 @@ class Utilisation:
     output_tokens: int = 0
     spans: list[Span] = field(default_factory=list)
 
-    def step(self, start_s: float, took_s: float, shape: StepShape, steps: int = 1) -> None:
-        """A step of this shape ran, or so many steps with its batch."""
-        prompt_tokens = total_tokens(shape.prompts)
+    def step(
+        self, start_s: float, took_s: float, prompt_tokens: int, decode_batch: int, steps: int = 1
+    ) -> None:
+        """A step ran, or so many steps with the same batch; tokens read and sequences written to in each."""
         self.busy_s += took_s
         self.steps += steps
         self.prompt_tokens += prompt_tokens
-        self.output_tokens += shape.decode_batch * steps
+        self.output_tokens += decode_batch * steps
         if self.keep_spans and len(self.spans) < MOST_SPANS:
-            self.spans.append(Span(start_s, took_s, prompt_tokens, shape.decode_batch, steps))
+            self.spans.append(Span(start_s, took_s, prompt_tokens, decode_batch, steps))

@@ -55,6 +55,9 @@ class PrefillBacklog:
 class LegState(Enum):
     """Where a leg stands. LEAVING: it is over, but the step in flight still touches its blocks."""
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     WAITING = "waiting"
     RUNNING = "running"
     LEAVING = "leaving"
@@ -64,6 +67,9 @@ class LegState(Enum):
 
 class LegInput(Enum):
     """What can happen to a leg."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     START = "start"
     STEP_DONE = "step_done"
