@@ -141,7 +141,11 @@ class PlainDecode:
         self._free -= self._sums.growth_next()
         self._start_s = self._events.now_s
         self._taken = 0
-        self._run_batch, self._run_context, self._run_steps = self._sums.count, self._sums.context_tokens, steps
+        self._run_batch, self._run_context, self._run_steps = (
+            self._sums.count,
+            self._sums.context_tokens,
+            steps,
+        )
         self._end_after(steps)
 
     def _end_after(self, steps: int) -> None:

@@ -37,7 +37,8 @@ class SimulatedCandidate:
             count = self._run_length(rate_rps)
             asked = self._requests(rate_rps, bucket, seed, count)
             records = simulate(self._setup(candidate), asked).records
-            counted = count_met(records, self.slo, slo_scale, first=count // 4)
+            first = int(count * self._problem.plan.workload.uncounted)
+            counted = count_met(records, self.slo, slo_scale, first)
             offered, good = offered + counted.offered, good + counted.good
             for objective in Objective:
                 met[objective] += counted.met[objective]
@@ -83,7 +84,8 @@ class SimulatedCandidate:
                 plan.block_size,
                 plan.token_budget,
                 plan.max_batch,
-                policy="sarathi" if role is SimRole.COLOCATED else "fcfs",
+                policy=plan.colocated_policy,
+                whole_prompts=plan.whole_prompts,
             )
 
 
