@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Protocol
 
-from benchmarks.arrivals import ArrivalProcess, Draws, arrival_times_s
-from benchmarks.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
+from planner.arrivals import ArrivalProcess, Draws, arrival_times_s
+from planner.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
 from tandem.errors import InvalidRequest
 
 FIRST_PLAIN_TOKEN = 256

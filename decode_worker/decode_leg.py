@@ -1,8 +1,10 @@
 """Pure: a leg and its samples at a decode worker: what comes in, what goes out, and the states in between."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from decode_worker.grown_tokens import GrownTokens
 from engine.leg import DroppedLeg, LegToken
 from tandem.errors import InvalidRequest, PromptTooLong
 from tandem.ids import BlockId, LegId
@@ -25,7 +27,7 @@ class DecodeLeg:
     """
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     prompt_tokens: int
     samples: tuple[SampleStart, ...]
     params: SamplingParams
@@ -70,6 +72,9 @@ def check_leg(leg: DecodeLeg, *, max_batch: int, context_tokens: int, pool_token
 class LegState(Enum):
     """Where a leg stands. ABORTING: it is over, but a pull may still write its blocks."""
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     WAITING = "waiting"
     PULLING = "pulling"
     ABORTING = "aborting"
@@ -79,6 +84,9 @@ class LegState(Enum):
 
 class LegInput(Enum):
     """What can happen to a leg."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     RESERVE = "reserve"
     LAND = "land"
@@ -103,6 +111,9 @@ LEG_TRANSITIONS = {
 class SampleState(Enum):
     """Where a sample in the batch stands. LEAVING: it is over, but the step in flight touches its blocks."""
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     RUNNING = "running"
     LEAVING = "leaving"
     ENDED = "ended"
@@ -110,6 +121,9 @@ class SampleState(Enum):
 
 class SampleInput(Enum):
     """What can happen to a sample in the batch."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     FINISH = "finish"
     STOP = "stop"
@@ -169,7 +183,7 @@ class SampleRecord:
     record: LegRecord
     sample_index: int
     key: int
-    tokens: list[int]
+    tokens: list[int] | GrownTokens
     computed: int
     table: list[BlockId]
     state: SampleState = SampleState.RUNNING

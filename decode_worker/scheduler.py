@@ -18,6 +18,7 @@ from decode_worker.decode_leg import (
     SampleState,
     check_leg,
 )
+from decode_worker.grown_tokens import GrownTokens
 from engine.blocks import BlockPool, distinct_blocks
 from engine.ending import banned_tokens, ending_after
 from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
@@ -243,8 +244,7 @@ class DecodeScheduler:
 
     def _take_blocks(self, record: LegRecord, now_s: float) -> Reservation | None:
         """Blocks for all of the leg's shared tokens, or None if there is no room for it yet."""
-        ahead = len(self._running) + sum(len(pulled.starts) for pulled in self._pulling)
-        batch = ahead + len(record.starts)
+        batch = len(self._running) + sum(len(coming.starts) for coming in (*self._pulling, record))
         if batch > self._max_batch:
             return None
         token_ids = record.leg.token_ids
@@ -265,14 +265,14 @@ class DecodeScheduler:
             self._pool.fork(record.table)
         for start in record.starts:
             self._keys += 1
-            tokens = [*record.leg.token_ids, *start.token_ids]
-            computed = len(record.leg.token_ids)
-            sample = SampleRecord(
-                record, start.sample_index, self._keys, tokens, computed, list(record.table)
-            )
+            tokens, shared = self._tokens_of(record, start), len(record.leg.token_ids)
+            sample = SampleRecord(record, start.sample_index, self._keys, tokens, shared, list(record.table))
             record.samples.append(sample)
             insort(self._running, sample, key=lambda running: running.rank)
         record.table = ()
+
+    def _tokens_of(self, record: LegRecord, start: SampleStart) -> list[int] | GrownTokens:
+        return [*record.leg.token_ids, *start.token_ids]
 
     def _make_room(self) -> list[SampleRecord]:
         """Gives samples the blocks of their next step, at the cost of the last in rank; returns who has them.
@@ -370,7 +370,8 @@ class DecodeScheduler:
     def _end_sample(self, sample: SampleRecord, happened: SampleInput) -> None:
         """Takes a sample out of the batch; its full blocks stay cached for who comes with the same prefix."""
         sample.state = next_state(SAMPLE_TRANSITIONS, sample.state, happened)
-        self._pool.publish(sample.tokens[: sample.computed], sample.table)
+        if self._pool.caches:
+            self._pool.publish(sample.tokens[: sample.computed], sample.table)
         if sample.pending_copy is not None:
             self._pool.release(sample.pending_copy[:1])
         self._pool.release(sample.table)

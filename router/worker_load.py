@@ -53,34 +53,54 @@ class WorkerLoad:
     _decoding: dict[LegId, int] = field(default_factory=dict)
     _prefill_tokens: int = 0
     _prefill_tokens_since: int = 0
+    _fetching_blocks: int = 0
+    _own_batch: int = 0
+    """Sequences of this router's legs that it fetches or decodes."""
+    _view: WorkerView | None = None
+    """The estimate, until something changes."""
 
     def heard(self, reported: ReportedLoad, now_s: float) -> None:
         """A snapshot came."""
         self.reported = reported
         self.heard_s = now_s
         self._prefill_tokens_since = 0
+        self._view = None
 
     def prefill_sent(self, leg_id: LegId, tokens: int) -> None:
         """A prompt of so many tokens was sent there."""
         self._prefilling[leg_id] = tokens
         self._prefill_tokens += tokens
         self._prefill_tokens_since += tokens
+        self._view = None
 
     def decode_sent(self, leg_id: LegId, blocks: int, sequences: int) -> None:
         """A leg was sent there that will need so many blocks."""
         self._fetching[leg_id] = (blocks, sequences)
+        self._fetching_blocks += blocks
+        self._own_batch += sequences
+        self._view = None
 
     def landed(self, leg_id: LegId) -> None:
         """The leg's KV is there; its blocks are counted by the worker from now on."""
         fetched = self._fetching.pop(leg_id, None)
         if fetched is not None:
             self._decoding[leg_id] = fetched[1]
+            self._fetching_blocks -= fetched[0]
+            self._view = None
 
     def forget(self, leg_id: LegId) -> None:
         """The leg is not at this worker any more; idempotent."""
-        self._prefill_tokens -= self._prefilling.pop(leg_id, 0)
-        self._fetching.pop(leg_id, None)
-        self._decoding.pop(leg_id, None)
+        if leg_id in self._prefilling:
+            self._prefill_tokens -= self._prefilling.pop(leg_id)
+            self._view = None
+        if leg_id in self._fetching:
+            blocks, sequences = self._fetching.pop(leg_id)
+            self._fetching_blocks -= blocks
+            self._own_batch -= sequences
+            self._view = None
+        if leg_id in self._decoding:
+            self._own_batch -= self._decoding.pop(leg_id)
+            self._view = None
 
     @property
     def prefilling_legs(self) -> int:
@@ -99,19 +119,21 @@ class WorkerLoad:
 
     def view(self) -> WorkerView:
         """The estimate now."""
+        if self._view is None:
+            self._view = self._estimate()
+        return self._view
+
+    def _estimate(self) -> WorkerView:
         reported = self.reported
-        fetching_blocks = sum(blocks for blocks, _ in self._fetching.values())
-        fetching_sequences = sum(sequences for _, sequences in self._fetching.values())
         total = reported.total_blocks or self.total_blocks
         free = reported.free_blocks if reported.total_blocks else total
-        own_batch = fetching_sequences + sum(self._decoding.values())
         return WorkerView(
             key=self.key,
             prefill_tokens=max(
                 self._prefill_tokens, reported.waiting_prefill_tokens + self._prefill_tokens_since
             ),
-            batch=max(own_batch, reported.running_sequences + reported.waiting_legs),
+            batch=max(self._own_batch, reported.running_sequences + reported.waiting_legs),
             waiting_legs=len(self._fetching),
-            free_blocks=free - fetching_blocks,
+            free_blocks=free - self._fetching_blocks,
             total_blocks=total,
         )

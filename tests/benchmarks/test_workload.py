@@ -5,8 +5,8 @@ from itertools import islice
 
 import pytest
 
-from benchmarks.arrivals import ArrivalProcess
-from benchmarks.traces import TraceRow
+from planner.arrivals import ArrivalProcess
+from planner.traces import TraceRow
 from benchmarks.workload import (
     FIRST_PLAIN_TOKEN,
     Arrivals,

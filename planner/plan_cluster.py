@@ -1,0 +1,81 @@
+"""Pure: the cluster.yaml of a plan, as `tandem up` accepts it."""
+
+from typing import Any
+
+import yaml
+
+from planner.placement import Candidate, Mode
+from planner.placement_mix import Mix
+from planner.placement_space import Workers
+from planner.plan_file import PlanFile
+from tandem.errors import ConfigError
+
+SLO_CLASS = "planned"
+"""Name of the class with the plan's objectives."""
+
+
+def cluster_yaml(
+    plan: PlanFile, mix: Mix, workers: Workers, kv_bytes_per_token: int, model_source: str
+) -> str:
+    """The YAML, with one comment on where it is from.
+
+    Raises ConfigError for a mix that `tandem up` cannot run: it starts workers of one device each, split by
+    role, all workers of a role alike.
+    """
+    candidate, count = _runnable(mix)
+    on_cpu = candidate.prefill.device.startswith("cpu")
+    if candidate.decode is None:
+        raise ConfigError(_CANNOT.format("colocated workers"))
+    pool = {"device": "cpu" if on_cpu else "cuda", "num_gpus": 0 if on_cpu else 1}
+
+    def memory(kind_tokens: int) -> int:
+        return kind_tokens * kv_bytes_per_token
+
+    document: dict[str, Any] = {
+        "model": {"source": model_source},
+        "block_size": plan.block_size,
+        "pools": {
+            "prefill": {
+                "replicas": count * candidate.prefill_workers,
+                **pool,
+                "memory": memory(workers.kv_tokens(candidate.prefill)),
+                "token_budget": plan.token_budget,
+            },
+            "decode": {
+                "replicas": count * candidate.decode_workers,
+                **pool,
+                "memory": memory(workers.kv_tokens(candidate.decode)),
+                "max_batch": plan.max_batch,
+            },
+        },
+        "slo_classes": {
+            SLO_CLASS: {
+                "ttft_s": plan.slo.ttft_s,
+                "tpot_s": plan.slo.tpot_s,
+                "longest_gap_s": plan.slo.longest_gap_s,
+            }
+        },
+        "default_slo_class": SLO_CLASS,
+    }
+    said = f"# tandem plan: {mix.rate_rps:.4g} req/s at {plan.slo.attainment:.0%} attainment, simulated\n"
+    return said + yaml.safe_dump(document, sort_keys=False)
+
+
+_CANNOT = (
+    "`tandem up` can't run this plan, it has {}; plan again with search.tp: [1], search.pp: [1], "
+    "search.modes: [disaggregated] and one kind of hardware, or leave out -o"
+)
+
+
+def _runnable(mix: Mix) -> tuple[Candidate, int]:
+    if len(mix.counts) > 1:
+        raise ConfigError(_CANNOT.format("several kinds of placement side by side"))
+    candidate, count = mix.counts[0]
+    kinds = [kind for kind in (candidate.prefill, candidate.decode) if kind is not None]
+    if any(kind.devices > 1 for kind in kinds):
+        raise ConfigError(_CANNOT.format("workers of several devices"))
+    if candidate.mode is Mode.COLOCATED:
+        raise ConfigError(_CANNOT.format("colocated workers"))
+    if len({kind.device for kind in kinds}) > 1:
+        raise ConfigError(_CANNOT.format("a device for each role"))
+    return candidate, count
