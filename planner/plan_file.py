@@ -127,19 +127,24 @@ class SearchSection(Section):
     processes: Annotated[int, Field(ge=0, le=256)] = 0
 
 
-class PlanFile(Section):
-    """All of plan.yaml. `rate_rps`: the rate to serve as cheaply as possible; without it, the most of the
-    fleet."""
+class FleetFile(Section):
+    """What plan.yaml and sim.yaml share: a model, and hardware that it runs on."""
 
     model: str | ModelSection
     hardware: tuple[NodesSection, ...] = Field(min_length=1, max_length=16)
-    workload: WorkloadSection
-    slo: SloSection
-    rate_rps: Rate | None = None
     network_gbps: Annotated[float, Field(gt=0, le=100_000)] = 25.0
     hand_over_s: Annotated[float, Field(ge=0, le=60)] = 0.0
     memory_use: Annotated[float, Field(gt=0, le=1)] = 0.9
     block_size: Literal[8, 16, 32, 64, 128] = 16
+
+
+class PlanFile(FleetFile):
+    """All of plan.yaml. `rate_rps`: the rate to serve as cheaply as possible; without it, the most of the
+    fleet."""
+
+    workload: WorkloadSection
+    slo: SloSection
+    rate_rps: Rate | None = None
     token_budget: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     max_batch: Annotated[int, Field(ge=16, le=4096)] = 256
     search: SearchSection = SearchSection()
