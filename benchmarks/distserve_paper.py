@@ -2,8 +2,8 @@
 
 `python -m benchmarks.distserve_paper FOLDER`, where FOLDER has LLMServe/DistServe's profiles
 (a100_80g_distserve.json, a100_80g_vllm.json). Prints goodput a GPU at 90 % attainment in two ways: as the
-paper measured, 100 prompts a GPU and point into an empty cluster, all counted; and in steady state, ten
-minutes of which the first quarter isn't counted.
+paper measured, 100 prompts a GPU and point into an empty cluster, all counted; and in steady state, 200 s
+of which the first quarter isn't counted.
 """
 
 import random
@@ -34,13 +34,15 @@ class Case:
     """A candidate under the paper's SLO; `paper_rps` is its goodput a GPU, None where the paper has none."""
 
     name: str
-    model: str
     profile: str
     candidate: Candidate
-    ttft_s: float
-    tpot_s: float
     paper_rps: float | None = None
     policy: str = "sarathi"
+    model: str = "opt-13b"
+    ttft_s: float = 0.25
+    tpot_s: float = 0.1
+    memory_gib: int = 80
+    bound_rps: float = 3.2
 
     @property
     def gpus(self) -> int:
@@ -66,26 +68,35 @@ def _together(tp: int) -> Candidate:
     return Candidate(Mode.COLOCATED, WorkerKind(DEVICE, tp), 1)
 
 
+_OPT_13B: dict[str, Any] = {"model": "opt-13b", "ttft_s": 0.25, "tpot_s": 0.1}
+_OPT_66B: dict[str, Any] = {"model": "opt-66b", "ttft_s": 2.5, "tpot_s": 0.15, "bound_rps": 1.1}
+_SPLIT_66B = _split((4, 1), (2, 2))
+
+
+def _baselines(profile: str, tp: int, paper_rps: float | None, model: dict[str, Any]) -> tuple[Case, Case]:
+    return (
+        Case("colocated, prefill first", profile, _together(tp), paper_rps, "prefill_first", **model),
+        Case("colocated, chunked prefill", profile, _together(tp), **model),
+    )
+
+
 CASES = (
-    Case("disaggregated", "opt-13b", DISTSERVE, _split((2, 1), (1, 1)), 0.25, 0.1, 2.30),
-    Case("colocated, prefill first", "opt-13b", VLLM, _together(1), 0.25, 0.1, 0.50, "prefill_first"),
-    Case("colocated, chunked prefill", "opt-13b", VLLM, _together(1), 0.25, 0.1),
-    Case("colocated, prefill first", "opt-13b", DISTSERVE, _together(1), 0.25, 0.1, None, "prefill_first"),
-    Case("colocated, chunked prefill", "opt-13b", DISTSERVE, _together(1), 0.25, 0.1),
-    Case("disaggregated", "opt-66b", DISTSERVE, _split((4, 1), (2, 2)), 2.5, 0.15, 0.955),
-    Case("colocated, prefill first", "opt-66b", VLLM, _together(4), 2.5, 0.15, 0.347, "prefill_first"),
-    Case("colocated, chunked prefill", "opt-66b", VLLM, _together(4), 2.5, 0.15),
-    Case("colocated, prefill first", "opt-66b", DISTSERVE, _together(4), 2.5, 0.15, None, "prefill_first"),
-    Case("colocated, chunked prefill", "opt-66b", DISTSERVE, _together(4), 2.5, 0.15),
+    Case("disaggregated", DISTSERVE, _split((2, 1), (1, 1)), 2.30, **_OPT_13B),
+    *_baselines(VLLM, 1, 0.50, _OPT_13B),
+    *_baselines(DISTSERVE, 1, None, _OPT_13B),
+    Case("disaggregated", DISTSERVE, _SPLIT_66B, 0.955, **_OPT_66B),
+    Case("disaggregated, twice the memory", DISTSERVE, _SPLIT_66B, 0.955, memory_gib=160, **_OPT_66B),
+    *_baselines(VLLM, 4, 0.347, _OPT_66B),
+    *_baselines(DISTSERVE, 4, None, _OPT_66B),
 )
 """Placements of the paper's evaluation; chunked prefill is a baseline that it doesn't have."""
 
 
 def figures(folder: Path, cases: tuple[Case, ...] = CASES) -> Iterator[Figure]:
-    """Simulates one case after the other; about half a minute in all."""
+    """Simulates one case after the other."""
     for case in cases:
         as_paper = {"requests": PROMPTS_A_GPU * case.gpus, "seconds": 0, "uncounted": 0, "seeds": range(10)}
-        steady = {"requests": 1000, "seconds": 600, "uncounted": 0.25, "seeds": range(3)}
+        steady = {"requests": 1000, "seconds": 200, "uncounted": 0.25, "seeds": range(2)}
         both = [_goodput(_problem(case, folder, workload), case) for workload in (as_paper, steady)]
         reached = None
         if case.paper_rps is not None:
@@ -104,6 +115,7 @@ def _problem(case: Case, folder: Path, workload: dict[str, Any]) -> Problem:
                     "device": DEVICE,
                     "nodes": 1,
                     "devices_per_node": 8,
+                    "memory": case.memory_gib << 30,
                     "latency": {"kind": "distserve", "file": case.profile, "key": f"facebook/{case.model}"},
                 }
             ],
@@ -121,8 +133,7 @@ def _problem(case: Case, folder: Path, workload: dict[str, Any]) -> Problem:
 
 
 def _goodput(problem: Problem, case: Case) -> float:
-    bound_rps = 4.0 * case.gpus
-    probe = Probe(case.candidate, bound_rps)
+    probe = Probe(case.candidate, case.bound_rps * case.gpus)
     return find_goodput(SimulatedCandidate(problem), probe, ATTAINMENT, TOLERANCE).rate_rps
 
 

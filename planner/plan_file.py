@@ -130,21 +130,26 @@ class SearchSection(Section):
     processes: Annotated[int, Field(ge=0, le=256)] = 0
 
 
-class PlanFile(Section):
+class FleetFile(Section):
+    """What plan.yaml and sim.yaml share: a model, and hardware that it runs on."""
+
+    model: str | ModelSection
+    hardware: tuple[NodesSection, ...] = Field(min_length=1, max_length=16)
+    network_gbps: Annotated[float, Field(gt=0, le=100_000)] = 25.0
+    hand_over_s: Annotated[float, Field(ge=0, le=60)] = 0.0
+    memory_use: Annotated[float, Field(gt=0, le=1)] = 0.9
+    block_size: Literal[8, 16, 32, 64, 128] = 16
+
+
+class PlanFile(FleetFile):
     """All of plan.yaml. Without `rate_rps` the fleet's most is asked for, with it the cheapest to serve it.
 
     `whole_prompts`: prefill workers batch as DistServe's do, no prompt is cut.
     """
 
-    model: str | ModelSection
-    hardware: tuple[NodesSection, ...] = Field(min_length=1, max_length=16)
     workload: WorkloadSection
     slo: SloSection
     rate_rps: Rate | None = None
-    network_gbps: Annotated[float, Field(gt=0, le=100_000)] = 25.0
-    hand_over_s: Annotated[float, Field(ge=0, le=60)] = 0.0
-    memory_use: Annotated[float, Field(gt=0, le=1)] = 0.9
-    block_size: Literal[8, 16, 32, 64, 128] = 16
     token_budget: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     max_batch: Annotated[int, Field(ge=16, le=4096)] = 256
     whole_prompts: bool = False

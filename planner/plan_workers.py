@@ -16,7 +16,7 @@ from planner.micro_batches import MicroBatches
 from planner.model_shape import ModelShape, kv_capacity_tokens, model_named
 from planner.operator_tables import ComposedModel, OperatorTable, collective_link
 from planner.placement import WorkerKind
-from planner.plan_file import LatencySection, NodesSection, PlanFile
+from planner.plan_file import FleetFile, LatencySection, NodesSection
 from planner.profile_file import Profile, read_profile
 from planner.profile_model import ProfileModel
 from planner.roofline import Layout, Roofline
@@ -30,9 +30,9 @@ _LINK_LATENCY_S = 20e-6
 
 
 class PlannedWorkers:
-    """Workers (planner/placement_space.py) of a plan; each kind's model is made once."""
+    """Workers (planner/placement_space.py) of a plan or a simulation; each kind's model is made once."""
 
-    def __init__(self, plan: PlanFile, folder: Path) -> None:
+    def __init__(self, plan: FleetFile, folder: Path) -> None:
         """Files are relative to `folder`, the plan's. Raises ConfigError for names and files without
         sense."""
         self._plan, self._folder = plan, folder

@@ -16,6 +16,9 @@ from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
 from kvtransfer.contract import PullReport
+from planner.placement import Candidate, Mode, WorkerKind
+from planner.placement_mix import Mix
+from planner.plan_result import PlanResult, Ranked, plan_json
 from tandem.cli.json_output import generation_json, status_json
 from tandem.generation import update_from_wire
 from tandem.slo import SloClass
@@ -83,6 +86,12 @@ def kv() -> dict[str, Any]:
     return result_json([case], 1, case, 2)
 
 
+def planned() -> dict[str, Any]:
+    candidate = Candidate(Mode.DISAGGREGATED, WorkerKind("l4"), 1, WorkerKind("l4"), 1)
+    ranked = Ranked(candidate, 2.0, 2, 2.0, "time per token: 11% miss it at 2.1 req/s")
+    return plan_json(PlanResult(Mix(((candidate, 1),), 2.0, 2.0), (ranked,), 9, 8, 1, ("a roofline",)))
+
+
 @pytest.mark.parametrize(
     ("section", "output"),
     [
@@ -91,6 +100,7 @@ def kv() -> dict[str, Any]:
         ("tandem bench serve", serve()),
         ("tandem bench router", relay()),
         ("tandem bench kv", kv()),
+        ("tandem plan", planned()),
     ],
 )
 def test_documented_keys_are_those_produced(section: str, output: dict[str, Any]) -> None:
