@@ -254,7 +254,9 @@ class Colocated:
         """The latest arrivals give their blocks back until the batch can make a step."""
         preempted: list[LegId] = []
         while self._sums.growth_next() > self._free and self._sums.count > 1:
-            job = max((job for job in self._jobs.values() if job.joined_clock >= 0), key=lambda job: job.number)
+            job = max(
+                (job for job in self._jobs.values() if job.joined_clock >= 0), key=lambda job: job.number
+            )
             self._leave(job)
             job.computed = 0
             self._waiting.appendleft(job)

@@ -55,7 +55,9 @@ class PlainCluster:
         self._block_size = block_size
         self._policy: DispatchPolicy = POLICIES[setup.router.dispatch](PrefixIndex(), block_size)
         self._admission = Admission(setup.router.max_queued, setup.router.max_active)
-        self._sites: list[PlainPrefill | PlainDecode] = [self._site(setup, at) for at in range(len(setup.workers))]
+        self._sites: list[PlainPrefill | PlainDecode] = [
+            self._site(setup, at) for at in range(len(setup.workers))
+        ]
         by_key = sorted(self._sites, key=lambda site: site.load.key)
         self._prefills = {site.load.key: site for site in by_key if isinstance(site, PlainPrefill)}
         self._decodes = {site.load.key: site for site in by_key if isinstance(site, PlainDecode)}
@@ -107,9 +109,7 @@ class PlainCluster:
         self._made += 1
         timeline = Timeline(now_s, [SampleTimes()])
         leg_id = LegId(str(self._made))
-        self._waiting.append(
-            PlainRequest(asked, leg_id, timeline, now_s + self._rules.request_timeout_s)
-        )
+        self._waiting.append(PlainRequest(asked, leg_id, timeline, now_s + self._rules.request_timeout_s))
         self._pump()
 
     def _pump(self) -> None:
@@ -139,9 +139,7 @@ class PlainCluster:
     def _pump_decode(self) -> None:
         window = max(1, self._rules.decode_window_legs)
         while self._offered:
-            views = [
-                site.load.view() for site in self._decodes.values() if site.load.fetching_legs < window
-            ]
+            views = [site.load.view() for site in self._decodes.values() if site.load.fetching_legs < window]
             if not views:
                 return
             request = heapq.heappop(self._offered)[2]
@@ -208,9 +206,9 @@ class PlainCluster:
         """All workers tell their load, as long as there is something to do."""
         for site in self._sites:
             site.load.heard(site.report(), self._events.now_s)
-            self._pump()
+            if self._waiting or self._offered:
+                self._pump()
         if self._under_way:
             self._events.at(self._next_report_s(), NEWS, self._report, None)
         else:
             self._reporting = False
-

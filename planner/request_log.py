@@ -27,9 +27,7 @@ def read_request_log(lines: Iterable[str], limit: int | None) -> Sequence[TraceR
 def _row(number: int, line: str) -> TraceRow:
     try:
         entry: dict[str, Any] = json.loads(line)
-        row = TraceRow(
-            float(entry["arrival_s"]), int(entry["prompt_tokens"]), int(entry["output_tokens"])
-        )
+        row = TraceRow(float(entry["arrival_s"]), int(entry["prompt_tokens"]), int(entry["output_tokens"]))
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(f"Line {number} of the request log is none: {error}.", "trace") from error
     if row.prompt_tokens < 0 or row.output_tokens < 0:
