@@ -64,7 +64,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A leg drew its `count`th token of this stay; the policy tells of its first after reading and its last."""
+    """A leg drew its `count`th token of this stay; told of the first after reading and of the last."""
 
     leg_id: LegId
     count: int

@@ -19,7 +19,7 @@ def is_request_log(first_line: str) -> bool:
 
 
 def read_request_log(lines: Iterable[str], limit: int | None) -> Sequence[TraceRow]:
-    """The first `limit` rows in order of arrival, from the first on. Raises InvalidRequest naming the line."""
+    """The first `limit` rows, in order of arrival. Raises InvalidRequest that names the line."""
     rows = [_row(number, line) for number, line in enumerate(islice(lines, limit), start=1) if line.strip()]
     return sorted(rows, key=lambda row: row.arrived_s or 0.0)
 
