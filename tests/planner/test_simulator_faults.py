@@ -99,15 +99,12 @@ def test_a_dead_decode_worker_costs_time_and_no_answer() -> None:
     asked = [SimRequest(0, 0.0, 64, 200, "chat")]
     setup = disaggregated(1, 2, drive=Drive.RUNS)
     alone = simulate(setup, asked).records
-    killed = simulate(
-        replace(
-            setup,
-            faults=tuple(Fault(0.5, FaultKind.DEATH, WorkerId(f"decode-{n}")) for n in (1,)),
-        ),
-        asked,
-    ).records
+    death = Fault(0.5, FaultKind.DEATH, WorkerId(alone.names("decode_worker")[0]))
+    killed = simulate(replace(setup, faults=(death,)), asked).records
     assert killed.names("outcome") == ["finished"]
     assert killed.counts["output_tokens"] == alone.counts["output_tokens"]
+    assert list(killed.counts["replacements"]) == [1]
+    assert killed.times["ended_s"][0] > alone.times["ended_s"][0]
 
 
 def test_a_flipped_worker_serves_in_its_other_role() -> None:
