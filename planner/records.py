@@ -92,9 +92,7 @@ class Records:
         code = self._code
         outcome = FINISHED if ended.error is None else type(ended.error).__name__
         self._append_number(asked.number)
-        self._append_times(
-            (asked.at_s, ttft_s, tpot_s, gap_s, *[spent[stage] for stage in _STAGES], now_s)
-        )
+        self._append_times((asked.at_s, ttft_s, tpot_s, gap_s, *[spent[stage] for stage in _STAGES], now_s))
         self._append_counts((asked.prompt_tokens, ended.tokens, replaced, ended.cached_tokens))
         self._append_names(
             (code(asked.slo_class), code(outcome), code(workers[0]), code(workers[1]), code(missed))

@@ -118,5 +118,3 @@ def _write_parquet(records: Records, path: Path) -> None:
 
     columns: dict[str, Sequence[object]] = {name: list(records.column(name)) for name in COLUMNS}
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
-
-

@@ -5,8 +5,6 @@ from itertools import islice
 
 import pytest
 
-from planner.arrivals import ArrivalProcess
-from planner.traces import TraceRow
 from benchmarks.workload import (
     FIRST_PLAIN_TOKEN,
     Arrivals,
@@ -15,6 +13,8 @@ from benchmarks.workload import (
     fixed_lengths,
     plan,
 )
+from planner.arrivals import ArrivalProcess
+from planner.traces import TraceRow
 from tandem.errors import InvalidRequest
 
 LIMITS = LengthLimits(scale=0.1, max_prompt_tokens=200, max_output_tokens=20, vocabulary_tokens=1000)
