@@ -2,12 +2,13 @@
 
 A placement is changed only where the present one is short: when the load with its headroom exceeds what the
 analytic bound allows it, when prompt workers are hardly ever idle, or when objectives were missed, in
-`patience` windows on end. The new one must serve
+`patience` windows of the last `patience` + 1. The new one must serve
 `gain` times as much, so that noise in the measured lengths flips nothing, and after a change the controller
 dwells. Role flips come first, since they cost a drain; replicas are added where no flip is enough, and given
 back after a long calm. (Dynamo's planner oscillates or never acts: field-notes 11.)
 """
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -119,7 +120,7 @@ class Controller:
         self._capacity_of = capacity_of
         self._desired: RolePlacement | None = None
         self._changed_s: float | None = None
-        self._short = 0
+        self._recent: deque[bool] = deque(maxlen=rules.patience + 1)
         self._calm = 0
 
     def decide(self, window: LoadWindow) -> Decision:
@@ -127,7 +128,7 @@ class Controller:
         present = window.placement
         desired = self._desired or present
         if not window.lengths or window.arrived == 0:
-            self._short = self._calm = 0
+            self._forget()
             return Decision(window.ended_s, Verdict.IDLE, desired, (), 0.0, 0.0)
         capacity = self._capacity_of(window.lengths)
         serves, needs = capacity(present), window.rate_rps * self._rules.headroom
@@ -139,7 +140,7 @@ class Controller:
         if target != desired and verdict in (Verdict.SHORT, Verdict.CALM):
             actions = difference(present, target, self._rules)
             self._desired, self._changed_s = target, window.ended_s
-            self._short = self._calm = 0
+            self._forget()
         return Decision(window.ended_s, verdict, self._desired or present, actions, serves, needs)
 
     def _judged(
@@ -149,13 +150,13 @@ class Controller:
         rules, present = self._rules, window.placement
         short = missed or serves < needs
         fewer = None if short else self._fewer(present, capacity, window.rate_rps * rules.spare)
-        self._short = self._short + 1 if short else 0
+        self._recent.append(short)
         self._calm = self._calm + 1 if fewer is not None else 0
         if not short and fewer is None:
             return Verdict.ENOUGH, present
         if self._changed_s is not None and window.ended_s - self._changed_s < rules.dwell_s:
             return Verdict.DWELLING, present
-        if self._short < rules.patience and self._calm < rules.calm_windows:
+        if sum(self._recent) < rules.patience and self._calm < rules.calm_windows:
             return Verdict.WAITING, present
         if fewer is not None:
             return Verdict.CALM, fewer
@@ -163,6 +164,10 @@ class Controller:
         if better is None or capacity(better) < serves * rules.gain:
             return Verdict.NO_BETTER, present
         return Verdict.SHORT, better
+
+    def _forget(self) -> None:
+        self._recent.clear()
+        self._calm = 0
 
     def _better(self, present: RolePlacement, capacity: Capacity, needs: float) -> RolePlacement | None:
         """The best placement of the fewest workers that are enough; else the best one there is."""

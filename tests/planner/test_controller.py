@@ -59,7 +59,7 @@ def test_an_enough_placement_stays() -> None:
 
 
 def test_one_short_window_is_noise() -> None:
-    rates = [10.0, 90.0, 10.0, 90.0, 10.0]
+    rates = [30.0, 90.0, 30.0, 30.0, 90.0]
     decisions = told([window(n, placed("2+2"), rate) for n, rate in enumerate(rates)])
     assert not any(decision.changed for decision in decisions)
     assert decisions[1].verdict is Verdict.WAITING
