@@ -116,9 +116,7 @@ class _Course:
             ),
         )
 
-    def _busy(
-        self, roles: dict[WorkerId, SimRole], role: SimRole, began_s: float, ended_s: float
-    ) -> float:
+    def _busy(self, roles: dict[WorkerId, SimRole], role: SimRole, began_s: float, ended_s: float) -> float:
         """Busy share of the workers of a role, flipped ones counted where they are now."""
         workers = [worker_id for worker_id, played in roles.items() if played is role]
         busy_s = 0.0

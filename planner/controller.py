@@ -203,9 +203,7 @@ class Controller:
         return max(enough, key=capacity, default=None)
 
 
-def difference(
-    present: RolePlacement, target: RolePlacement, rules: ControllerRules
-) -> tuple[Action, ...]:
+def difference(present: RolePlacement, target: RolePlacement, rules: ControllerRules) -> tuple[Action, ...]:
     """The actions that lead from one placement to another: as many flips as possible, then replicas."""
     more_prefill, more_decode = target.prefill - present.prefill, target.decode - present.decode
     to_prefill = max(0, min(more_prefill, -more_decode))

@@ -1,4 +1,4 @@
-"""Pure: what the online controller wants after each window, and that its log can be replayed byte for byte."""
+"""Pure: what the online controller wants after each window, and the replay of its log, byte for byte."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,9 +42,7 @@ def window(
 ) -> LoadWindow:
     """Minute `number` of a load."""
     began_s = 60.0 * number
-    return LoadWindow(
-        began_s, began_s + 60.0, round(60 * rate_rps), (lengths,), attainment, 0.5, 0.5, now
-    )
+    return LoadWindow(began_s, began_s + 60.0, round(60 * rate_rps), (lengths,), attainment, 0.5, 0.5, now)
 
 
 def told(windows: Sequence[LoadWindow], rules: ControllerRules = RULES) -> list[Decision]:
@@ -186,7 +184,11 @@ def test_a_log_is_replayed_byte_for_byte(
 def test_a_replay_says_where_the_decision_is_another_one() -> None:
     windows = [window(n, placed("2+2"), 25.0, READING) for n in range(2)]
     first, second = told(windows)
-    log = [head_line(RULES), entry_line(windows[0], first), entry_line(windows[1], replace(second, actions=()))]
+    log = [
+        head_line(RULES),
+        entry_line(windows[0], first),
+        entry_line(windows[1], replace(second, actions=())),
+    ]
     assert [one.equal for one in replay(log, by_lengths)] == [True, False]
 
 
