@@ -68,9 +68,10 @@ def forecast_page(result: dict[str, Any]) -> str:
         f"{result['date']}, {result['machine']}, load average {result['load_average_before']:.2f} before the "
         "start (the cluster was not running yet).",
         "",
-        "`tandem bench sim --live`: SmolLM2-135M float32, one prefill and one decode worker of a thread each. The",
-        "profile is taken through the front door with requests of its own, alone and beside the other worker",
-        f"at work. Then the first {result['requests']} requests of {result['trace']} are simulated and offered,",
+        "`tandem bench sim --live`: SmolLM2-135M float32, one prefill and one decode worker of one thread.",
+        "The profile is taken through the front door with requests of its own, alone and beside the other",
+        "worker at work.",
+        f"Then the first {result['requests']} requests of {result['trace']} are simulated and offered,",
         f"with lengths times {result['length_scale']:g}. Nothing is fitted to a run that is forecast.",
         f"Objectives: TTFT {ttft_s:g} s, TPOT {tpot_s:g} s, gap {gap_s:g} s.",
         "",

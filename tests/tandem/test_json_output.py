@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.forecast_report import Compared, Figures, forecast_json
 from benchmarks.kv import result_json
 from benchmarks.kv_layouts import SMALL_BLOCKS, Layout, Placement
 from benchmarks.kv_times import CaseTimes, Road, Timed
-from benchmarks.latency_summary import Outcome, OutcomeKind, TokenArrival, summarise
+from benchmarks.latency_summary import Outcome, OutcomeKind, Spread, TokenArrival, summarise
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
@@ -24,6 +25,7 @@ from tandem.generation import update_from_wire
 from tandem.slo import SloClass
 from tandem.v1 import cluster_pb2, worker_pb2
 from tandem.v1 import inference_pb2 as pb
+from tests.planner.live_profiles import live_profile
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json-output.md"
 
@@ -92,6 +94,21 @@ def planned() -> dict[str, Any]:
     return plan_json(PlanResult(Mix(((candidate, 1),), 2.0, 2.0), (ranked,), 9, 8, 1, ("a roofline",)))
 
 
+def forecast() -> dict[str, Any]:
+    found = Figures(Spread(0.1, 0.1, 0.2, 0.3), Spread(0.1, 0.1, 0.2, 0.3), 0.9)
+    conditions = {
+        "date": "",
+        "machine": "",
+        "load_average_before": 0.1,
+        "trace": "azure.csv",
+        "length_scale": 0.05,
+        "requests": 300,
+        "slo_s": [0.5, 0.1, 1.0],
+    }
+    compared = [Compared(1.0, 0.1, 0.2, found, found)]
+    return forecast_json(conditions, compared, live_profile().model_dump(mode="json"))
+
+
 @pytest.mark.parametrize(
     ("section", "output"),
     [
@@ -101,6 +118,7 @@ def planned() -> dict[str, Any]:
         ("tandem bench router", relay()),
         ("tandem bench kv", kv()),
         ("tandem plan", planned()),
+        ("tandem bench sim --live", forecast()),
     ],
 )
 def test_documented_keys_are_those_produced(section: str, output: dict[str, Any]) -> None:
