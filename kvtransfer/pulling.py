@@ -149,15 +149,15 @@ class Pulling:
         """The best transport that has not failed in this pull; empty when nothing has to move."""
         if not self._wanted[0].num_blocks:
             return ""
-        names = [endpoint.transport for endpoint in self._order.source.endpoints]
-        for name in self._tools.roads.order(self._order.source.peer, names):
-            if name not in self._failures:
-                return name
+        source = self._order.source
+        names = [found.transport for found in source.endpoints if found.transport not in self._failures]
+        if names:
+            return self._tools.roads.order(source.peer, names)[0]
         none = TransferError(TransferFault.UNSUPPORTED, "No transport was left to try.")
         raise next(reversed(self._failures.values()), none)
 
     async def _connect(self, road: str) -> None:
-        """Makes the pair usable; an address that is used up is asked for anew, once. No road needs nothing."""
+        """Makes the pair usable; an address that is used up is asked for anew, once. Nothing for no road."""
         if not road:
             return
         source, transport = self._order.source, self._tools.transports[road]

@@ -165,7 +165,7 @@ class SinkHandoff:
     def granted(self, number: int, lease_until_s: float) -> None:
         """The source granted a lease, counted on our clock from when the pull was sent."""
         fresh = self._awaits(number)
-        # A copy of the answer that came while its blocks still moved; after that it is one to an earlier pull.
+        # A copy of the answer while the blocks still move; later it is one to a pull that is over.
         again = number == self.number and self.state is not HandoffState.OFFERED
         self._apply(SinkInput.GRANTED if fresh or again else SinkInput.STALE_ANSWER)
         if fresh:
