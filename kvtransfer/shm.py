@@ -34,8 +34,8 @@ COPY_THREADS: Final = 2
 SHARED_BYTES: Final = 2 * 1024 * 1024
 """From so many bytes on the threads share the work."""
 
-INLINE_BYTES: Final = 256 * 1024
-"""Up to so many bytes are copied on the event loop: some tens of microseconds, less than a thread costs."""
+INLINE_BYTES: Final = 1024 * 1024
+"""Up to so many bytes are copied on the event loop: a tenth of a millisecond, less than a thread costs."""
 
 _CREDENTIALS = struct.Struct("3i")
 
