@@ -127,7 +127,7 @@ async def served_source(
     transports: Sequence[SourceTransport] | None = None,
     observer: TransferObserver | None = None,
 ) -> AsyncIterator[tuple[HandoffSource, WorkerRecord]]:
-    """A source behind a gRPC server on loopback."""
+    """A source behind a gRPC server on the host of its data connections."""
     me = record("prefill-0", Role.PREFILL)
     source = HandoffSource(
         *(me, pool, settings, time.monotonic, lambda *end: released.append(end), transports, observer)
@@ -135,10 +135,10 @@ async def served_source(
     await source.start()
     server = grpc_edge.server(TOKEN)
     add_HandoffServiceServicer_to_server(HandoffServicer(source), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"{settings.bind_host}:0")
     await server.start()
     try:
-        yield source, record("prefill-0", Role.PREFILL, f"127.0.0.1:{port}")
+        yield source, record("prefill-0", Role.PREFILL, f"{settings.advertise_host}:{port}")
     finally:
         await source.close()
         await server.stop(grace=0)
