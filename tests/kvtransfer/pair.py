@@ -90,6 +90,21 @@ def config(*transports: str, **changes: float | bool) -> TransferConfig:
     return TransferConfig(transports=transports, **changes)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, slots=True)
+class Roads:
+    """What makes the pools of a pair, and the transports between them."""
+
+    pool: Callable[[int, int], Pool]
+    giving: Callable[[Pool, TransferConfig], Sequence[SourceTransport]]
+    taking: Callable[[Pool, TransferConfig], Sequence[SinkTransport]]
+
+
+HOST_ROADS = Roads(
+    Pool, source_transports, lambda pool, settings: sink_transports(pool, settings, time.monotonic)
+)
+"""Pools in shared memory and the transports that the settings name."""
+
+
 @dataclass(slots=True)
 class Pair:
     """A source and a sink in this process; what the source gave back is in `released`."""
@@ -154,13 +169,14 @@ async def connected_pair(
     sink_settings: TransferConfig | None = None,
     sink_digest: str = "d",
     observer: TransferObserver | None = None,
+    roads: Roads = HOST_ROADS,
 ) -> AsyncIterator[Pair]:
     """A source and a sink over real sockets, closed at the end, sink first."""
-    source_pool, sink_pool = Pool(num_blocks, block_bytes), Pool(num_blocks, block_bytes)
+    source_pool, sink_pool = roads.pool(num_blocks, block_bytes), roads.pool(num_blocks, block_bytes)
     source_pool.fill(1)
     sink_pool.fill(2)
-    giving = source_transports(source_pool, settings)
-    taking = sink_transports(sink_pool, sink_settings or settings, time.monotonic)
+    giving = roads.giving(source_pool, settings)
+    taking = roads.taking(sink_pool, sink_settings or settings)
     if wrap_source is not None:
         giving = tuple(wrap_source(transport) for transport in giving)
     if wrap_sink is not None:
