@@ -14,6 +14,7 @@ import grpc.aio
 import structlog
 
 from engine.blocks import BlockPool
+from engine.contract import LayerListener
 from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
 from engine.loading import LoadedEngine, load_engine
 from engine.step import StepPlan, StepResult
@@ -90,6 +91,7 @@ class Worker(ABC, Generic[OutcomeT]):
             self._clock,
             self._step_done,
             self._expired,
+            self.scheduled,
         )
         self._attach = AttachServicer(self._welcome(), self)
 
@@ -116,6 +118,10 @@ class Worker(ABC, Generic[OutcomeT]):
     @abstractmethod
     def transfers(self) -> AbstractAsyncContextManager[None]:
         """Keeps the KV transfers of this kind of worker running."""
+
+    @abstractmethod
+    def scheduled(self, plan: StepPlan | None) -> LayerListener | None:
+        """Carries out what else the scheduler decided with a plan, or without one; see StepLoop."""
 
     @abstractmethod
     def after_step(self, outcome: OutcomeT) -> None:
