@@ -34,6 +34,7 @@ class KvCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.block_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self.layer_bytes = self.block_bytes // config.layers
         self._shared: _SharedMemory | None = None
         self._pool: Tensor | None
         if device.type == "cpu":

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from kvtransfer import framing
-from kvtransfer.contract import BlockMemory, PeerId, PullGrant, Transfer, TransferConfig
+from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, Transfer, TransferConfig
 from kvtransfer.listener import LinkListener, is_quiet
 from kvtransfer.threads import outlast, run_to_end
 from tandem.errors import TransferError, TransferFault
@@ -69,7 +69,9 @@ class ShmSource:
         self._listener.admit(sink, ticket)
         return self._address
 
-    async def send(self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId]) -> None:
+    async def send(
+        self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
+    ) -> None:
         """Nothing to do: the sink reads."""
 
     async def close(self) -> None:
@@ -143,7 +145,13 @@ class ShmSink:
             return
         self._mappings[source] = mapping
 
-    async def receive(self, source: PeerId, grant: PullGrant, target: Sequence[BlockId]) -> None:
+    async def receive(
+        self,
+        source: PeerId,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        on_landed: OnLanded | None = None,
+    ) -> None:
         """Copies in a thread; looks at lease and cancellation after every few megabytes."""
         mapping = self._mappings.get(source)
         if mapping is None or mapping.stop.is_set():
@@ -153,9 +161,9 @@ class ShmSink:
 
         def copy() -> None:
             anchors = [ctypes.c_char.from_buffer(self._memory.view(block)) for block in target]
-            targets = [ctypes.addressof(anchor) for anchor in anchors]
+            targets = [ctypes.addressof(anchor) + grant.part_offset for anchor in anchors]
             sources = [mapping.base + offset for offset in offsets]
-            for run in _runs(targets, sources, self._memory.block_bytes):
+            for run in _runs(targets, sources, grant.part_bytes):
                 _copy_run(run, lambda: self._check(stop, mapping, grant))
 
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -189,12 +197,12 @@ class ShmSink:
             raise TransferError(TransferFault.LEASE, "The lease ended before all blocks were copied.")
 
     def _offsets(self, mapping: _Mapping, grant: PullGrant) -> list[int]:
-        """Where each granted block begins in the source's pool, in bytes. Raises TransferError (LENGTH)."""
+        """Where each granted part begins in the source's pool, in bytes. Raises TransferError (LENGTH)."""
         size = self._memory.block_bytes
         for block in grant.source_blocks:
             if block < 0 or (block + 1) * size > mapping.size:
                 raise TransferError(TransferFault.LENGTH, f"The source's pool has no block {block}.")
-        return [block * size for block in grant.source_blocks]
+        return [block * size + grant.part_offset for block in grant.source_blocks]
 
 
 def _runs(targets: Sequence[int], sources: Sequence[int], size: int) -> list[tuple[int, int, int]]:

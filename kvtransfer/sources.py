@@ -4,21 +4,28 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from kvtransfer.contract import PeerId
+import structlog
+
+from kvtransfer.checksums import XXH3
+from kvtransfer.contract import PeerId, TransferConfig
 from kvtransfer.handoff_client import HandoffClient
 from kvtransfer.host import host_id
-from kvtransfer.source import Endpoint
+from kvtransfer.pairing import Endpoint
+from tandem.errors import TransferError, TransferFault
 from tandem.worker import WorkerRecord
+
+_log = structlog.get_logger("tandem.kvtransfer")
 
 
 @dataclass(frozen=True, slots=True)
 class KnownSource:
-    """A connected source; `endpoints` are in our order of preference."""
+    """A connected source; `endpoints` are in our order of preference; `checked` when checksums are used."""
 
     peer: PeerId
     client: HandoffClient
     endpoints: tuple[Endpoint, ...]
     block_bytes: int
+    checked: bool
 
 
 class KnownSources:
@@ -28,14 +35,15 @@ class KnownSources:
         self,
         transports: Sequence[str],
         make_client: Callable[[WorkerRecord], HandoffClient],
-        timeout_s: float,
+        config: TransferConfig,
         on_older_life: Callable[[PeerId], Awaitable[None]],
     ) -> None:
         """`on_older_life` is told of each connected life that a newer one has replaced; it forgets it."""
         self._on_older_life = on_older_life
         self._transports = tuple(transports)
         self._make_client = make_client
-        self._timeout_s = timeout_s
+        self._config = config
+        self._checksums = (XXH3,) if config.checksum else ()
         self._host_id = host_id()
         self._known: dict[PeerId, KnownSource] = {}
         self._locks: dict[PeerId, asyncio.Lock] = {}
@@ -87,8 +95,14 @@ class KnownSources:
 
     async def _connect(self, peer: PeerId, source: WorkerRecord) -> KnownSource:
         client = self._make_client(source)
+        config = self._config
         try:
-            answer = await client.connect(self._transports, self._host_id, self._timeout_s)
+            answer = await client.connect(
+                *(self._transports, self._host_id, config.connect_timeout_s, self._checksums, config.heads)
+            )
+            if answer.checksum not in (self._checksums or ("",)):
+                message = f"The source asks for the checksum {answer.checksum or 'none'}."
+                raise TransferError(TransferFault.UNSUPPORTED, message)
         except BaseException:
             await client.close()
             raise
@@ -97,4 +111,7 @@ class KnownSources:
             for found in answer.endpoints
         }
         ordered = tuple(offered[name] for name in self._transports if name in offered)
-        return KnownSource(peer, client, ordered, answer.block_bytes)
+        left_out = {name: "not offered by the source" for name in self._transports if name not in offered}
+        roads = [endpoint.transport for endpoint in ordered]
+        _log.info("source connected", source=peer.worker_id, roads=roads, left_out=left_out)
+        return KnownSource(peer, client, ordered, answer.block_bytes, answer.checksum != "")

@@ -33,9 +33,10 @@ TOKEN = "a token"
 class Pool:
     """Blocks in a memfd, as the engine's cache has them."""
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+    def __init__(self, num_blocks: int, block_bytes: int, layers: int = 4) -> None:
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
+        self.layer_bytes = block_bytes // layers
         self._descriptor = os.memfd_create("test-pool", os.MFD_CLOEXEC)
         os.ftruncate(self._descriptor, num_blocks * block_bytes)
         self._pages = mmap.mmap(self._descriptor, num_blocks * block_bytes)
