@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
-from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from engine.contract import LayerListener, StepRunner
@@ -83,7 +82,7 @@ class StepLoop(Generic[OutcomeT]):
             if plan is None:
                 await self._wait_for_work()
                 continue
-            on_layers = None if listener is None else partial(loop.call_soon_threadsafe, listener)
+            on_layers = None if listener is None else _on_loop(loop, listener)
             self._running_since_s = self._clock()
             result = await loop.run_in_executor(self._torch_thread, self._runner.run, plan, on_layers)
             self._running_since_s = None
@@ -106,3 +105,8 @@ class StepLoop(Generic[OutcomeT]):
                 await self._work.wait()
         except TimeoutError:
             return
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, listener: LayerListener) -> LayerListener:
+    """Told from any thread, tells the listener on the loop."""
+    return lambda layers: loop.call_soon_threadsafe(listener, layers)

@@ -99,6 +99,10 @@ class Worker(ABC, Generic[OutcomeT]):
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Takes a leg, or drops it with a reason."""
 
+    def prefetch(self, link: RouterLink, prefetch: wpb.PrefetchKv) -> None:
+        """Fetches the KV of a leg that is still being read, or says that it does not."""
+        link.send_prefetch_lost(LegId(prefetch.leg_id), f"A {self.record.role.value} worker fetches no KV.")
+
     @abstractmethod
     def cancel(self, link: RouterLink, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
         """Stops a leg or some of its samples; unknown ones are ignored."""
