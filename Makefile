@@ -50,7 +50,7 @@ protos: $(VENV)/.installed-dev ## generate the stubs in tandem/v1 from protos/
 bench: $(VENV)/.installed-dev ## measure the router's relay (a running cluster: tandem bench serve)
 	$(BIN)/tandem bench router
 
-soak: $(VENV)/.installed-dev ## long runs that make test leaves out: more seeds of the chaos test
+soak: $(VENV)/.installed-dev ## long runs that make test leaves out: more seeds of the chaos and fault tests
 	$(BIN)/python -m pytest -m soak
 
 clean: ## remove the virtual environment and caches

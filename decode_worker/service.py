@@ -42,7 +42,12 @@ class DecodeWorker(Worker[DecodeOutcome]):
         )
         super().__init__(parts, self._scheduler)
         self._sink = HandoffSink(
-            parts.record, parts.engine.cache, transfer_config(config), self._clock, parts.token
+            parts.record,
+            parts.engine.cache,
+            transfer_config(config),
+            self._clock,
+            parts.token,
+            observer=self.metrics.transfers,
         )
         self._sources: dict[LegId, tuple[HandoffKey, WorkerRecord]] = {}
         self._pulls: dict[LegId, asyncio.Task[PullReport]] = {}
@@ -237,7 +242,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
             reserve_s=reservation.waited_s,
             accept_s=report.accept_s,
             move_s=report.move_s,
-            commit_s=report.commit_s,
+            commit_s=report.verify_s + report.commit_s,
         )
         if self._scheduler.landed(leg_id, self._clock()):
             if link is not None:
@@ -249,7 +254,10 @@ class DecodeWorker(Worker[DecodeOutcome]):
         seconds = self.metrics.handoff_seconds
         seconds.labels("reserve").observe(reservation.waited_s)
         seconds.labels("accept").observe(report.accept_s)
+        seconds.labels("ready").observe(report.ready_s)
+        seconds.labels("queue").observe(report.queue_s)
         seconds.labels("move").observe(report.move_s)
+        seconds.labels("verify").observe(report.verify_s)
         seconds.labels("commit").observe(report.commit_s)
         self.metrics.handoff_bytes.labels(report.transport).inc(report.moved_bytes)
 

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from engine.leg import LoadNumbers
 from engine.step import StepPlan, StepResult
+from engine.transfer_metrics import TransferMetrics
 from tandem.worker_config import WorkerConfig
 
 STEP_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -58,7 +59,7 @@ class WorkerMetrics:
         )
         self.handoff_seconds = Histogram(
             "tandem_worker_handoff_seconds",
-            "Parts of a hand-off: reserve, accept, move, commit.",
+            "Parts of a hand-off: reserve, accept, ready, queue, move, verify, commit.",
             ["part"],
             buckets=HANDOFF_BUCKETS_S,
             registry=self.registry,
@@ -75,6 +76,7 @@ class WorkerMetrics:
             ["fault"],
             registry=self.registry,
         )
+        self.transfers = TransferMetrics(self.registry)
 
     def observe_load(self, load: LoadNumbers) -> None:
         """Takes the gauges from a load."""

@@ -227,12 +227,11 @@ class TransferObserver(Protocol):
         """A transfer over a transport failed, or the transport could not be connected."""
         ...
 
-    def fell_back(self, failed: str, following: str) -> None:
-        """A hand-off went on over another transport."""
-        ...
+    def road_taken(self, source: PeerId, before: str, now: str) -> None:
+        """A transfer from a source landed over another transport than the one before; empty for none.
 
-    def road_taken(self, peer: PeerId, transport: str) -> None:
-        """What the next transfers from a source will use; empty when the source is forgotten."""
+        `now` is empty when the source is forgotten.
+        """
         ...
 
     def refused(self, fault: TransferFault) -> None:

@@ -29,17 +29,15 @@ class Roads:
     def worked(self, source: PeerId, name: str) -> None:
         """A transfer landed."""
         self._choice.worked(source, name)
-        before = self._taken.get(source)
+        before = self._taken.get(source, "")
         self._taken[source] = name
-        if before not in (None, name):
+        if before not in ("", name):
             _log.info("transport changed", source=source.worker_id, before=before, now=name)
         if self._observer is None:
             return
         self._observer.transferred(name)
         if before != name:
-            self._observer.road_taken(source, name)
-            if before is not None:
-                self._observer.fell_back(before, name)
+            self._observer.road_taken(source, before, name)
 
     def failed(self, source: PeerId, name: str, fault: TransferFault) -> None:
         """A transport could not be connected, or a transfer over it failed."""
@@ -55,5 +53,6 @@ class Roads:
     def forget(self, source: PeerId) -> None:
         """A life of a source is over."""
         self._choice.forget(source)
-        if self._taken.pop(source, None) is not None and self._observer is not None:
-            self._observer.road_taken(source, "")
+        before = self._taken.pop(source, "")
+        if before and self._observer is not None:
+            self._observer.road_taken(source, before, "")

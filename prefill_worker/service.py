@@ -1,6 +1,6 @@
 """Edge: the prefill worker: prompt in; first tokens to the router at once, KV parked for a pull."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
@@ -11,11 +11,12 @@ from engine.leg import DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
 from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
-from kvtransfer.contract import HandoffKey, KvReady
+from kvtransfer.contract import BlockMemory, HandoffKey, KvReady, SourceTransport, TransferConfig
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.handoff_service import HandoffServicer
 from kvtransfer.settings import transfer_config
 from kvtransfer.source import HandoffSource
+from kvtransfer.transports import source_transports
 from prefill_worker.scheduler import GrownLeg, OfferedLeg, PrefillLeg, PrefillOutcome, PrefillScheduler
 from tandem.errors import Overloaded, TandemError
 from tandem.ids import LegId
@@ -44,13 +45,23 @@ class PrefillWorker(Worker[PrefillOutcome]):
         self._layers = parts.engine.model_config.layers
         super().__init__(parts, self._scheduler)
         self._source = HandoffSource(
-            parts.record, parts.engine.cache, transfer_config(config), self._clock, self._released
+            parts.record,
+            parts.engine.cache,
+            transfer_config(config),
+            self._clock,
+            self._released,
+            self.source_transports(parts.engine.cache, transfer_config(config)),
+            observer=self.metrics.transfers,
         )
 
     @classmethod
     def open(cls, config: WorkerConfig, token: str | None) -> AbstractAsyncContextManager["PrefillWorker"]:
         """Loads the model and serves until the block ends."""
         return open_worker(cls, config, token)
+
+    def source_transports(self, memory: BlockMemory, config: TransferConfig) -> Sequence[SourceTransport]:
+        """The giving sides of the transports; a drill may put others around them. Raises ConfigError."""
+        return source_transports(memory, config)
 
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Queues a prompt, or drops the leg with a reason."""

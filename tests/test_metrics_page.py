@@ -11,6 +11,7 @@ from engine.worker_metrics import WorkerMetrics
 from router.metrics import RouterGauges, RouterMetrics
 from router.slo_accounting import ClassGoodput
 from router.worker_key import WorkerKey
+from tandem.errors import TransferFault
 from tandem.ids import Incarnation, WorkerId
 from tandem.slo import SloClass
 from tandem.v1 import worker_pb2 as wpb
@@ -59,6 +60,12 @@ def test_worker_metrics_are_documented() -> None:
     metrics.handoff_seconds.labels(part="move").observe(0.1)
     metrics.handoff_bytes.labels(transport="tcp").inc()
     metrics.transfer_faults.labels(fault="timeout").inc()
+    source = WorkerKey(WorkerId("p0"), Incarnation(1))
+    metrics.transfers.transferred("tcp")
+    metrics.transfers.failed("shm", TransferFault.TIMEOUT)
+    metrics.transfers.road_taken(source, "", "shm")
+    metrics.transfers.road_taken(source, "shm", "tcp")
+    metrics.transfers.refused(TransferFault.DIGEST)
     assert _documented("Worker") == _exposed(metrics.registry)
 
 
