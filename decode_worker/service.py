@@ -160,7 +160,9 @@ class DecodeWorker(Worker[DecodeOutcome]):
 
     def _go_on(self, link: RouterLink, leg: DecodeLeg) -> None:
         """Starts a leg that is fetched early; when its KV is here it joins at once."""
-        if self._scheduler.start(leg):
+        landed = self._scheduler.start(leg)
+        self.metrics.early_fetches.labels("started").inc()
+        if landed:
             link.send(wpb.WorkerMessage(kv_landed=self._landed_early.pop(leg.leg_id)))
 
     def _stop(self, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
@@ -176,6 +178,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
 
     def _prefetch_lost(self, leg_id: LegId, message: str) -> None:
         """The leg is no more here; it may come back with StartDecode."""
+        self.metrics.early_fetches.labels("lost").inc()
         link = self._legs.get(leg_id)
         if link is not None:
             link.send_prefetch_lost(leg_id, message)
