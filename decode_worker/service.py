@@ -10,7 +10,7 @@ import structlog
 
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, Reservation, SampleStart
 from engine.contract import LayerListener
-from engine.leg import DroppedLeg, DropReason, LoadNumbers
+from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
 from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
@@ -113,6 +113,11 @@ class DecodeWorker(Worker[DecodeOutcome]):
     def handoffs_committed(self) -> int:
         """Hand-offs committed since the start."""
         return self._committed
+
+    def communicators(self) -> CommunicatorNumbers:
+        """The NCCL communicators of its transfers."""
+        found = self._sink.communicators()
+        return CommunicatorNumbers(found.open, found.bytes, found.abandoned, found.wedged)
 
     def register(self, server: grpc.aio.Server) -> None:
         """A decode worker serves WorkerService only."""

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from engine.leg import LoadNumbers
+from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
 from engine.transfer_metrics import TransferMetrics
 from tandem.worker_config import WorkerConfig
@@ -83,6 +83,17 @@ class WorkerMetrics:
             registry=self.registry,
         )
         self.transfers = TransferMetrics(self.registry)
+        self._communicators = Gauge(
+            "tandem_worker_nccl_communicators",
+            "NCCL communicators by state: open, abandoned (an opening call that never returned).",
+            ["state"],
+            registry=self.registry,
+        )
+        self._communicator_bytes = Gauge(
+            "tandem_worker_nccl_bytes",
+            "Device memory that open NCCL communicators and their staging took.",
+            registry=self.registry,
+        )
 
     def observe_load(self, load: LoadNumbers) -> None:
         """Takes the gauges from a load."""
@@ -94,6 +105,12 @@ class WorkerMetrics:
         self._sequences.labels("waiting").set(load.waiting_legs)
         self._sequences.labels("running").set(load.running_sequences)
         self._sequences.labels("parked").set(load.parked_legs)
+
+    def observe_communicators(self, numbers: CommunicatorNumbers) -> None:
+        """Takes the gauges of NCCL."""
+        self._communicators.labels("open").set(numbers.open)
+        self._communicators.labels("abandoned").set(numbers.abandoned)
+        self._communicator_bytes.set(numbers.bytes)
 
     def observe_step(self, plan: StepPlan, result: StepResult) -> None:
         """Counts one step."""

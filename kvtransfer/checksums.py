@@ -1,6 +1,7 @@
 """Pure: checksums of KV blocks, which catch what moves wrongly (not what somebody forges).
 
-A block's checksum is XXH3-64 of the bytes that moved of it; a piece's is XXH3-64 of its blocks' in order.
+A block's checksum is XXH3-64 (or, where a device computes it, wsum64 of weighted_sum.py) of the bytes that
+moved of it; a piece's is XXH3-64 of its blocks' in order.
 Source and sink each compute theirs from their own memory, and the source compares them at the commit.
 """
 

@@ -9,7 +9,7 @@ of a pair and the source serves them in that order).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tandem.errors import TransferFault
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
@@ -38,8 +38,41 @@ class BlockMemory(Protocol):
         """Writable bytes of one block, length block_bytes, without a copy."""
         ...
 
+    def window(self, begin: int, length: int) -> memoryview:
+        """Writable bytes [begin, begin + length) of the pool, no copy; block i is at i * block_bytes."""
+        ...
+
     def fileno(self) -> int | None:
         """Descriptor of the shared memory with block i at offset i * block_bytes; None if there is none."""
+        ...
+
+
+@runtime_checkable
+class DeviceBlockMemory(Protocol):
+    """Where a KV pool lies on an accelerator; a BlockMemory may have this form, too.
+
+    A pool on a device has no `view` and no `fileno`. An offered block's bytes are complete on the device
+    when it is offered: the step that wrote them was waited for.
+    """
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        ...
+
+    @property
+    def device_index(self) -> int | None:
+        """Which CUDA device holds the pool; None when it is in host memory."""
+        ...
+
+    @property
+    def device_address(self) -> int:
+        """Address of block 0; block i lies at device_address + i * block_bytes."""
         ...
 
 
@@ -187,7 +220,10 @@ class SinkTransport(Protocol):
         ...
 
     async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
-        """Makes the pair usable; raises TransferError. Cheap when the link to the same incarnation lives."""
+        """Makes the pair usable; raises TransferError. Cheap when the link to the same incarnation lives.
+
+        The fault STALE_EPOCH says that this address is used up and the source must be asked for another.
+        """
         ...
 
     async def receive(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import structlog
 
-from kvtransfer.checksums import XXH3
 from kvtransfer.contract import HeadRange, PeerId, SourceTransport, TransferConfig
 from kvtransfer.host import host_id
 from kvtransfer.tickets import TICKET_BYTES, TicketBook
@@ -47,8 +46,12 @@ class Agreement:
 class SourcePairs:
     """The admitted sinks of one source; `transports` are its own, by name, once they have started."""
 
-    def __init__(self, config: TransferConfig, transports: Mapping[str, SourceTransport]) -> None:
+    def __init__(
+        self, config: TransferConfig, transports: Mapping[str, SourceTransport], checksums: Sequence[str]
+    ) -> None:
+        """`checksums` are the names of those that can be computed here, none to use none."""
         self._config = config
+        self._own_checksums = tuple(checksums)
         self._transports = transports
         self._host_id = host_id()
         self._tickets = TicketBook()
@@ -82,9 +85,9 @@ class SourcePairs:
         """Whether this life of a sink has connected."""
         return self._tickets.ticket_of(sink) is not None
 
-    def checks(self, sink: PeerId) -> bool:
-        """Whether a sink has to show checksums."""
-        return self._checksums.get(sink, XXH3) != ""
+    def checksum(self, sink: PeerId) -> str:
+        """Name of the checksums that a sink has to show; empty when it shows none."""
+        return self._checksums.get(sink, next(iter(self._own_checksums), ""))
 
     def drop(self, sink: PeerId) -> None:
         """Forgets a sink; idempotent."""
@@ -92,12 +95,15 @@ class SourcePairs:
         self._checksums.pop(sink, None)
 
     def _checksum(self, offered: Sequence[str]) -> str:
-        if not self._config.checksum and not offered:
+        if not self._own_checksums and not offered:
             return ""
-        if XXH3 in offered and self._config.checksum:
-            return XXH3
+        for name in offered:
+            if name in self._own_checksums:
+                return name
         message = f"Checksums: the sink has {', '.join(offered) or 'none'}, this source "
-        raise TransferError(TransferFault.UNSUPPORTED, message + (XXH3 if self._config.checksum else "none."))
+        raise TransferError(
+            TransferFault.UNSUPPORTED, f"{message}{', '.join(self._own_checksums) or 'none'}."
+        )
 
     def _reach(self, name: str, who: Introduction, ticket: bytes) -> "_Reach":
         transport = self._transports.get(name)

@@ -23,6 +23,7 @@ from kvtransfer.contract import (
 )
 from kvtransfer.handoff import SinkTimes
 from kvtransfer.handoff_client import CommitStatus, PullTerms
+from kvtransfer.hashing import Hasher
 from kvtransfer.landing import Landing
 from kvtransfer.pieces import layer_span, remainder
 from kvtransfer.priority import PriorityGate
@@ -58,6 +59,7 @@ class PullTools:
     roads: Roads
     gate: PriorityGate
     executor: Executor
+    hashers: Mapping[str, Hasher]
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
 
@@ -152,10 +154,16 @@ class Pulling:
         raise next(reversed(self._failures.values()), none)
 
     async def _connect(self, road: str) -> None:
-        source = self._order.source
-        endpoint = next(found for found in source.endpoints if found.transport == road)
-        transport = self._tools.transports[road]
-        await transport.connect(source.peer, endpoint.address, endpoint.ticket, source.block_bytes)
+        """Makes the pair usable; an address that is used up is asked for anew, once."""
+        source, transport = self._order.source, self._tools.transports[road]
+        told = source.endpoint(road)
+        try:
+            await transport.connect(source.peer, told.address, told.ticket, source.block_bytes)
+        except TransferError as error:
+            if error.fault is not TransferFault.STALE_EPOCH:
+                raise
+            told = (await self._tools.sources.renew(source)).endpoint(road)
+            await transport.connect(source.peer, told.address, told.ticket, source.block_bytes)
 
     async def _ask(self, road: str) -> PullGrant | None:
         """A lease on the next piece, None when nothing is ready yet.
@@ -225,7 +233,7 @@ class Pulling:
         part = grant.transfer.block_range
         begin = part.first_block - self._order.block_range.first_block
         targets = self._order.targets[begin : begin + part.num_blocks]
-        landing = Landing(tools.memory, grant, targets, self._order.source.checked)
+        landing = Landing(grant, targets, tools.hashers.get(self._order.source.checksum))
         began_s = tools.clock()
         machine.move_started()
         try:

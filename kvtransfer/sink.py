@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from kvtransfer.communicator import CommunicatorCounts, counts_of
 from kvtransfer.contract import (
     BlockMemory,
     BlockRange,
@@ -19,6 +20,7 @@ from kvtransfer.contract import (
 )
 from kvtransfer.handoff import HandoffState, SinkTimes
 from kvtransfer.handoff_client import HandoffClient
+from kvtransfer.hashing import hashers
 from kvtransfer.priority import PriorityGate
 from kvtransfer.pulling import Pulling, PullOrder, PullTools
 from kvtransfer.roads import Roads
@@ -65,10 +67,12 @@ class HandoffSink:
         self._clock = clock
         made = sink_transports(memory, config, clock) if transports is None else transports
         self._transports = {transport.name: transport for transport in made}
+        own_hashers = hashers(memory) if config.checksum else {}
         self._sources = KnownSources(
             tuple(self._transports),
             lambda source: HandoffClient(me, source, token),
             config,
+            tuple(own_hashers),
             self._source_gone,
         )
         self._roads = Roads(config, clock, observer)
@@ -83,6 +87,7 @@ class HandoffSink:
             roads=self._roads,
             gate=PriorityGate(config.max_pulls),
             executor=self._executor,
+            hashers=own_hashers,
         )
         self._aborts: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -132,6 +137,10 @@ class HandoffSink:
                 machine.abort_sent()
                 self._tell_abort(key, source)
             self._ended.set()
+
+    def communicators(self) -> CommunicatorCounts:
+        """For metrics and the watchdog."""
+        return counts_of(self._transports.values())
 
     async def peer_lost(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         """Ends what runs with a source that is gone, and closes the connections to it."""

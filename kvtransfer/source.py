@@ -10,6 +10,7 @@ from functools import partial
 
 import structlog
 
+from kvtransfer.communicator import CommunicatorCounts, counts_of
 from kvtransfer.contract import (
     BlockMemory,
     HandoffKey,
@@ -21,6 +22,7 @@ from kvtransfer.contract import (
     TransferObserver,
 )
 from kvtransfer.handoff import HandoffState, ReleaseReason, SourceTimes
+from kvtransfer.hashing import hashers
 from kvtransfer.offers import CommitAnswer, Offer, OfferBook, Piece, PullAnswer, PullAsk, SourceCounts
 from kvtransfer.pairing import Agreement, Introduction, SourcePairs
 from kvtransfer.piece_sums import PieceSums
@@ -71,8 +73,9 @@ class HandoffSource:
         self._book = OfferBook(times, self._released)
         made = source_transports(memory, config) if transports is None else transports
         self._transports = {transport.name: transport for transport in made}
-        self._pairs = SourcePairs(config, self._transports)
-        self._sums = PieceSums(memory, self._read_ended)
+        self._hashers = hashers(memory) if config.checksum else {}
+        self._pairs = SourcePairs(config, self._transports, tuple(self._hashers))
+        self._sums = PieceSums(self._read_ended)
         self._sends: set[asyncio.Task[bool]] = set()
         self._timers: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -159,6 +162,10 @@ class HandoffSource:
         """For metrics."""
         return self._book.counts()
 
+    def communicators(self) -> CommunicatorCounts:
+        """For metrics and the watchdog."""
+        return counts_of(self._transports.values())
+
     def connect(self, who: Introduction) -> Agreement:
         """How the sink can pull from here.
 
@@ -208,8 +215,9 @@ class HandoffSource:
         if number == offer.machine.number and not offer.machine.state.terminal:
             if not complete(offer.ready, len(offer.blocks), self._layers):
                 raise ProtocolError("A hand-off cannot be committed while its offer grows.")
-            if self._pairs.checks(sink):
-                wrong = await self._sums.mismatched(offer, landed)
+            hasher = self._hashers.get(self._pairs.checksum(sink))
+            if hasher is not None:
+                wrong = await self._sums.mismatched(offer, landed, hasher)
             if wrong:
                 self._count_refusal(TransferFault.CHECKSUM)
         offer.machine.commit(sink, number, not wrong, self._clock())
@@ -278,8 +286,9 @@ class HandoffSource:
             offer.stop_sending = None
         if moves is None or piece is None:
             return
-        if self._pairs.checks(ask.sink):
-            self._sums.begin(offer, number, piece)
+        hasher = self._hashers.get(self._pairs.checksum(ask.sink))
+        if hasher is not None:
+            self._sums.begin(offer, number, piece, hasher)
         if not moves.direct:
             self._send(offer, ask, moves, piece)
 

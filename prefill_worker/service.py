@@ -7,7 +7,7 @@ from functools import partial
 import grpc.aio
 
 from engine.contract import LayerListener
-from engine.leg import DroppedLeg, DropReason, LoadNumbers
+from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
 from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
@@ -98,6 +98,11 @@ class PrefillWorker(Worker[PrefillOutcome]):
     def handoffs_in_flight(self) -> int:
         """Hand-offs that a sink pulls now."""
         return self._source.counts().in_flight
+
+    def communicators(self) -> CommunicatorNumbers:
+        """The NCCL communicators of its transfers."""
+        found = self._source.communicators()
+        return CommunicatorNumbers(found.open, found.bytes, found.abandoned, found.wedged)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds HandoffService."""

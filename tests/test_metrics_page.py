@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from engine.leg import LoadNumbers
+from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
 from engine.worker_metrics import WorkerMetrics
 from router.metrics import RouterGauges, RouterMetrics
@@ -55,6 +55,7 @@ def test_router_metrics_are_documented() -> None:
 def test_worker_metrics_are_documented() -> None:
     metrics = WorkerMetrics()
     metrics.observe_load(LoadNumbers(0, 0, 0, 0, 4, 3, 1, 1))
+    metrics.observe_communicators(CommunicatorNumbers())
     metrics.observe_step(StepPlan(0, ()), StepResult(0, (), 0.1))
     metrics.dropped.labels(reason="preempted").inc()
     metrics.handoff_seconds.labels(part="move").observe(0.1)

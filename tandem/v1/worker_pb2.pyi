@@ -1304,9 +1304,11 @@ class TransportEndpoint(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
-    """Name of the transport: shm, tcp."""
+    """Name of the transport: nccl, cuda_ipc, shm, tcp."""
     address: _builtins.str
-    """Transport-specific address (a socket name, or host:port)."""
+    """Transport-specific address: a socket name, host:port, with the pool's handle (cuda_ipc), or with a communicator's
+    epoch and secret id (nccl).
+    """
     ticket: _builtins.bytes
     """Secret for this pair, proved on the data connection."""
     def __init__(

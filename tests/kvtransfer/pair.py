@@ -47,6 +47,10 @@ class Pool:
         """Writable bytes of one block."""
         return self._view[block * self.block_bytes : (block + 1) * self.block_bytes]
 
+    def window(self, begin: int, length: int) -> memoryview:
+        """Writable bytes from `begin` on."""
+        return self._view[begin : begin + length]
+
     def fileno(self) -> int | None:
         """The memfd."""
         return self._descriptor
