@@ -147,10 +147,7 @@ class Session:
             return self._stopped_by_us(leg, sample)
         if finish is not None and first_index + len(token_ids) == len(sample.tokens):
             sample.end(finish, stop_token_id)
-            fetching = leg.decode if leg.state is State.PREFILLING else None
-            self._sample_ended(leg, sample)
-            if fetching is not None and not leg.samples:
-                return [Cancel(fetching, leg_id)]
+            return self._ended_by_worker(leg, sample)
         return ()
 
     def kv_growing(self, worker: WorkerKey, leg_id: LegId, epoch: int) -> Sequence[Command]:
@@ -333,6 +330,12 @@ class Session:
         self._sample_ended(leg, sample)
         named = (sample.index,) if leg.samples else ()
         return [Cancel(worker, leg.leg_id, named) for worker in workers]
+
+    def _ended_by_worker(self, leg: Leg, sample: Sample) -> Sequence[Command]:
+        """Who wrote the last token knows; who fetches the leg early does not."""
+        fetching = leg.decode if leg.state is State.PREFILLING else None
+        self._sample_ended(leg, sample)
+        return () if fetching is None or leg.samples else (Cancel(fetching, leg.leg_id),)
 
     def _sample_ended(self, leg: Leg, sample: Sample) -> None:
         sample.leg_id = None
