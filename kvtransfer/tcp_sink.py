@@ -28,7 +28,10 @@ STREAMS: Final = 2
 STREAMED_BYTES: Final = 4 * 1024 * 1024
 """From so many bytes on a transfer is spread."""
 
-LANDED_BYTES: Final = 1024 * 1024
+STREAMED_PART_BYTES: Final = 256 * 1024
+"""Only parts of at least so many bytes are spread: with smaller ones two threads contend for the GIL."""
+
+LANDED_BYTES: Final = 4 * 1024 * 1024
 """Bytes after which the blocks that came are told of: they are in the CPU's cache still."""
 
 
@@ -192,7 +195,8 @@ class TcpSink:
             message = f"{grant.length_bytes} bytes were granted for {len(target)} blocks."
             raise TransferError(TransferFault.LENGTH, message)
         _drop_unusable(pair)
-        shares = shares_of(len(target), STREAMS if grant.length_bytes >= STREAMED_BYTES else 1)
+        large = grant.length_bytes >= STREAMED_BYTES and grant.part_bytes >= STREAMED_PART_BYTES
+        shares = shares_of(len(target), STREAMS if large else 1)
         lines = [pair.idle.pop() if pair.idle else self._new_line(pair) for _ in shares]
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         pair.active.update(dict.fromkeys(lines, ended))
