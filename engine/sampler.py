@@ -37,7 +37,7 @@ class Sampler:
         token_ids = _choose(adjusted, requests)
         logprobs = _logprobs(logits, token_ids, requests)
         return [
-            SampledToken(request.key, request.sample_index, token_id, logprobs.get(row))
+            SampledToken(request.key, request.sample_index, token_id, logprobs.get(row), request.row)
             for row, (request, token_id) in enumerate(zip(requests, token_ids, strict=True))
             if token_id != NOTHING
         ]
