@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from decode_worker.decode_leg import SampleRecord
 from decode_worker.sample_blocks import add_draft
 from engine.blocks import BlockPool
-from engine.drafting.contract import Drafter
+from engine.drafting.contract import Drafter, RunnerDrafts
 from engine.drafting.controller import Offer, SpeculationController
 from engine.drafting.draft import Draft
+from engine.drafting.ngram import NgramDrafter
 from engine.step import StepPlan, StepResult
+from tandem.worker_config import WorkerConfig
 
 
 class Speculation:
@@ -62,3 +64,14 @@ class Speculation:
         limit = min(self._max_tokens, context_tokens - len(sample.tokens) - 1)
         max_tokens = sample.record.leg.params.max_tokens
         return limit if max_tokens is None else min(limit, max_tokens - sample.output_index - 1)
+
+
+def speculation_of(config: WorkerConfig) -> Speculation | None:
+    """What a worker's settings say about guessing tokens."""
+    wanted = config.speculative
+    if wanted is None:
+        return None
+    drafter: Drafter = RunnerDrafts()
+    if wanted.method == "ngram":
+        drafter = NgramDrafter(wanted.min_ngram, wanted.max_ngram)
+    return Speculation(drafter, SpeculationController(), wanted.tokens)

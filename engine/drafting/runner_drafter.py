@@ -34,6 +34,10 @@ class RunnerDrafter(Protocol):
         """Guesses for some or all of the sequences, at most request.limit for each."""
         ...
 
+    def close(self) -> None:
+        """Gives its memory back, once no step will come."""
+        ...
+
 
 def grown_sequences(
     slices: Sequence[SequenceSlice], tokens: Sequence[SampledToken], features: Tensor
