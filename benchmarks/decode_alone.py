@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from decode_worker.decode_leg import DecodeLeg, SampleStart
 from decode_worker.scheduler import DecodeScheduler
@@ -48,10 +48,12 @@ def decode_alone(
     context_tokens: int,
     eos_ids: Collection[int] = (),
     speculation: Speculation | None = None,
+    first_seed: int | None = None,
 ) -> Decoded:
     """Reads the prompts one by one, then writes all outputs in one batch; frees all blocks at the end.
 
-    Raises TandemError when the batch does not fit into the pool.
+    `first_seed` gives prompt i the seed first_seed + i. Raises TandemError when the batch does not fit into
+    the pool.
     """
     legs = DecodeScheduler(
         pool,
@@ -61,7 +63,10 @@ def decode_alone(
         eos_ids=eos_ids,
         speculation=speculation,
     )
-    firsts = [_read(runner, pool, legs, place, prompt, params) for place, prompt in enumerate(prompts)]
+    firsts: list[int] = []
+    for place, prompt in enumerate(prompts):
+        own = params if first_seed is None else replace(params, seed=first_seed + place)
+        firsts.append(_read(runner, pool, legs, place, prompt, own))
     return _write(runner, legs, firsts)
 
 

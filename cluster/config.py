@@ -133,7 +133,7 @@ class SpeculativeSection(Section):
     source: str | None = Field(
         default=None,
         max_length=4096,
-        description="The draft model (named as `model.source` is; same tokenizer) or the folder of the heads.",
+        description="The draft model (named as `model.source` is; same tokenizer) or the heads' folder.",
     )
     acceptance: Literal["exact", "rejection"] = Field(
         default="exact",

@@ -74,9 +74,10 @@ class DraftModel:
         tokens = [*request.tokens, *grown.drawn]
         if len(tokens) + request.limit > self._context_tokens or max(tokens) >= self._vocabulary_tokens:
             return None
+        held = self._kv.resume(request.key, len(request.tokens), len(tokens))
         if not self._kv.cover(request.key, len(tokens) + request.limit, keys):
+            self._kv.forget(request.key)
             return None
-        held = self._kv.sequence(request.key)
         known = held.computed - len(held.guesses)
         for guess, token_id in zip(held.guesses, tokens[known:-1], strict=False):
             if guess != token_id:

@@ -115,13 +115,10 @@ class EagleDrafter:
         keys = {grown.request.key for grown in sequences}
         proposals: list[Proposal] = []
         for grown in sequences:
-            held = self._kv.sequence(grown.request.key)
-            if held.ends_at != len(grown.request.tokens):
-                held.computed = 0
-            held.ends_at = grown.tokens
+            held = self._kv.resume(grown.request.key, len(grown.request.tokens), grown.tokens)
             needed = held.computed + len(grown.drawn) + grown.request.limit
             if not self._kv.cover(grown.request.key, needed, keys):
-                held.ends_at = 0
+                self._kv.forget(grown.request.key)
                 continue
             proposals.append(self._propose(grown, held))
         return proposals

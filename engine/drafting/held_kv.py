@@ -32,15 +32,21 @@ class HeldKv:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def sequence(self, key: int) -> HeldSequence:
-        """A sequence, empty if it was not known; the most recent one from now on."""
+    def resume(self, key: int, before: int, after: int) -> HeldSequence:
+        """A sequence that grew from `before` to `after` tokens; the most recent one from now on.
+
+        Empty if it was not known, or if it was not `before` tokens long when it was last seen.
+        """
         held = self._sequences.setdefault(key, HeldSequence())
         self._sequences.move_to_end(key)
+        if held.ends_at != before:
+            held.computed, held.guesses = 0, []
+        held.ends_at = after
         return held
 
     def cover(self, key: int, tokens: int, keep: Collection[int]) -> bool:
-        """Gives a sequence blocks for `tokens` tokens, at the cost of old ones outside `keep`; else False."""
-        held = self.sequence(key)
+        """Gives a known sequence blocks for `tokens` tokens, at the cost of old ones outside `keep`."""
+        held = self._sequences[key]
         missing = self._pool.blocks_for(tokens) - len(held.table)
         while missing > 0:
             try:

@@ -10,9 +10,9 @@ from hypothesis.stateful import invariant, rule
 
 from decode_worker.scheduler import LegState
 from decode_worker.speculation import Speculation
-from engine.drafting.controller import Offer, SpeculationController
 from engine.drafting.draft import Draft, Proposal
 from tests.decode_worker.test_scheduler_stateful import BATCH, BLOCKS, SIZE, VOCABULARY, DecodeMachine
+from tests.engine.drafting.always import Always
 
 TREE = Draft((0, 1, 2, 3, 4, 0, 1, 2), (-1, -1, -1, -1, -1, 0, 3, 4))
 """Every token below the root, so that one holds always; its KV is rarely in place."""
@@ -45,20 +45,12 @@ class AnyGuess:
         self.known.discard(key)
 
 
-class AlwaysWorthIt(SpeculationController):
-    """Verifies all guesses, without learning first whether that pays."""
-
-    def lengths(self, sequences: int, offers: Sequence[Offer]) -> list[int]:
-        """See SpeculationController."""
-        return [len(offer.draft) for offer in offers]
-
-
 class SpeculatingMachine(DecodeMachine):
     """Guesses take blocks only while their step is in flight."""
 
     def speculation(self) -> Speculation:
         self.drafter = AnyGuess()
-        return Speculation(self.drafter, AlwaysWorthIt(), max_tokens=8)
+        return Speculation(self.drafter, Always(), max_tokens=8)
 
     @rule()
     def some_steps(self) -> None:

@@ -10,7 +10,6 @@ from benchmarks.decode_alone import Decoded, decode_alone
 from decode_worker.speculation import Speculation
 from engine.blocks import BlockPool
 from engine.drafting.contract import Drafter
-from engine.drafting.controller import Offer, SpeculationController
 from engine.drafting.draft import ROOT, Draft, Proposal
 from engine.drafting.ngram import NgramDrafter
 from engine.leg import LegToken
@@ -20,6 +19,7 @@ from tandem.ids import BlockId, Incarnation, WorkerId
 from tandem.sampling import SamplingParams
 from tandem.worker import Role
 from tandem.worker_config import WorkerConfig
+from tests.engine.drafting.always import Always
 from tests.engine.tiny_models import (
     GREEDY,
     Engine,
@@ -41,14 +41,6 @@ SAMPLING = {
     ),
     "ends": SamplingParams(seed=4, temperature=3.0, min_tokens=12, stop_token_ids=tuple(range(2, 40))),
 }
-
-
-class Always(SpeculationController):
-    """Verifies all guesses."""
-
-    def lengths(self, sequences: int, offers: Sequence[Offer]) -> list[int]:
-        """See SpeculationController."""
-        return [len(offer.draft) for offer in offers]
 
 
 class Oracle:
