@@ -93,7 +93,7 @@ def test_drawn_output_of_a_tiny_model_has_its_distribution(tmp_path: Path) -> No
     draft = SpeculativeConfig(
         "draft_model",
         3,
-        str(save_near_copy(tmp_path / "draft", 0.05)),
+        str(save_near_copy(tmp_path / "draft", 0.15)),
         acceptance="rejection",
         pool_blocks=1500,
     )
