@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from engine.drafting.draft import NO_DRAFT, Draft
 from engine.leg import DroppedLeg, LegToken
 from tandem.errors import InvalidRequest, PromptTooLong
 from tandem.ids import BlockId, LegId
@@ -46,10 +47,12 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutcome:
-    """What a step brought."""
+    """What a step brought; `guesses` were verified in it and `accepted` of them held."""
 
     tokens: tuple[LegToken, ...]
     dropped: tuple[DroppedLeg, ...]
+    guesses: int = 0
+    accepted: int = 0
 
 
 def check_leg(
@@ -181,8 +184,8 @@ class SampleRecord:
     """A sample in the batch.
 
     `tokens` are prompt and output; KV of the first `computed` is there, `slice_tokens` more are in the step
-    in flight. `pending_copy` is a copy-on-write (source, target) that the next step makes: until then the
-    sample refers to the source besides its table.
+    in flight, followed by the guesses of `draft`. `pending_copy` is a copy-on-write (source, target) that
+    the next step makes: until then the sample refers to the source besides its table.
     """
 
     record: LegRecord
@@ -194,6 +197,7 @@ class SampleRecord:
     state: SampleState = SampleState.RUNNING
     pending_copy: tuple[BlockId, BlockId] | None = None
     slice_tokens: int = 0
+    draft: Draft = NO_DRAFT
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -204,3 +208,8 @@ class SampleRecord:
     def output_index(self) -> int:
         """Index in the output of the next token."""
         return len(self.tokens) - self.record.leg.prompt_tokens
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next step feeds the sample's last token, so that it draws the next one."""
+        return self.computed + self.slice_tokens == len(self.tokens)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import Span
+from engine.drafting.draft import ROOT, Draft
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig
 
@@ -114,17 +115,21 @@ class CpuAttention:
         return _Rectangle(rows, torch.tensor(gather, dtype=torch.int64), mask, len(spans), tokens)
 
     def _stretch(self, span: Span, window: int | None) -> _Stretch:
-        if span.start == 0 and (window is None or span.tokens <= window):
+        if span.start == 0 and not span.tree and (window is None or span.tokens <= window):
             return _Stretch(span.first_row, span.tokens, None, span.tokens, None)
         size, stride = self._block_size, self._layers * 2
         first, last = self._first_block(span, window), (span.start + span.tokens - 1) // size
         gather = [block * stride for block in span.block_table[first : last + 1]]
         visible = span.start + span.tokens - first * size
         key_at = torch.arange(first * size, first * size + visible)
-        query_at = torch.arange(span.start, span.start + span.tokens)[:, None]
-        hidden = key_at > query_at
+        query_at = torch.tensor(span.positions())
+        if span.tree:
+            key_at[-span.tokens :] = query_at
+        hidden = key_at > query_at[:, None]
         if window is not None:
-            hidden |= key_at <= query_at - window
+            hidden |= key_at <= query_at[:, None] - window
+        if span.tree:
+            hidden[-len(span.tree) :, -len(span.tree) :] |= _off_branch(span.tree)
         mask = _masked(hidden, self._cache.pool.dtype)
         return _Stretch(span.first_row, span.tokens, torch.tensor(gather, dtype=torch.int64), visible, mask)
 
@@ -236,6 +241,17 @@ def group_by_length(blocks: Sequence[int]) -> list[list[int]]:
     if len(groups) == 1:
         groups[0].sort()
     return groups
+
+
+def _off_branch(tree: Draft) -> Tensor:
+    """Which guesses (columns) a guess (row) does not see: bool [guesses, guesses]."""
+    hidden = torch.ones(len(tree), len(tree), dtype=torch.bool)
+    for index in range(len(tree)):
+        parent = tree.parent(index)
+        if parent != ROOT:
+            hidden[index] = hidden[parent]
+        hidden[index, index] = False
+    return hidden
 
 
 def _masked(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,7 +55,18 @@ class Decoder:
         token is wanted. `on_layers` hears of each layer whose K and V were given to the attention. Must run
         under torch.inference_mode.
         """
-        hidden = F.embedding(token_ids, self._embeddings)  # [tokens, hidden]
+        return self.logits(self.features(token_ids, positions, attention, logit_rows, on_layers))
+
+    def features(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: BatchAttention,
+        rows: Tensor,
+        on_layers: LayerListener | None = None,
+    ) -> Tensor:
+        """Feeds a flat batch as `forward` does; returns the normed last hidden states [rows, hidden]."""
+        hidden = self.embed(token_ids)  # [tokens, hidden]
         cosine, sine = rotation(positions, self._frequencies, self._dtype)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
@@ -64,14 +75,22 @@ class Decoder:
                 on_layers(index + 1)
             if index == last:
                 # Past the last K and V only the rows that become logits matter.
-                hidden, attended = hidden[logit_rows], attended[logit_rows]
-                if logit_rows.shape[0] == 0:
+                hidden, attended = hidden[rows], attended[rows]
+                if rows.shape[0] == 0:
                     break
             hidden = hidden + layer.output(attended)
             hidden = hidden + self._mlp(layer, hidden)
-        if logit_rows.shape[0] == 0:
-            return hidden.new_zeros((0, self._config.vocabulary_tokens), dtype=torch.float32)
-        return self._head(self._normed(hidden, self._norm)).float()
+        return self._normed(hidden, self._norm)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Float32 logits [rows, vocabulary] of the token after each row of `features` [rows, hidden]."""
+        if features.shape[0] == 0:
+            return features.new_zeros((0, self._config.vocabulary_tokens), dtype=torch.float32)
+        return self._head(features).float()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The embeddings [tokens, hidden] of int64 [tokens]."""
+        return F.embedding(token_ids, self._embeddings)
 
     def _attend(
         self,
