@@ -108,7 +108,7 @@ class Bounds:
 
     def _decode_limit(self, kind: WorkerKind) -> DecodeLimit:
         model, context = self._model(kind), self._lengths.mean_context
-        in_memory = int(self._workers.kv_tokens(kind) / (kind.pp * context))
+        in_memory = int(self._workers.kv_tokens(kind) / context)
         most = max(1, min(self._max_batch, in_memory))
         low, high = 0, most
         while low < high:
@@ -119,9 +119,9 @@ class Bounds:
                 high = middle - 1
         if low == 0:
             return DecodeLimit(0.0, 0, self._step_s(model, 1), held_by_memory=False)
-        step_s = model.stage_s(StepShape((), low, int(low * context)))
+        step_s = self._step_s(model, low)
         rate = low / (max(1.0, self._lengths.mean_output - 1) * step_s)
-        return DecodeLimit(rate, low, self._step_s(model, low), low == in_memory < self._max_batch)
+        return DecodeLimit(rate, low, step_s, low == in_memory < self._max_batch)
 
     def _step_s(self, model: LatencyModel, batch: int) -> float:
         return model.step_s(StepShape((), batch, int(batch * self._lengths.mean_context)))

@@ -6,7 +6,8 @@ and is bisected only if it meets the SLO at the rate that beats it. A wave is as
 same time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -67,55 +68,60 @@ def search(
 ) -> Searched:
     """Keeps the `keep` best of every kind. `slack` is granted to bounds (0.1: they may be 10 % too low)."""
     hopeful = [one for one in ranked if one.bound_rps > 0]
-    kept: dict[tuple[str, ...], list[float]] = {}
+    kept = _Kept(keep)
     found: list[Goodput] = []
-    simulated = settled = 0
-    for wave in _waves(hopeful, kept, keep, slack):
-        probes = [_probe(one, kept, keep, bucket) for one in wave.candidates]
-        settled += wave.passed_over + len(probes)
-        for one, answer in zip(wave.candidates, find_many(probes), strict=True):
+    pending, simulated = hopeful, 0
+    while pending:
+        wave, pending = kept.next_wave(pending, slack)
+        for one, answer in zip(wave, find_many([kept.probe(one, bucket) for one in wave]), strict=True):
             simulated += 1
             if not answer.given_up:
                 found.append(answer)
-                best = kept.setdefault(one.candidate.signature, [])
-                best.append(answer.rate_rps / one.cost)
-                best.sort(reverse=True)
-        progress(settled, len(hopeful))
-    progress(len(hopeful), len(hopeful))
+                kept.add(one, answer.rate_rps)
+        progress(len(hopeful) - len(pending), len(hopeful))
     cost = {one.candidate: one.cost for one in hopeful}
     found.sort(key=lambda one: -one.rate_rps / cost[one.candidate])
     return Searched(tuple(found), len(ranked), simulated, len(ranked) - len(hopeful))
 
 
-@dataclass(frozen=True, slots=True)
-class _Wave:
-    candidates: tuple[Bounded, ...]
-    passed_over: int
+class _Kept:
+    """The best goodputs for price of each kind, which later candidates have to beat."""
 
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._best: dict[tuple[str, ...], list[float]] = {}
 
-def _waves(
-    hopeful: Sequence[Bounded], kept: dict[tuple[str, ...], list[float]], keep: int, slack: float
-) -> Iterator[_Wave]:
-    """Candidates that could still be kept, a wave at a time; `kept` grows between waves."""
-    wave: list[Bounded] = []
-    passed_over = 0
-    for one in hopeful:
-        if one.at_best * (1 + slack) <= _to_beat(kept, one.candidate, keep):
-            passed_over += 1
-            continue
-        wave.append(one)
-        if len(wave) == WAVE:
-            yield _Wave(tuple(wave), passed_over)
-            wave, passed_over = [], 0
-    if wave or passed_over:
-        yield _Wave(tuple(wave), passed_over)
+    def add(self, one: Bounded, rate_rps: float) -> None:
+        """A candidate was bisected."""
+        best = self._best.setdefault(one.candidate.signature, [])
+        best.append(rate_rps / one.cost)
+        best.sort(reverse=True)
 
+    def probe(self, one: Bounded, bucket: int) -> Probe:
+        """What to ask of a candidate: to beat the worst that is kept of its kind."""
+        return Probe(one.candidate, one.bound_rps, max(0.0, self._to_beat(one)) * one.cost, bucket)
 
-def _to_beat(kept: dict[tuple[str, ...], list[float]], candidate: Candidate, keep: int) -> float:
-    best = kept.get(candidate.signature, [])
-    return best[keep - 1] if len(best) >= keep else -inf
+    def next_wave(self, pending: Sequence[Bounded], slack: float) -> tuple[list[Bounded], list[Bounded]]:
+        """Candidates to run now, and those to judge later; those that can't be kept are in neither.
 
+        Of a kind with too few known ones only as many are run as are missing: what they reach spares others
+        their bisection.
+        """
+        wave: list[Bounded] = []
+        later: list[Bounded] = []
+        planned: Counter[tuple[str, ...]] = Counter()
+        for one in pending:
+            signature = one.candidate.signature
+            if one.at_best * (1 + slack) <= self._to_beat(one):
+                continue
+            known = len(self._best.get(signature, ()))
+            if len(wave) == WAVE or (known < self._keep and known + planned[signature] >= self._keep):
+                later.append(one)
+                continue
+            planned[signature] += 1
+            wave.append(one)
+        return wave, later
 
-def _probe(one: Bounded, kept: dict[tuple[str, ...], list[float]], keep: int, bucket: int) -> Probe:
-    at_least = max(0.0, _to_beat(kept, one.candidate, keep)) * one.cost
-    return Probe(one.candidate, one.bound_rps, at_least, bucket)
+    def _to_beat(self, one: Bounded) -> float:
+        best = self._best.get(one.candidate.signature, [])
+        return best[self._keep - 1] if len(best) >= self._keep else -inf

@@ -79,9 +79,10 @@ class LengthSection(Section):
 class WorkloadSection(Section):
     """Requests: drawn lengths, or those of a trace; arrivals are drawn at the rate that is tried.
 
-    `requests` a run; a run of each seed counts. `buckets` divides requests by the length of their prompt,
-    so that each may be served by hardware of its own (Melange); the cluster's router does not do that, so
-    1 is what `tandem up` can run.
+    A run has `requests` requests and lasts `seconds` at least, so that queues show that grow slowly; the
+    first of them, a share of `uncounted`, do not count, since the cluster is empty at first. A run of each
+    seed counts. `buckets` divides requests by the length of their prompt, so that each may be served by
+    hardware of its own (Melange); the cluster's router does not do that, so 1 is what `tandem up` can run.
     """
 
     trace: Path | None = None
@@ -90,6 +91,8 @@ class WorkloadSection(Section):
     arrivals: Literal["poisson", "gamma", "fixed"] = "poisson"
     variation: Annotated[float, Field(gt=0, le=100)] = 1.0
     requests: Annotated[int, Field(ge=50, le=1_000_000)] = 1000
+    seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    uncounted: Annotated[float, Field(ge=0, le=0.9)] = 0.25
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1, max_length=20)
     buckets: Annotated[int, Field(ge=1, le=8)] = 1
 
@@ -139,14 +142,18 @@ class FleetFile(Section):
 
 
 class PlanFile(FleetFile):
-    """All of plan.yaml. `rate_rps`: the rate to serve as cheaply as possible; without it, the most of the
-    fleet."""
+    """All of plan.yaml. Without `rate_rps` the fleet's most is asked for, with it the cheapest to serve it.
+
+    `whole_prompts`: prefill workers batch as DistServe's do, no prompt is cut.
+    """
 
     workload: WorkloadSection
     slo: SloSection
     rate_rps: Rate | None = None
     token_budget: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     max_batch: Annotated[int, Field(ge=16, le=4096)] = 256
+    whole_prompts: bool = False
+    colocated_policy: Literal["prefill_first", "sarathi", "mlfq"] = "sarathi"
     search: SearchSection = SearchSection()
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from planner.correction import CorrectedRoofline
 from planner.distserve_fit import DistServeFit, FitCoefficients, read_fits
 from planner.hardware import Device, device_named
 from planner.latency import LatencyModel, TransferModel
+from planner.micro_batches import MicroBatches
 from planner.model_shape import ModelShape, kv_capacity_tokens, model_named
 from planner.operator_tables import ComposedModel, OperatorTable, collective_link
 from planner.placement import WorkerKind
@@ -45,7 +46,8 @@ class PlannedWorkers:
     def latency(self, kind: WorkerKind) -> LatencyModel | None:
         """See Workers."""
         if kind not in self._models:
-            self._models[kind] = self._made(kind)
+            whole = self._made(kind)
+            self._models[kind] = whole if whole is None or kind.pp == 1 else MicroBatches(whole, kind.pp)
         return self._models[kind]
 
     def kv_tokens(self, kind: WorkerKind) -> int:

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Iterator
-from itertools import cycle, islice
+from itertools import compress, cycle, islice
+from math import ceil
 
 from planner.arrivals import ArrivalProcess, arrival_times_s
 from planner.placement import Candidate, Objective, Reached, Slo, WorkerKind
@@ -33,22 +34,27 @@ class SimulatedCandidate:
         offered = good = 0
         met = dict.fromkeys(Objective, 0)
         for seed in self._problem.plan.workload.seeds:
-            records = simulate(self._setup(candidate), self._requests(rate_rps, bucket, seed)).records
-            counted = count_met(records, self.slo, slo_scale)
+            count = self._run_length(rate_rps)
+            asked = self._requests(rate_rps, bucket, seed, count)
+            records = simulate(self._setup(candidate), asked).records
+            first = int(count * self._problem.plan.workload.uncounted)
+            counted = count_met(records, self.slo, slo_scale, first)
             offered, good = offered + counted.offered, good + counted.good
             for objective in Objective:
                 met[objective] += counted.met[objective]
         return Reached(offered, good, met)
 
-    def _requests(self, rate_rps: float, bucket: int, seed: int) -> Iterator[SimRequest]:
+    def _run_length(self, rate_rps: float) -> int:
+        workload = self._problem.plan.workload
+        return max(workload.requests, ceil(rate_rps * workload.seconds))
+
+    def _requests(self, rate_rps: float, bucket: int, seed: int, count: int) -> Iterator[SimRequest]:
         """The same lengths and the same draws at every rate, so that only the gaps' scale differs."""
         workload = self._problem.plan.workload
         process = ArrivalProcess(workload.arrivals)
         times_s = arrival_times_s(process, rate_rps, random.Random(seed), workload.variation)
         pairs = cycle(self._problem.buckets[bucket].pairs)
-        for number, ((prompt, output), at_s) in enumerate(
-            islice(zip(pairs, times_s, strict=False), workload.requests)
-        ):
+        for number, ((prompt, output), at_s) in enumerate(islice(zip(pairs, times_s, strict=False), count)):
             yield SimRequest(number, at_s, prompt, output, _CLASS)
 
     def _setup(self, candidate: Candidate) -> Setup:
@@ -78,20 +84,23 @@ class SimulatedCandidate:
                 plan.block_size,
                 plan.token_budget,
                 plan.max_batch,
-                policy="sarathi" if role is SimRole.COLOCATED else "fcfs",
+                policy=plan.colocated_policy,
+                whole_prompts=plan.whole_prompts,
             )
 
 
-def count_met(records: Records, slo: Slo, scale: float) -> Reached:
-    """How many requests met each objective times `scale`; one without a first token (nan) met none."""
+def count_met(records: Records, slo: Slo, scale: float, first: int = 0) -> Reached:
+    """How many requests from number `first` on met each objective times `scale`; nan meets none."""
     times = records.times
-    rows = list(zip(times["ttft_s"], times["tpot_s"], times["longest_gap_s"], strict=True))
+    every = zip(times["ttft_s"], times["tpot_s"], times["longest_gap_s"], strict=True)
+    counted = [number >= first for number in records.numbers]
+    rows = list(compress(every, counted))
     limits = (slo.ttft_s * scale, slo.tpot_s * scale, slo.longest_gap_s * scale)
     met = {
         objective: sum(row[number] <= limit for row in rows)
         for number, (objective, limit) in enumerate(zip(Objective, limits, strict=True))
     }
-    finished = records.column("outcome")
+    finished = compress(records.column("outcome"), counted)
     good = sum(
         all(time_s <= limit for time_s, limit in zip(row, limits, strict=True)) and outcome == "finished"
         for row, outcome in zip(rows, finished, strict=True)

@@ -7,6 +7,7 @@ import pytest
 from planner.correction import CorrectedRoofline
 from planner.hardware import device_named
 from planner.latency import LatencyModel, PromptPart, StepShape
+from planner.micro_batches import MicroBatches
 from planner.model_shape import model_named
 from planner.operator_tables import ComposedModel, OperatorTable
 from planner.profile_model import ProfileModel
@@ -40,6 +41,7 @@ MODELS: dict[str, Callable[[], LatencyModel]] = {
     "corrected roofline": _corrected,
     "measured profile": lambda: ProfileModel(profile()),
     "operator tables": _composed,
+    "two stages with micro-batches": lambda: MicroBatches(opt_13b(2, 2), 2),
     "operator tables, pp 2": lambda: _composed(1, 2),
 }
 

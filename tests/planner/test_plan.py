@@ -36,6 +36,7 @@ def _document(**changes: Any) -> dict[str, Any]:
             "prompt_tokens": {"mean": 500, "variation": 0.5, "most": 1500},
             "output_tokens": {"mean": 50, "variation": 0.5, "most": 200},
             "requests": 100,
+            "seconds": 0,
         },
         "slo": {"ttft_s": 0.3, "tpot_s": 0.1},
         "search": {"tp": [1], "pp": [1], "modes": ["disaggregated"], "tolerance": 0.05, "processes": 1},

@@ -12,6 +12,9 @@ from benchmarks.latency_summary import Outcome, OutcomeKind, TokenArrival, summa
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
+from planner.placement import Candidate, Mode, WorkerKind
+from planner.placement_mix import Mix
+from planner.plan_result import PlanResult, Ranked, plan_json
 from tandem.cli.json_output import generation_json, status_json
 from tandem.generation import update_from_wire
 from tandem.slo import SloClass
@@ -72,6 +75,12 @@ def relay() -> dict[str, Any]:
     return relay_json([result], streams=4)
 
 
+def planned() -> dict[str, Any]:
+    candidate = Candidate(Mode.DISAGGREGATED, WorkerKind("l4"), 1, WorkerKind("l4"), 1)
+    ranked = Ranked(candidate, 2.0, 2, 2.0, "time per token: 11% miss it at 2.1 req/s")
+    return plan_json(PlanResult(Mix(((candidate, 1),), 2.0, 2.0), (ranked,), 9, 8, 1, ("a roofline",)))
+
+
 @pytest.mark.parametrize(
     ("section", "output"),
     [
@@ -79,6 +88,7 @@ def relay() -> dict[str, Any]:
         ("tandem status", status()),
         ("tandem bench serve", serve()),
         ("tandem bench router", relay()),
+        ("tandem plan", planned()),
     ],
 )
 def test_documented_keys_are_those_produced(section: str, output: dict[str, Any]) -> None:
