@@ -152,9 +152,7 @@ def test_a_prefill_worker_is_an_m_d_1_queue(utilisation: float) -> None:
     rate = utilisation / service_s
     base = disaggregated(1, 1, 100_000)
     model = _FixedService(service_s)
-    setup = Setup(
-        tuple(replace(spec, latency=model) for spec in base.workers), base.router, LinearTransfer()
-    )
+    setup = Setup(tuple(replace(spec, latency=model) for spec in base.workers), base.router, LinearTransfer())
     times = simulate(setup, _poisson(200_000, rate, 11)).records.times["ttft_s"]
     expected_s = service_s + rate * service_s**2 / (2 * (1 - utilisation))
     assert sum(times) / len(times) == pytest.approx(expected_s, rel=0.02)
@@ -183,4 +181,3 @@ def test_names_of_workers_are_unique() -> None:
 def test_a_spec_names_a_known_policy() -> None:
     with pytest.raises(Exception, match="policy must be one of"):
         simulate(colocated("lottery"), [])
-

@@ -34,9 +34,7 @@ SCHEDULES = int(os.environ.get("FAULT_SCHEDULES", "1000"))
 
 def schedule_json(faults: Sequence[Fault], seed: int, blocks: int, drive: Drive) -> str:
     """A schedule as text."""
-    struck = [
-        {"at_s": fault.at_s, "kind": fault.kind.value, "worker": fault.worker_id} for fault in faults
-    ]
+    struck = [{"at_s": fault.at_s, "kind": fault.kind.value, "worker": fault.worker_id} for fault in faults]
     return json.dumps({"faults": struck, "seed": seed, "blocks": blocks, "drive": drive.value})
 
 
