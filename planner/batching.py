@@ -64,7 +64,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A leg drew its `count`th token of this stay; the policy tells of its first after reading and its last."""
+    """A leg drew its `count`th token of this stay; told of the first after reading and of the last."""
 
     leg_id: LegId
     count: int
@@ -254,7 +254,9 @@ class Colocated:
         """The latest arrivals give their blocks back until the batch can make a step."""
         preempted: list[LegId] = []
         while self._sums.growth_next() > self._free and self._sums.count > 1:
-            job = max((job for job in self._jobs.values() if job.joined_clock >= 0), key=lambda job: job.number)
+            job = max(
+                (job for job in self._jobs.values() if job.joined_clock >= 0), key=lambda job: job.number
+            )
             self._leave(job)
             job.computed = 0
             self._waiting.appendleft(job)

@@ -206,7 +206,8 @@ class PlainCluster:
         """All workers tell their load, as long as there is something to do."""
         for site in self._sites:
             site.load.heard(site.report(), self._events.now_s)
-            self._pump()
+            if self._waiting or self._offered:
+                self._pump()
         if self._under_way:
             self._events.at(self._next_report_s(), NEWS, self._report, None)
         else:

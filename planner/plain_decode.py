@@ -161,20 +161,20 @@ class PlainDecode:
         """Counts the steps of the run in flight that are over."""
         if not self._run_batch:
             return
-        taken = self._taken_by_now()
+        taken, end_s = self._taken_by_now()
         if taken == self._taken:
             return
-        if self._end_of(taken) == self._events.now_s:
+        if end_s == self._events.now_s:
             self._finish(taken)
             return
-        self._note(taken)
+        self._note(taken, end_s)
 
     def _finish(self, taken: int) -> None:
         """The run is over after so many steps, the last of which ends now."""
         whole = taken == self._ends_after
-        self._note(taken)
-        self._free += self._sums.growth_next()
         now_s = self._events.now_s
+        self._note(taken, now_s)
+        self._free += self._sums.growth_next()
         self._used.step(self._start_s, now_s - self._start_s, 0, self._run_batch, taken)
         self._run_batch = 0
         self._busy = False
@@ -197,8 +197,8 @@ class PlainDecode:
         self._sums.leave(computed)
         self._free += -(-computed // self._size)
 
-    def _note(self, taken: int) -> None:
-        """Steps of the run up to the `taken`th are over, and the next one has its blocks."""
+    def _note(self, taken: int, end_s: float) -> None:
+        """Steps of the run up to the `taken`th, which ended then, are over; the next one has its blocks."""
         clock, batch = self._sums.clock, self._run_batch
         if self._taken == 0 and (self._beginning or self._start_s > self._last_end_s):
             first_s = self._end_of(1)
@@ -213,19 +213,22 @@ class PlainDecode:
             self._sums.clock, latency.decode_run_s(batch, self._run_context + (taken - 1) * batch, 1)
         )
         self._taken = taken
-        self._last_end_s = self._end_of(taken)
+        self._last_end_s = end_s
 
     def _end_of(self, step: int) -> float:
         return self._start_s + self.spec.latency.decode_run_s(self._run_batch, self._run_context, step)
 
-    def _taken_by_now(self) -> int:
+    def _taken_by_now(self) -> tuple[int, float]:
+        """Steps of the run that are over, and when the last of them ended."""
         now_s = self._events.now_s
         guess = self.spec.latency.decode_steps_within(
             self._run_batch, self._run_context, now_s - self._start_s
         )
         taken = max(self._taken, min(guess, self._ends_after - 1))
-        while taken > self._taken and self._end_of(taken) > now_s:
+        end_s = self._end_of(taken)
+        while taken > self._taken and end_s > now_s:
             taken -= 1
-        while taken + 1 < self._ends_after and self._end_of(taken + 1) <= now_s:
-            taken += 1
-        return taken
+            end_s = self._end_of(taken)
+        while taken + 1 < self._ends_after and (next_s := self._end_of(taken + 1)) <= now_s:
+            taken, end_s = taken + 1, next_s
+        return taken, end_s

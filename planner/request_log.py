@@ -19,7 +19,7 @@ def is_request_log(first_line: str) -> bool:
 
 
 def read_request_log(lines: Iterable[str], limit: int | None) -> Sequence[TraceRow]:
-    """The first `limit` rows in order of arrival, from the first on. Raises InvalidRequest naming the line."""
+    """The first `limit` rows, in order of arrival. Raises InvalidRequest that names the line."""
     rows = [_row(number, line) for number, line in enumerate(islice(lines, limit), start=1) if line.strip()]
     return sorted(rows, key=lambda row: row.arrived_s or 0.0)
 
@@ -27,9 +27,7 @@ def read_request_log(lines: Iterable[str], limit: int | None) -> Sequence[TraceR
 def _row(number: int, line: str) -> TraceRow:
     try:
         entry: dict[str, Any] = json.loads(line)
-        row = TraceRow(
-            float(entry["arrival_s"]), int(entry["prompt_tokens"]), int(entry["output_tokens"])
-        )
+        row = TraceRow(float(entry["arrival_s"]), int(entry["prompt_tokens"]), int(entry["output_tokens"]))
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(f"Line {number} of the request log is none: {error}.", "trace") from error
     if row.prompt_tokens < 0 or row.output_tokens < 0:

@@ -119,5 +119,3 @@ class SimFile(FleetFile):
                 return nodes
         known = ", ".join(nodes.device for nodes in self.hardware)
         raise ConfigError(f"workers: device {device!r} is not under hardware, which has {known}")
-
-

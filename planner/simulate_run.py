@@ -6,9 +6,9 @@ from itertools import count, islice
 from pathlib import Path
 
 from planner.arrivals import ArrivalProcess, arrival_times_s
+from planner.placement import WorkerKind
 from planner.plan_file import LengthSection
 from planner.plan_workers import PlannedWorkers
-from planner.placement import WorkerKind
 from planner.request_log import is_request_log, read_request_log
 from planner.simulate_file import PoolSection, SimFile, SimWorkloadSection
 from planner.simulator import SimulationResult, simulate

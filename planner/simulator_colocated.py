@@ -45,9 +45,7 @@ class ColocatedSite:
         self.alive = True
         self.draining = False
         self._policy = POLICIES[spec.policy](
-            Limits(
-                spec.pool_blocks, spec.block_size, spec.token_budget, spec.max_batch, spec.max_waiting
-            )
+            Limits(spec.pool_blocks, spec.block_size, spec.token_budget, spec.max_batch, spec.max_waiting)
         )
         self._events = events
         self._router = router
@@ -171,9 +169,7 @@ class ColocatedSite:
         """So many steps are over: what they wrote is told or noted."""
         end_s = self._end_of(batch, steps)
         took_s = end_s - self._start_s
-        self._used.step(
-            self._start_s, took_s, total_tokens(batch.prompts), batch.decode_batch, steps
-        )
+        self._used.step(self._start_s, took_s, total_tokens(batch.prompts), batch.decode_batch, steps)
         if batch.decode_batch:
             self._note(batch, steps, end_s)
         for drawn in self._policy.complete(steps):

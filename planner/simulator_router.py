@@ -354,4 +354,3 @@ def _no_text() -> None:
 
 def _ignore_gap(_gap_s: float) -> None:
     """Gaps are in the timeline."""
-

@@ -127,6 +127,8 @@ def check(setup: Setup) -> None:
                 raise InvalidRequest(f"There is no {needed.value} worker; at least one is needed.", "workers")
     for fault in setup.faults:
         if fault.worker_id not in names:
-            raise InvalidRequest(f"The fault at {fault.at_s:g} s names no worker of the simulation.", "faults")
+            raise InvalidRequest(
+                f"The fault at {fault.at_s:g} s names no worker of the simulation.", "faults"
+            )
     if not setup.router.slo_classes:
         raise InvalidRequest("There is no SLO class; at least one is needed.", "classes")

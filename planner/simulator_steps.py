@@ -38,8 +38,8 @@ class Tell(Protocol):
 class DecodeSteps:
     """Owns when the worker's steps begin and end. A run of steps ends early when the batch must change.
 
-    Tokens are told one by one when steps are, else when their sample ends or somebody asks. The time of a step
-    is taken not to fall as contexts grow.
+    Tokens are told one by one when steps are taken so, else when their sample ends or somebody asks. The time
+    of a step is taken not to fall as contexts grow.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import NamedTuple, Protocol
 
 from planner.arrivals import Draws
@@ -91,10 +91,10 @@ def rate_scaled(rows: Sequence[TraceRow], rate_rps: float | None) -> list[float]
     times_s = [row.arrived_s for row in rows if row.arrived_s is not None]
     if len(times_s) < len(rows):
         raise InvalidRequest("The trace has no arrival times: arrivals and a rate are needed.", "trace")
-    for number, (before, after) in enumerate(zip(times_s, times_s[1:], strict=False), start=2):
+    for number, (before, after) in enumerate(pairwise(times_s), start=2):
         if after < before:
             raise InvalidRequest(
-                f"The trace is not sorted: request {number} arrives at {after:g} s, after one at {before:g} s.",
+                f"The trace is not sorted: request {number} comes at {after:g} s, after one at {before:g} s.",
                 "trace",
             )
     start_s, span_s = times_s[0], times_s[-1] - times_s[0]
@@ -136,7 +136,7 @@ def prompt_ids(request: SimRequest, shared: bool) -> Sequence[int]:
     rest = max(0, request.prompt_tokens - len(known))
     # Ids come again after 2^31 prompt tokens, when the pools have long forgotten them.
     start = UNIQUE_FROM + request.number * 4099 % (UNIQUE_FROM - rest)
-    return tuple([*known[: request.prompt_tokens], *range(start, start + rest)])
+    return (*known[: request.prompt_tokens], *range(start, start + rest))
 
 
 def _classes(shares: Mapping[str, float], draws: LengthDraws) -> Callable[[], str]:

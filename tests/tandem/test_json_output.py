@@ -12,14 +12,18 @@ from benchmarks.latency_summary import Outcome, OutcomeKind, TokenArrival, summa
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
+from benchmarks.simulator_speed import measure
 from planner.placement import Candidate, Mode, WorkerKind
 from planner.placement_mix import Mix
 from planner.plan_result import PlanResult, Ranked, plan_json
+from planner.simulate_output import simulation_json
+from planner.simulator import simulate
 from tandem.cli.json_output import generation_json, status_json
 from tandem.generation import update_from_wire
 from tandem.slo import SloClass
 from tandem.v1 import cluster_pb2, worker_pb2
 from tandem.v1 import inference_pb2 as pb
+from tests.planner.clusters import disaggregated, load
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json-output.md"
 
@@ -88,6 +92,8 @@ def planned() -> dict[str, Any]:
         ("tandem status", status()),
         ("tandem bench serve", serve()),
         ("tandem bench router", relay()),
+        ("tandem simulate", simulation_json(simulate(disaggregated(1, 1), load(5, 5.0, 1)))),
+        ("tandem bench sim", measure(None, count=5, rate_rps=1.0, runs=1)),
         ("tandem plan", planned()),
     ],
 )
