@@ -85,6 +85,11 @@ class PrefillPool(PoolSection):
     """Workers that read prompts."""
 
     token_budget: int = Field(default=512, ge=1, le=1_048_576, description="Most prompt tokens of one step.")
+    overlap_min_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = Field(
+        default=256,
+        description="KV of prompts of so many tokens or more moves to a decode worker while they are read; "
+        "null: always afterwards.",
+    )
 
 
 class DecodePool(PoolSection):
@@ -160,8 +165,11 @@ class WorkersSection(Section):
         description="Address under which others reach a worker; `auto` is `bind_host`, or the node's "
         "address when that is `0.0.0.0`.",
     )
-    transports: tuple[Literal["shm", "tcp"], ...] = Field(
-        default=("shm", "tcp"), min_length=1, description="How KV may move, best first."
+    transports: tuple[Literal["nccl", "cuda_ipc", "shm", "tcp"], ...] = Field(
+        default=("shm", "tcp"),
+        min_length=1,
+        description="How KV may move, best first; `nccl` and `cuda_ipc` move pools on GPUs, "
+        "and workers that cannot do one take the next.",
     )
     checksum: bool = Field(default=True, description="Whether moved KV is verified.")
 

@@ -14,7 +14,8 @@ import grpc.aio
 import structlog
 
 from engine.blocks import BlockPool
-from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
+from engine.contract import LayerListener
+from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LegToken, LoadNumbers
 from engine.loading import LoadedEngine, load_engine
 from engine.step import StepPlan, StepResult
 from engine.step_loop import StepLoop, StepScheduler
@@ -90,12 +91,17 @@ class Worker(ABC, Generic[OutcomeT]):
             self._clock,
             self._step_done,
             self._expired,
+            self.scheduled,
         )
         self._attach = AttachServicer(self._welcome(), self)
 
     @abstractmethod
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Takes a leg, or drops it with a reason."""
+
+    def prefetch(self, link: RouterLink, prefetch: wpb.PrefetchKv) -> None:
+        """Fetches the KV of a leg that is still being read, or says that it does not."""
+        link.send_prefetch_lost(LegId(prefetch.leg_id), f"A {self.record.role.value} worker fetches no KV.")
 
     @abstractmethod
     def cancel(self, link: RouterLink, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
@@ -110,12 +116,20 @@ class Worker(ABC, Generic[OutcomeT]):
         """Hand-offs committed since the start."""
 
     @abstractmethod
+    def communicators(self) -> CommunicatorNumbers:
+        """The NCCL communicators of its transfers."""
+
+    @abstractmethod
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the services of this kind of worker, besides WorkerService."""
 
     @abstractmethod
     def transfers(self) -> AbstractAsyncContextManager[None]:
         """Keeps the KV transfers of this kind of worker running."""
+
+    @abstractmethod
+    def scheduled(self, plan: StepPlan | None) -> LayerListener | None:
+        """Carries out what else the scheduler decided with a plan, or without one; see StepLoop."""
 
     @abstractmethod
     def after_step(self, outcome: OutcomeT) -> None:
@@ -159,10 +173,15 @@ class Worker(ABC, Generic[OutcomeT]):
         """Seconds that the step in flight has been running; 0 between steps."""
         return self._steps.stalled_s()
 
+    def wedged(self) -> str | None:
+        """Why only a restart of the process helps; None while all is well."""
+        return self.communicators().wedged
+
     def load(self) -> wpb.LoadSnapshot:
         """The load now."""
         numbers = self.scheduler_load()
         self.metrics.observe_load(numbers)
+        self.metrics.observe_communicators(self.communicators())
         return wpb.LoadSnapshot(
             waiting_prefill_tokens=numbers.waiting_prefill_tokens,
             waiting_legs=numbers.waiting_legs,

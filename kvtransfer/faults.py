@@ -6,12 +6,21 @@ the checksums must catch those.
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
-from kvtransfer.contract import BlockMemory, PeerId, PullGrant, SinkTransport, SourceTransport, Transfer
+from kvtransfer.contract import (
+    BlockMemory,
+    OnLanded,
+    PeerId,
+    PullGrant,
+    SinkTransport,
+    SourceTransport,
+    Transfer,
+)
 from kvtransfer.threads import outlast
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
@@ -75,7 +84,13 @@ class FaultySink:
         """Never fails by schedule."""
         await self._inner.connect(source, address, ticket, block_bytes)
 
-    async def receive(self, source: PeerId, grant: PullGrant, target: Sequence[BlockId]) -> None:
+    async def receive(
+        self,
+        source: PeerId,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        on_landed: OnLanded | None = None,
+    ) -> None:
         """Receives with the next fault of the schedule."""
         fault = self._schedule.draw()
         if fault is Fault.DROP:
@@ -83,8 +98,11 @@ class FaultySink:
         if fault is Fault.DELAY:
             await asyncio.sleep(self._schedule.delay_s)
         last = bytes(self._memory.view(target[-1]))
+        # What is spoilt afterwards must not be hashed before.
+        spoilt = fault in (Fault.TRUNCATE, Fault.CORRUPT)
+        heard = None if spoilt else on_landed
         if fault is Fault.DISCONNECT:
-            receiving = asyncio.create_task(self._inner.receive(source, grant, target))
+            receiving = asyncio.create_task(self._inner.receive(source, grant, target, heard))
             try:
                 await asyncio.sleep(0)
                 await self._inner.disconnect(source)
@@ -92,11 +110,12 @@ class FaultySink:
                 receiving.cancel()
                 await outlast(receiving)
             raise TransferError(TransferFault.DISCONNECTED, "The schedule broke the link.")
-        await self._inner.receive(source, grant, target)
+        await self._inner.receive(source, grant, target, heard)
         if fault is Fault.TRUNCATE:
             self._memory.view(target[-1])[:] = last
         if fault is Fault.CORRUPT:
             view = self._memory.view(target[self._schedule.below(len(target))])
+            view = view[grant.part_offset : grant.part_offset + grant.part_bytes]
             view[self._schedule.below(len(view))] ^= 1 << self._schedule.below(8)
 
     async def disconnect(self, source: PeerId) -> None:
@@ -108,12 +127,11 @@ class FaultySink:
         await self._inner.close()
 
 
-class FaultySource:
-    """A giving side around another one; only transports that send feel its faults."""
+class SourceAround:
+    """A giving side that is another one in all but what a subclass says."""
 
-    def __init__(self, inner: SourceTransport, schedule: FaultSchedule) -> None:
+    def __init__(self, inner: SourceTransport) -> None:
         self._inner = inner
-        self._schedule = schedule
 
     @property
     def name(self) -> str:
@@ -131,14 +149,34 @@ class FaultySource:
         return self._inner.same_host
 
     async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
-        """Never fails by schedule."""
+        """As what is inside."""
         await self._inner.start(on_link_lost)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
-        """Never fails by schedule."""
+        """As what is inside."""
         return self._inner.endpoint(sink, ticket)
 
-    async def send(self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId]) -> None:
+    async def send(
+        self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
+    ) -> None:
+        """As what is inside."""
+        await self._inner.send(sink, transfer, blocks, part_offset, part_bytes)
+
+    async def close(self) -> None:
+        """As what is inside."""
+        await self._inner.close()
+
+
+class FaultySource(SourceAround):
+    """A giving side around another one; only transports that send feel its faults."""
+
+    def __init__(self, inner: SourceTransport, schedule: FaultSchedule) -> None:
+        super().__init__(inner)
+        self._schedule = schedule
+
+    async def send(
+        self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
+    ) -> None:
         """Sends with the next fault of the schedule."""
         fault = self._schedule.draw()
         if fault is Fault.DROP:
@@ -152,8 +190,39 @@ class FaultySource:
         if fault is Fault.CORRUPT and len(blocks) > 1:
             first = self._schedule.below(len(blocks) - 1)
             blocks = [*blocks[:first], blocks[first + 1], blocks[first], *blocks[first + 2 :]]
-        await self._inner.send(sink, transfer, blocks)
+        await self._inner.send(sink, transfer, blocks, part_offset, part_bytes)
 
-    async def close(self) -> None:
-        """Never fails by schedule."""
-        await self._inner.close()
+
+class ThrottledSource(SourceAround):
+    """A giving side behind one slow link: `bytes_per_s` for all sinks together, one transfer after the other.
+
+    Each transfer takes up to `jitter` of its time more or less, drawn by the seed. Only transports that send
+    feel it. `clock` is monotonic, in seconds.
+    """
+
+    def __init__(
+        self,
+        inner: SourceTransport,
+        bytes_per_s: float,
+        *,
+        seed: int = 0,
+        jitter: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(inner)
+        self._bytes_per_s = bytes_per_s
+        self._jitter = jitter
+        self._random = random.Random(seed)
+        self._clock = clock
+        self._busy_until_s = clock()
+
+    async def send(
+        self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
+    ) -> None:
+        """Sends when the link would have carried the last byte."""
+        now_s = self._clock()
+        slower = 1.0 + self._jitter * self._random.uniform(-1.0, 1.0)
+        took_s = len(blocks) * part_bytes / self._bytes_per_s * slower
+        self._busy_until_s = max(now_s, self._busy_until_s) + took_s
+        await asyncio.sleep(self._busy_until_s - now_s)
+        await super().send(sink, transfer, blocks, part_offset, part_bytes)

@@ -170,10 +170,10 @@ class Pulls:
         if not pull.sink.moved(now_s):
             self._give_up(pull)
             return
-        pull.sink.verified(now_s)
+        pull.sink.held(last=True, now_s=now_s)
         source = pull.offer.source
         self._send_ended(pull, True)
-        source.commit(PeerId(*pull.puller.key), now_s)
+        source.commit(PeerId(*pull.puller.key), number, same=True, now_s=now_s)
         pull.sink.status(source.state, now_s)
         self._over(pull)
         self.committed += 1

@@ -149,6 +149,7 @@ class RouterMessage(_message.Message):
     CACHE_SNAPSHOT_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
+    PREFETCH_KV_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """First message of a stream."""
@@ -177,6 +178,10 @@ class RouterMessage(_message.Message):
     def ping(self) -> Global___Ping:
         """Answered by Pong at once."""
 
+    @_builtins.property
+    def prefetch_kv(self) -> Global___PrefetchKv:
+        """Fetch KV while its prompt is still read; StartDecode follows."""
+
     def __init__(
         self,
         *,
@@ -187,12 +192,13 @@ class RouterMessage(_message.Message):
         cache_snapshot: Global___CacheSnapshotRequest | None = ...,
         drain: Global___Drain | None = ...,
         ping: Global___Ping | None = ...,
+        prefetch_kv: Global___PrefetchKv | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_snapshot", b"cache_snapshot", "cancel", b"cancel", "drain", b"drain", "hello", b"hello", "ping", b"ping", "start_decode", b"start_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_snapshot", b"cache_snapshot", "cancel", b"cancel", "drain", b"drain", "hello", b"hello", "ping", b"ping", "prefetch_kv", b"prefetch_kv", "start_decode", b"start_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_snapshot", b"cache_snapshot", "cancel", b"cancel", "drain", b"drain", "hello", b"hello", "ping", b"ping", "start_decode", b"start_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_snapshot", b"cache_snapshot", "cancel", b"cancel", "drain", b"drain", "hello", b"hello", "ping", b"ping", "prefetch_kv", b"prefetch_kv", "start_decode", b"start_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "start_prefill", "start_decode", "cancel", "cache_snapshot", "drain", "ping"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "start_prefill", "start_decode", "cancel", "cache_snapshot", "drain", "ping", "prefetch_kv"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -212,6 +218,7 @@ class WorkerMessage(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
+    PREFETCH_LOST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___WorkerWelcome:
         """First message of a stream."""
@@ -222,7 +229,7 @@ class WorkerMessage(_message.Message):
 
     @_builtins.property
     def kv_offered(self) -> Global___KvOffered:
-        """The prompt is read and its KV can be pulled."""
+        """The prompt is read, or is being read, and its KV can be pulled."""
 
     @_builtins.property
     def kv_landed(self) -> Global___KvLanded:
@@ -244,6 +251,10 @@ class WorkerMessage(_message.Message):
     def pong(self) -> Global___Pong:
         """Answer to Ping."""
 
+    @_builtins.property
+    def prefetch_lost(self) -> Global___PrefetchLost:
+        """A leg's KV is not fetched early after all."""
+
     def __init__(
         self,
         *,
@@ -255,12 +266,13 @@ class WorkerMessage(_message.Message):
         load: Global___LoadSnapshot | None = ...,
         cache: Global___CacheEvents | None = ...,
         pong: Global___Pong | None = ...,
+        prefetch_lost: Global___PrefetchLost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache", b"cache", "kv_landed", b"kv_landed", "kv_offered", b"kv_offered", "leg_dropped", b"leg_dropped", "load", b"load", "pong", b"pong", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache", b"cache", "kv_landed", b"kv_landed", "kv_offered", b"kv_offered", "leg_dropped", b"leg_dropped", "load", b"load", "pong", b"pong", "prefetch_lost", b"prefetch_lost", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache", b"cache", "kv_landed", b"kv_landed", "kv_offered", b"kv_offered", "leg_dropped", b"leg_dropped", "load", b"load", "pong", b"pong", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache", b"cache", "kv_landed", b"kv_landed", "kv_offered", b"kv_offered", "leg_dropped", b"leg_dropped", "load", b"load", "pong", b"pong", "prefetch_lost", b"prefetch_lost", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "step", "kv_offered", "kv_landed", "leg_dropped", "load", "cache", "pong"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "step", "kv_offered", "kv_landed", "leg_dropped", "load", "cache", "pong", "prefetch_lost"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -497,6 +509,94 @@ class StartDecode(_message.Message):
 Global___StartDecode: _TypeAlias = StartDecode  # noqa: Y015
 
 @_typing.final
+class PrefetchKv(_message.Message):
+    """PrefetchKv asks a decode worker to fetch the KV of a leg while its prompt is read. StartDecode of the same leg
+    follows when its first tokens are known, or CancelLeg. StartDecode stands by itself: this message may be lost.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLE_INDICES_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    REMAINING_S_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    leg_id: _builtins.str
+    """The leg, as at the prefill worker."""
+    request_id: _builtins.str
+    """The request's id, for logs."""
+    prompt_tokens: _builtins.int
+    """How many of token_ids are the prompt."""
+    priority: _builtins.int
+    """Scheduling priority; higher goes first."""
+    remaining_s: _builtins.float
+    """Seconds left until the request's deadline."""
+    epoch: _builtins.int
+    """Epoch of the hand-off."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens whose KV is to be pulled."""
+
+    @_builtins.property
+    def sample_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The samples that will go on, 0-based."""
+
+    @_builtins.property
+    def source(self) -> Global___WorkerAddress:
+        """Where the KV is."""
+
+    def __init__(
+        self,
+        *,
+        leg_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        sample_indices: _abc.Iterable[_builtins.int] | None = ...,
+        priority: _builtins.int = ...,
+        remaining_s: _builtins.float = ...,
+        source: Global___WorkerAddress | None = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "leg_id", b"leg_id", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "remaining_s", b"remaining_s", "request_id", b"request_id", "sample_indices", b"sample_indices", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchKv: _TypeAlias = PrefetchKv  # noqa: Y015
+
+@_typing.final
+class PrefetchLost(_message.Message):
+    """PrefetchLost says that a decode worker does not fetch a leg's KV early, or not any more. The leg lives on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    leg_id: _builtins.str
+    """The leg."""
+    message: _builtins.str
+    """One sentence for the log."""
+    def __init__(
+        self,
+        *,
+        leg_id: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_id", b"leg_id", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchLost: _TypeAlias = PrefetchLost  # noqa: Y015
+
+@_typing.final
 class SampleStart(_message.Message):
     """SampleStart is where one sample goes on."""
 
@@ -731,6 +831,7 @@ class KvOffered(_message.Message):
     COMPUTE_S_FIELD_NUMBER: _builtins.int
     PARK_S_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    GROWING_FIELD_NUMBER: _builtins.int
     leg_id: _builtins.str
     """The leg."""
     kv_tokens: _builtins.int
@@ -745,6 +846,8 @@ class KvOffered(_message.Message):
     """Seconds for which the offer holds."""
     epoch: _builtins.int
     """Epoch to pull with."""
+    growing: _builtins.bool
+    """Whether the prompt is still being read: the KV can be pulled as it grows. Another KvOffered follows the first tokens."""
     def __init__(
         self,
         *,
@@ -755,10 +858,11 @@ class KvOffered(_message.Message):
         compute_s: _builtins.float = ...,
         park_s: _builtins.float = ...,
         epoch: _builtins.int = ...,
+        growing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "compute_s", b"compute_s", "epoch", b"epoch", "kv_tokens", b"kv_tokens", "leg_id", b"leg_id", "park_s", b"park_s", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "compute_s", b"compute_s", "epoch", b"epoch", "growing", b"growing", "kv_tokens", b"kv_tokens", "leg_id", b"leg_id", "park_s", b"park_s", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -989,20 +1093,116 @@ class HandoffStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATE_FIELD_NUMBER: _builtins.int
+    MISMATCHED_FIELD_NUMBER: _builtins.int
     state: Global___HandoffState.ValueType
     """State at the source after the call."""
+    @_builtins.property
+    def mismatched(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """After a Commit: transfers whose bytes are not what the source holds. They must be pulled again."""
+
     def __init__(
         self,
         *,
         state: Global___HandoffState.ValueType = ...,
+        mismatched: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mismatched", b"mismatched", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandoffStatus: _TypeAlias = HandoffStatus  # noqa: Y015
+
+@_typing.final
+class CommitRequest(_message.Message):
+    """CommitRequest says what the puller holds of one hand-off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDOFF_FIELD_NUMBER: _builtins.int
+    LANDED_FIELD_NUMBER: _builtins.int
+    LAST_NUMBER_FIELD_NUMBER: _builtins.int
+    last_number: _builtins.int
+    """Number of the puller's last transfer; a commit with an earlier one is out of date and changes nothing."""
+    @_builtins.property
+    def handoff(self) -> Global___HandoffRef:
+        """Which hand-off."""
+
+    @_builtins.property
+    def landed(self) -> _containers.RepeatedCompositeFieldContainer[Global___LandedTransfer]:
+        """The transfers that landed, each with the checksum of what is at the puller; empty when the pair uses none."""
+
+    def __init__(
+        self,
+        *,
+        handoff: Global___HandoffRef | None = ...,
+        landed: _abc.Iterable[Global___LandedTransfer] | None = ...,
+        last_number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "landed", b"landed", "last_number", b"last_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommitRequest: _TypeAlias = CommitRequest  # noqa: Y015
+
+@_typing.final
+class LandedTransfer(_message.Message):
+    """LandedTransfer is one transfer as the puller has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_NUMBER_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    transfer_number: _builtins.int
+    """Its number."""
+    checksum: _builtins.int
+    """XXH3-64 of its blocks' checksums in order, each 8 bytes, little-endian."""
+    def __init__(
+        self,
+        *,
+        transfer_number: _builtins.int = ...,
+        checksum: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "transfer_number", b"transfer_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LandedTransfer: _TypeAlias = LandedTransfer  # noqa: Y015
+
+@_typing.final
+class HeadRange(_message.Message):
+    """HeadRange names the KV heads that a tensor-parallel rank holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """First head, 0-based."""
+    count: _builtins.int
+    """Number of heads."""
+    total: _builtins.int
+    """Heads of the model."""
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        count: _builtins.int = ...,
+        total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first", b"first", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeadRange: _TypeAlias = HeadRange  # noqa: Y015
 
 @_typing.final
 class ConnectRequest(_message.Message):
@@ -1013,6 +1213,8 @@ class ConnectRequest(_message.Message):
     SINK_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     host_id: _builtins.str
     """Identifies the sink's host and boot, so that same-host transports are only offered on one host."""
     @_builtins.property
@@ -1023,16 +1225,26 @@ class ConnectRequest(_message.Message):
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Transports that the sink can do, best first."""
 
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Checksums that the sink can compute, best first; empty when it computes none."""
+
+    @_builtins.property
+    def heads(self) -> Global___HeadRange:
+        """KV heads in the sink's blocks; absent means all."""
+
     def __init__(
         self,
         *,
         sink: Global___WorkerAddress | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
         host_id: _builtins.str = ...,
+        checksums: _abc.Iterable[_builtins.str] | None = ...,
+        heads: Global___HeadRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sink", b"sink"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "sink", b"sink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "sink", b"sink", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "heads", b"heads", "host_id", b"host_id", "sink", b"sink", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1047,8 +1259,12 @@ class ConnectResponse(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     block_bytes: _builtins.int
     """Bytes of a block."""
+    checksum: _builtins.str
+    """The checksum that the pair uses; empty for none."""
     @_builtins.property
     def source(self) -> Global___WorkerAddress:
         """Who is pulled from."""
@@ -1057,16 +1273,22 @@ class ConnectResponse(_message.Message):
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportEndpoint]:
         """Transports that both can do, best first."""
 
+    @_builtins.property
+    def heads(self) -> Global___HeadRange:
+        """KV heads in the source's blocks; absent means all."""
+
     def __init__(
         self,
         *,
         source: Global___WorkerAddress | None = ...,
         endpoints: _abc.Iterable[Global___TransportEndpoint] | None = ...,
         block_bytes: _builtins.int = ...,
+        checksum: _builtins.str = ...,
+        heads: Global___HeadRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "endpoints", b"endpoints", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "checksum", b"checksum", "endpoints", b"endpoints", "heads", b"heads", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1082,9 +1304,11 @@ class TransportEndpoint(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
-    """Name of the transport: shm, tcp."""
+    """Name of the transport: nccl, cuda_ipc, shm, tcp."""
     address: _builtins.str
-    """Transport-specific address (a socket name, or host:port)."""
+    """Transport-specific address: a socket name, host:port, with the pool's handle (cuda_ipc), or with a communicator's
+    epoch and secret id (nccl).
+    """
     ticket: _builtins.bytes
     """Secret for this pair, proved on the data connection."""
     def __init__(
@@ -1117,6 +1341,7 @@ class PullRequest(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     REMAINING_S_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
     """Transport to use."""
     transfer_number: _builtins.int
@@ -1133,6 +1358,8 @@ class PullRequest(_message.Message):
     """Scheduling priority; higher goes first."""
     remaining_s: _builtins.float
     """Seconds left until the request's deadline."""
+    wait_s: _builtins.float
+    """When more than 0: grant nothing, but answer as soon as something of this range is ready, or after so many seconds."""
     @_builtins.property
     def handoff(self) -> Global___HandoffRef:
         """Which hand-off."""
@@ -1149,10 +1376,11 @@ class PullRequest(_message.Message):
         num_layers: _builtins.int = ...,
         priority: _builtins.int = ...,
         remaining_s: _builtins.float = ...,
+        wait_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "handoff", b"handoff", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "priority", b"priority", "remaining_s", b"remaining_s", "transfer_number", b"transfer_number", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "handoff", b"handoff", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "priority", b"priority", "remaining_s", b"remaining_s", "transfer_number", b"transfer_number", "transport", b"transport", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1160,7 +1388,7 @@ Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 
 @_typing.final
 class PullResponse(_message.Message):
-    """PullResponse grants the lease."""
+    """PullResponse grants the lease on the first part of the range that is ready."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1168,8 +1396,13 @@ class PullResponse(_message.Message):
     REFUSAL_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
     SOURCE_BLOCKS_FIELD_NUMBER: _builtins.int
-    CHECKSUMS_FIELD_NUMBER: _builtins.int
     LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    NOT_READY_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    PART_OFFSET_FIELD_NUMBER: _builtins.int
+    PART_BYTES_FIELD_NUMBER: _builtins.int
     state: Global___HandoffState.ValueType
     """State at the source; anything but ACCEPTED or MOVING is a refusal."""
     refusal: _builtins.str
@@ -1178,13 +1411,21 @@ class PullResponse(_message.Message):
     """Seconds from now for which the source keeps the blocks; the puller touches them no longer."""
     length_bytes: _builtins.int
     """Bytes to be moved."""
+    not_ready: _builtins.bool
+    """Whether nothing of the range is ready yet; then nothing is granted, but the offer is kept for lease_s."""
+    first_block: _builtins.int
+    """First block of the range that is granted, as an index in the leg's block list."""
+    first_layer: _builtins.int
+    """First layer that is granted."""
+    num_layers: _builtins.int
+    """Layers that are granted; 0 means all from the first on."""
+    part_offset: _builtins.int
+    """Where in each block the granted bytes begin."""
+    part_bytes: _builtins.int
+    """How many bytes of each block are granted."""
     @_builtins.property
     def source_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the blocks in the source's pool (used by transports that read its memory)."""
-
-    @_builtins.property
-    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One checksum (XXH3-64) for each block, in order."""
 
     def __init__(
         self,
@@ -1193,12 +1434,17 @@ class PullResponse(_message.Message):
         refusal: _builtins.str = ...,
         lease_s: _builtins.float = ...,
         source_blocks: _abc.Iterable[_builtins.int] | None = ...,
-        checksums: _abc.Iterable[_builtins.int] | None = ...,
         length_bytes: _builtins.int = ...,
+        not_ready: _builtins.bool = ...,
+        first_block: _builtins.int = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        part_offset: _builtins.int = ...,
+        part_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "lease_s", b"lease_s", "length_bytes", b"length_bytes", "refusal", b"refusal", "source_blocks", b"source_blocks", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "lease_s", b"lease_s", "length_bytes", b"length_bytes", "not_ready", b"not_ready", "num_layers", b"num_layers", "part_bytes", b"part_bytes", "part_offset", b"part_offset", "refusal", b"refusal", "source_blocks", b"source_blocks", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

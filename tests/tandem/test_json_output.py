@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.kv import result_json
+from benchmarks.kv_layouts import SMALL_BLOCKS, Layout, Placement
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, Road, Timed
 from benchmarks.latency_summary import Outcome, OutcomeKind, TokenArrival, summarise
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
 from benchmarks.simulator_speed import measure
+from kvtransfer.contract import PullReport
 from planner.placement import Candidate, Mode, WorkerKind
 from planner.placement_mix import Mix
 from planner.plan_result import PlanResult, Ranked, plan_json
@@ -85,6 +89,14 @@ def planned() -> dict[str, Any]:
     return plan_json(PlanResult(Mix(((candidate, 1),), 2.0, 2.0), (ranked,), 9, 8, 1, ("a roofline",)))
 
 
+def kv() -> dict[str, Any]:
+    timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.0, 0.001), 0.005)
+    layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
+    case = CaseTimes(layout, 4, (0.001,), (0.002,), {Road("shm", True): (timed,)})
+    adoption = AdoptionTimes(1, 65_536, (0.001,), (0.001,), (0.001,), (0.001,))
+    return result_json([case], 1, case, 2, [adoption])
+
+
 @pytest.mark.parametrize(
     ("section", "output"),
     [
@@ -95,6 +107,7 @@ def planned() -> dict[str, Any]:
         ("tandem simulate", simulation_json(simulate(disaggregated(1, 1), load(5, 5.0, 1)))),
         ("tandem bench sim", measure(None, count=5, rate_rps=1.0, runs=1)),
         ("tandem plan", planned()),
+        ("tandem bench kv", kv()),
     ],
 )
 def test_documented_keys_are_those_produced(section: str, output: dict[str, Any]) -> None:

@@ -1,0 +1,58 @@
+"""Pure: what `tandem bench kv` measured."""
+
+from dataclasses import dataclass
+
+from benchmarks.kv_layouts import Layout
+from kvtransfer.contract import PullReport, TransferConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Road:
+    """One way to move KV: a transport, with or without checksums."""
+
+    transport: str
+    checksum: bool
+
+    def config(self) -> TransferConfig:
+        """The workers' configuration, but for the transport and the checksums."""
+        return TransferConfig(transports=(self.transport,), checksum=self.checksum, lease_s=30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One pull: what the sink reported, and the whole call as its caller saw it."""
+
+    report: PullReport
+    pull_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CaseTimes:
+    """All rounds of one case; `roads` maps each road to its pulls, one a round."""
+
+    layout: Layout
+    blocks: int
+    memcpy_s: tuple[float, ...]
+    raw_tcp_s: tuple[float, ...]
+    roads: dict[Road, tuple[Timed, ...]]
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of one pull."""
+        return self.blocks * self.layout.shape.block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptionTimes:
+    """Rounds of exchanging contiguous blocks with another process, whose pages both had touched.
+
+    `first_read_s` is reading a number of every page right after, when the page table is filled;
+    `later_read_s` is doing so again.
+    """
+
+    blocks: int
+    moved_bytes: int
+    prepare_s: tuple[float, ...]
+    adopt_s: tuple[float, ...]
+    first_read_s: tuple[float, ...]
+    later_read_s: tuple[float, ...]
