@@ -1,8 +1,10 @@
 """Pure: a leg and its samples at a decode worker: what comes in, what goes out, and the states in between."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from decode_worker.grown_tokens import GrownTokens
 from engine.drafting.draft import NO_DRAFT, Draft
 from engine.leg import DroppedLeg, LegToken
 from tandem.errors import InvalidRequest, PromptTooLong
@@ -27,7 +29,7 @@ class DecodeLeg:
     """
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     prompt_tokens: int
     samples: tuple[SampleStart, ...]
     params: SamplingParams
@@ -82,6 +84,9 @@ class LegState(Enum):
     LANDED: its KV is here before it was started. ABORTING: it is over, but a pull may still write its blocks.
     """
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     WAITING = "waiting"
     PULLING = "pulling"
     LANDED = "landed"
@@ -92,6 +97,9 @@ class LegState(Enum):
 
 class LegInput(Enum):
     """What can happen to a leg."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     RESERVE = "reserve"
     START = "start"
@@ -123,6 +131,9 @@ LEG_TRANSITIONS = {
 class SampleState(Enum):
     """Where a sample in the batch stands. LEAVING: it is over, but the step in flight touches its blocks."""
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     RUNNING = "running"
     LEAVING = "leaving"
     ENDED = "ended"
@@ -130,6 +141,9 @@ class SampleState(Enum):
 
 class SampleInput(Enum):
     """What can happen to a sample in the batch."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     FINISH = "finish"
     STOP = "stop"
@@ -191,7 +205,7 @@ class SampleRecord:
     record: LegRecord
     sample_index: int
     key: int
-    tokens: list[int]
+    tokens: list[int] | GrownTokens
     computed: int
     table: list[BlockId]
     state: SampleState = SampleState.RUNNING

@@ -19,6 +19,7 @@ from decode_worker.decode_leg import (
     SampleState,
     check_leg,
 )
+from decode_worker.grown_tokens import GrownTokens
 from decode_worker.sample_blocks import grow, settle, trim
 from decode_worker.slices import accepted_tokens, leg_token, sample_slice
 from decode_worker.speculation import Speculation
@@ -280,15 +281,15 @@ class DecodeScheduler:
             self._pool.fork(record.table)
         for start in record.starts:
             self._keys += 1
-            tokens = [*record.leg.token_ids, *start.token_ids]
-            computed = len(record.leg.token_ids)
-            sample = SampleRecord(
-                record, start.sample_index, self._keys, tokens, computed, list(record.table)
-            )
+            tokens, shared = self._tokens_of(record, start), len(record.leg.token_ids)
+            sample = SampleRecord(record, start.sample_index, self._keys, tokens, shared, list(record.table))
             record.samples.append(sample)
             insort(self._running, sample, key=lambda running: running.rank)
         record.table = ()
         return True
+
+    def _tokens_of(self, record: LegRecord, start: SampleStart) -> list[int] | GrownTokens:
+        return [*record.leg.token_ids, *start.token_ids]
 
     def _make_room(self) -> list[SampleRecord]:
         """Gives samples the blocks of their next step, at the cost of the last in rank; returns who has them.
@@ -361,7 +362,8 @@ class DecodeScheduler:
     def _end_sample(self, sample: SampleRecord, happened: SampleInput) -> None:
         """Takes a sample out of the batch; its full blocks stay cached for who comes with the same prefix."""
         sample.state = next_state(SAMPLE_TRANSITIONS, sample.state, happened)
-        self._pool.publish(sample.tokens[: sample.computed], sample.table)
+        if self._pool.caches:
+            self._pool.publish(sample.tokens[: sample.computed], sample.table)
         if sample.pending_copy is not None:
             self._pool.release(sample.pending_copy[:1])
         self._pool.release(sample.table)

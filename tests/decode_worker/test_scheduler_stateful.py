@@ -150,7 +150,7 @@ class DecodeMachine(RuleBasedStateMachine):
         except PromptTooLong:
             assert longest >= CONTEXT or longest > BLOCKS * SIZE
             return False
-        self.token_ids[leg.leg_id] = leg.token_ids
+        self.token_ids[leg.leg_id] = tuple(leg.token_ids)
         return True
 
     @rule(
