@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.attention import BatchAttention
 from engine.contract import LayerListener
-from engine.linear import Linear
+from engine.linear import Linear, onednn_for
 from engine.model_config import ModelConfig
 from engine.rope import inverse_frequencies, rotate, rotation
 
@@ -33,8 +33,11 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], reorder: bool) -> None:
         """`weights` as weights.expected_tensors names them; `reorder` as in Linear."""
         self._config = config
+        if reorder and onednn_for(weights["model.embed_tokens.weight"]) is not None:
+            weights = _unmapped(weights)
         self._embeddings = weights["model.embed_tokens.weight"]
         self._dtype = self._embeddings.dtype
+        self._epsilon = torch.tensor(config.norm_eps, device=self._embeddings.device)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self._embeddings.device)
         self._layers = tuple(_layer(config, weights, index, reorder) for index in range(config.layers))
         self._norm = weights["model.norm.weight"]
@@ -121,8 +124,16 @@ class Decoder:
         return layer.down(F.silu(gate).mul_(up))
 
     def _normed(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm over the last dimension."""
-        return F.rms_norm(rows, weight.shape, weight, self._config.norm_eps)
+        """RMS norm over the last dimension; as F.rms_norm, in half as many passes."""
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self._epsilon, length, length, value=1 / weight.shape[0]).rsqrt_()
+        return (rows * scale).to(rows.dtype).mul_(weight)
+
+
+def _unmapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Copies what is used as stored, so that nothing holds the mapped file once the rest is reordered."""
+    kept = ("norm.weight", "embed_tokens.weight", ".bias")
+    return {name: tensor.clone() if name.endswith(kept) else tensor for name, tensor in weights.items()}
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, reorder: bool) -> _Layer:

@@ -15,3 +15,4 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     bench_arguments.add_router(kinds)
     bench_arguments.add_sim(kinds)
     bench_arguments.add_kv(kinds)
+    bench_arguments.add_engine(kinds)
