@@ -1,7 +1,7 @@
 """Pure: guessed tokens of one sequence, and which of them hold once the model has drawn its own.
 
 A guess holds when the model, asked after the guesses before it, draws the same token. That is all that
-verification needs, whatever the drafter and however the model draws (docs/decisions/004).
+verification needs, whatever the drafter and however the model draws (docs/decisions/006).
 """
 
 from collections.abc import Mapping, Sequence

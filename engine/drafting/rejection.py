@@ -2,7 +2,7 @@
 
 A guess drawn from q holds with probability min(1, p / q); where it does not, the token is drawn from
 max(p - q, 0). The output is distributed as p, and more guesses hold than by drawing from p and comparing;
-but which token comes depends on the draft (docs/decisions/004).
+but which token comes depends on the draft (docs/decisions/006).
 """
 
 from collections.abc import Sequence
