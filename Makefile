@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test check format protos bench soak clean
+.PHONY: help setup demo test check format protos bench gpu-check soak clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,7 +50,15 @@ protos: $(VENV)/.installed-dev ## generate the stubs in tandem/v1 from protos/
 bench: $(VENV)/.installed-dev ## measure the router's relay (a running cluster: tandem bench serve)
 	$(BIN)/tandem bench router
 
-soak: $(VENV)/.installed-dev ## long runs that make test leaves out: more seeds of the chaos test
+# Wants torch, cupy and grpcio of the Python it runs on, neither Ray nor Redis; so it installs nothing.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+
+gpu-check: ## test and measure on a CUDA device; writes docs/measurements/DATE-gpu.md
+	$(GPU_PYTHON) -m benchmarks.gpu_check --probe
+	$(GPU_PYTHON) -m pytest -m gpu tests/kvtransfer $(wildcard tests/engine/test_gpu*.py)
+	$(GPU_PYTHON) -m benchmarks.gpu_check
+
+soak: $(VENV)/.installed-dev ## long runs that make test leaves out: more seeds of the chaos and fault tests
 	$(BIN)/python -m pytest -m soak
 
 clean: ## remove the virtual environment and caches

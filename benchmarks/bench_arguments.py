@@ -59,6 +59,25 @@ def add_router(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.set_defaults(run=_run_router)
 
 
+def add_kv(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`tandem bench kv`."""
+    parser = kinds.add_parser(
+        "kv",
+        help="KV between two processes over every transport",
+        description="Measures GB/s beside memcpy and loopback TCP, and the parts of hand-offs under load.",
+    )
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="the median is reported (7)")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and hand-offs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
+    parser.set_defaults(run=_run_kv)
+
+
+def _run_kv(chosen: argparse.Namespace) -> int:
+    from benchmarks.kv import run
+
+    return run(chosen)
+
+
 def _run_serve(chosen: argparse.Namespace) -> int:
     from benchmarks.serve import run
 

@@ -9,15 +9,15 @@ import asyncio
 import json
 import os
 import statistics
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from benchmarks.processes import START_TIMEOUT_S, exchange, running_module
 from benchmarks.relay_load import LoadResult, LoadSpec
 from benchmarks.relay_router import RelaySpec
 from router.config import RouterConfig
-from tandem.errors import InvalidRequest, TandemError
+from tandem.errors import InvalidRequest
 from tandem.ids import Incarnation, WorkerId
 from tandem.slo import SloClass
 from tandem.worker import Role, WorkerRecord
@@ -27,8 +27,6 @@ TOKENS_A_STREAM = 32
 PROBES = 200
 PACED_SHARE = 0.5
 STEP_MS = 5.0
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 5.0
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -94,8 +92,8 @@ async def _one_run(streams: int, seconds: float) -> LoadResult:
         prefill, prefill_process = await stack.enter_async_context(_stub(Role.PREFILL, others))
         decode, decode_process = await stack.enter_async_context(_stub(Role.DECODE, others))
         spec = RelaySpec(_router_config(streams), (prefill, decode), cores[0])
-        router = await stack.enter_async_context(_process("benchmarks.relay_router", (), None))
-        port = await _exchange(router, spec.to_line())
+        router = await stack.enter_async_context(running_module("benchmarks.relay_router"))
+        port = await exchange(router, spec.to_line())
         load_spec = LoadSpec(
             f"127.0.0.1:{int(port)}",
             prefill.address,
@@ -108,8 +106,8 @@ async def _one_run(streams: int, seconds: float) -> LoadResult:
             router.pid,
             (prefill_process.pid, decode_process.pid),
         )
-        load = await stack.enter_async_context(_process("benchmarks.relay_load", (), others))
-        answer = await _exchange(load, load_spec.to_line(), timeout_s=START_TIMEOUT_S + 4 * seconds)
+        load = await stack.enter_async_context(running_module("benchmarks.relay_load", (), others))
+        answer = await exchange(load, load_spec.to_line(), timeout_s=START_TIMEOUT_S + 4 * seconds)
         return LoadResult.from_line(answer)
 
 
@@ -138,8 +136,8 @@ async def _stub(
 ) -> AsyncIterator[tuple[WorkerRecord, asyncio.subprocess.Process]]:
     """A stub worker; its tokens are of SmolLM2's vocabulary, which the router's tokenizer knows."""
     arguments = ("--role", role.value, "--digest", DIGEST, "--vocabulary", "49152", "--step-ms", str(STEP_MS))
-    async with _process("benchmarks.stub_worker", arguments, cores) as process:
-        facts = json.loads(await _exchange(process, b""))
+    async with running_module("benchmarks.stub_worker", arguments, cores) as process:
+        facts = json.loads(await exchange(process, b""))
         record = WorkerRecord(
             WorkerId(facts["worker_id"]),
             Incarnation(facts["incarnation"]),
@@ -148,58 +146,3 @@ async def _stub(
             facts["digest"],
         )
         yield record, process
-
-
-@asynccontextmanager
-async def _process(
-    module: str, arguments: Sequence[str], cores: set[int] | None
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs a module; stopped, by force if need be, when the block ends."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        module,
-        *arguments,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        limit=1 << 24,
-        start_new_session=True,
-    )
-    try:
-        if cores is not None:
-            os.sched_setaffinity(process.pid, cores)
-        yield process
-    finally:
-        await _stop(process)
-
-
-async def _exchange(
-    process: asyncio.subprocess.Process, line: bytes, timeout_s: float = START_TIMEOUT_S
-) -> bytes:
-    """Writes a line and reads one. Raises TandemError when the process ended or did not answer."""
-    if process.stdin is None or process.stdout is None:
-        raise TandemError("The process has no pipes.")
-    try:
-        async with asyncio.timeout(timeout_s):
-            process.stdin.write(line)
-            await process.stdin.drain()
-            answer = await process.stdout.readline()
-    except (TimeoutError, ConnectionError) as error:
-        raise TandemError(f"A benchmark process did not answer: {error}") from error
-    if not answer:
-        raise TandemError(f"A benchmark process ended with code {await process.wait()}.")
-    return answer
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
-    if process.stdin is not None:
-        process.stdin.close()
-    process.terminate()
-    try:
-        async with asyncio.timeout(STOP_TIMEOUT_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()

@@ -160,8 +160,11 @@ class WorkersSection(Section):
         description="Address under which others reach a worker; `auto` is `bind_host`, or the node's "
         "address when that is `0.0.0.0`.",
     )
-    transports: tuple[Literal["shm", "tcp"], ...] = Field(
-        default=("shm", "tcp"), min_length=1, description="How KV may move, best first."
+    transports: tuple[Literal["nccl", "cuda_ipc", "shm", "tcp"], ...] = Field(
+        default=("shm", "tcp"),
+        min_length=1,
+        description="How KV may move, best first; `nccl` and `cuda_ipc` move pools on GPUs, "
+        "and workers that cannot do one take the next.",
     )
     checksum: bool = Field(default=True, description="Whether moved KV is verified.")
 

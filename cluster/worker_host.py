@@ -83,6 +83,10 @@ class HostedWorker(Protocol):
         """Seconds that the step in flight has been running; 0 between steps."""
         ...
 
+    def wedged(self) -> str | None:
+        """Why only a restart of the process helps; None while all is well."""
+        ...
+
     async def failed(self) -> None:
         """Raises when the worker cannot go on; waits for ever otherwise."""
         ...
@@ -137,11 +141,14 @@ def _token() -> str:
 
 
 async def _end_if_stalled(worker: HostedWorker) -> None:
-    """Ends the process when a step hangs: its thread can't be stopped, and others can go on with its legs."""
+    """Ends the process when a thread of it hangs that can't be stopped: others can go on with its legs."""
     while True:
         await asyncio.sleep(STALL_CHECK_S)
         if worker.stalled_s() > STALL_LIMIT_S:
             log.critical("a step hangs; the process ends", worker_id=worker.record.worker_id)
+            os._exit(EXIT_STALLED)
+        if (reason := worker.wedged()) is not None:
+            log.critical("the process ends", worker_id=worker.record.worker_id, reason=reason)
             os._exit(EXIT_STALLED)
 
 

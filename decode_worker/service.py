@@ -9,7 +9,7 @@ import grpc.aio
 import structlog
 
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, Reservation, SampleStart
-from engine.leg import DroppedLeg, DropReason, LoadNumbers
+from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
 from kvtransfer.contract import BlockRange, HandoffKey, PullReport
@@ -39,7 +39,12 @@ class DecodeWorker(Worker[DecodeOutcome]):
         )
         super().__init__(parts, self._scheduler)
         self._sink = HandoffSink(
-            parts.record, parts.engine.cache, transfer_config(config), self._clock, parts.token
+            parts.record,
+            parts.engine.cache,
+            transfer_config(config),
+            self._clock,
+            parts.token,
+            observer=self.metrics.transfers,
         )
         self._sources: dict[LegId, tuple[HandoffKey, WorkerRecord]] = {}
         self._pulls: dict[LegId, asyncio.Task[PullReport]] = {}
@@ -87,6 +92,11 @@ class DecodeWorker(Worker[DecodeOutcome]):
     def handoffs_committed(self) -> int:
         """Hand-offs committed since the start."""
         return self._committed
+
+    def communicators(self) -> CommunicatorNumbers:
+        """The NCCL communicators of its transfers."""
+        found = self._sink.communicators()
+        return CommunicatorNumbers(found.open, found.bytes, found.abandoned, found.wedged)
 
     def register(self, server: grpc.aio.Server) -> None:
         """A decode worker serves WorkerService only."""
@@ -179,7 +189,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
                         reserve_s=reservation.waited_s,
                         accept_s=report.accept_s,
                         move_s=report.move_s,
-                        commit_s=report.commit_s,
+                        commit_s=report.verify_s + report.commit_s,
                     )
                 )
             )
@@ -188,7 +198,10 @@ class DecodeWorker(Worker[DecodeOutcome]):
         seconds = self.metrics.handoff_seconds
         seconds.labels("reserve").observe(reservation.waited_s)
         seconds.labels("accept").observe(report.accept_s)
+        seconds.labels("ready").observe(report.ready_s)
+        seconds.labels("queue").observe(report.queue_s)
         seconds.labels("move").observe(report.move_s)
+        seconds.labels("verify").observe(report.verify_s)
         seconds.labels("commit").observe(report.commit_s)
         self.metrics.handoff_bytes.labels(report.transport).inc(report.moved_bytes)
 

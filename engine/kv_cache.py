@@ -34,6 +34,7 @@ class KvCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.block_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self.layer_bytes = self.block_bytes // config.layers
         self._shared: _SharedMemory | None = None
         self._pool: Tensor | None
         if device.type == "cpu":
@@ -54,15 +55,32 @@ class KvCache:
 
         Raises TransferError (UNSUPPORTED) when the pool is not in host memory, IndexError outside the pool.
         """
-        if self._shared is None:
-            raise TransferError(TransferFault.UNSUPPORTED, "This KV pool has no bytes in host memory.")
         if not 0 <= block < self.num_blocks:
             raise IndexError(f"block {block} is outside a pool of {self.num_blocks}")
-        return self._shared.bytes[block * self.block_bytes : (block + 1) * self.block_bytes]
+        return self.window(block * self.block_bytes, self.block_bytes)
+
+    def window(self, begin: int, length: int) -> memoryview:
+        """Writable bytes [begin, begin + length) of the pool, no copy; block i is at i * block_bytes.
+
+        Raises TransferError (UNSUPPORTED) when the pool is not in host memory.
+        """
+        if self._shared is None:
+            raise TransferError(TransferFault.UNSUPPORTED, "This KV pool has no bytes in host memory.")
+        return self._shared.bytes[begin : begin + length]
 
     def fileno(self) -> int | None:
         """Descriptor of the memfd, valid until `close`; None when the pool is not in host memory."""
         return None if self._shared is None else self._shared.descriptor
+
+    @property
+    def device_index(self) -> int | None:
+        """Which CUDA device holds the pool; None when it is in host memory."""
+        return self.pool.device.index
+
+    @property
+    def device_address(self) -> int:
+        """Address of block 0; block i lies i * block_bytes after it."""
+        return self.pool.data_ptr()
 
     def copy_blocks(self, pairs: Iterable[tuple[BlockId, BlockId]]) -> None:
         """Copies source to target for each (source, target), one after the other."""

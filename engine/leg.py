@@ -44,6 +44,19 @@ class DroppedLeg:
 
 
 @dataclass(frozen=True, slots=True)
+class CommunicatorNumbers:
+    """NCCL communicators of a worker: open ones, their device memory, opening calls that nobody waits for.
+
+    `wedged` says, in a sentence, why only a restart of the process helps; None while all is well.
+    """
+
+    open: int = 0
+    bytes: int = 0
+    abandoned: int = 0
+    wedged: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LoadNumbers:
     """What a scheduler knows of its load; see LoadSnapshot in worker.proto."""
 

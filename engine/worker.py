@@ -14,7 +14,7 @@ import grpc.aio
 import structlog
 
 from engine.blocks import BlockPool
-from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
+from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LegToken, LoadNumbers
 from engine.loading import LoadedEngine, load_engine
 from engine.step import StepPlan, StepResult
 from engine.step_loop import StepLoop, StepScheduler
@@ -110,6 +110,10 @@ class Worker(ABC, Generic[OutcomeT]):
         """Hand-offs committed since the start."""
 
     @abstractmethod
+    def communicators(self) -> CommunicatorNumbers:
+        """The NCCL communicators of its transfers."""
+
+    @abstractmethod
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the services of this kind of worker, besides WorkerService."""
 
@@ -159,10 +163,15 @@ class Worker(ABC, Generic[OutcomeT]):
         """Seconds that the step in flight has been running; 0 between steps."""
         return self._steps.stalled_s()
 
+    def wedged(self) -> str | None:
+        """Why only a restart of the process helps; None while all is well."""
+        return self.communicators().wedged
+
     def load(self) -> wpb.LoadSnapshot:
         """The load now."""
         numbers = self.scheduler_load()
         self.metrics.observe_load(numbers)
+        self.metrics.observe_communicators(self.communicators())
         return wpb.LoadSnapshot(
             waiting_prefill_tokens=numbers.waiting_prefill_tokens,
             waiting_legs=numbers.waiting_legs,

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from engine.leg import LoadNumbers
+from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
+from engine.transfer_metrics import TransferMetrics
 from tandem.worker_config import WorkerConfig
 
 STEP_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -58,7 +59,7 @@ class WorkerMetrics:
         )
         self.handoff_seconds = Histogram(
             "tandem_worker_handoff_seconds",
-            "Parts of a hand-off: reserve, accept, move, commit.",
+            "Parts of a hand-off: reserve, accept, ready, queue, move, verify, commit.",
             ["part"],
             buckets=HANDOFF_BUCKETS_S,
             registry=self.registry,
@@ -75,6 +76,18 @@ class WorkerMetrics:
             ["fault"],
             registry=self.registry,
         )
+        self.transfers = TransferMetrics(self.registry)
+        self._communicators = Gauge(
+            "tandem_worker_nccl_communicators",
+            "NCCL communicators by state: open, abandoned (an opening call that never returned).",
+            ["state"],
+            registry=self.registry,
+        )
+        self._communicator_bytes = Gauge(
+            "tandem_worker_nccl_bytes",
+            "Device memory that open NCCL communicators and their staging took.",
+            registry=self.registry,
+        )
 
     def observe_load(self, load: LoadNumbers) -> None:
         """Takes the gauges from a load."""
@@ -86,6 +99,12 @@ class WorkerMetrics:
         self._sequences.labels("waiting").set(load.waiting_legs)
         self._sequences.labels("running").set(load.running_sequences)
         self._sequences.labels("parked").set(load.parked_legs)
+
+    def observe_communicators(self, numbers: CommunicatorNumbers) -> None:
+        """Takes the gauges of NCCL."""
+        self._communicators.labels("open").set(numbers.open)
+        self._communicators.labels("abandoned").set(numbers.abandoned)
+        self._communicator_bytes.set(numbers.bytes)
 
     def observe_step(self, plan: StepPlan, result: StepResult) -> None:
         """Counts one step."""

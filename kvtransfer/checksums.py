@@ -1,36 +1,33 @@
-"""Pure: XXH3-64 checksums of KV blocks, which catch what moves wrongly (not what somebody forges)."""
+"""Pure: checksums of KV blocks, which catch what moves wrongly (not what somebody forges).
 
-from collections.abc import Callable, Sequence
+A block's checksum is XXH3-64 (or, where a device computes it, wsum64 of weighted_sum.py) of the bytes that
+moved of it; a piece's is XXH3-64 of its blocks' in order.
+Source and sink each compute theirs from their own memory, and the source compares them at the commit.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Final
 
 import xxhash
 
 from kvtransfer.contract import BlockMemory
-from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
-
-def block_checksum(block: memoryview) -> int:
-    """XXH3-64 of a block's bytes; releases the GIL while it reads a large one."""
-    return int(xxhash.xxh3_64_intdigest(block))
+XXH3: Final = "xxh3_64"
+"""Name of this checksum, as a pair agrees on it when it connects."""
 
 
-def checksums_of(memory: BlockMemory, blocks: Sequence[BlockId]) -> tuple[int, ...]:
-    """One checksum for each block, in order."""
-    return tuple(block_checksum(memory.view(block)) for block in blocks)
+def part_of(memory: BlockMemory, block: BlockId, part_offset: int, part_bytes: int) -> memoryview:
+    """The bytes [part_offset, part_offset + part_bytes) of one block, without a copy."""
+    return memory.view(block)[part_offset : part_offset + part_bytes]
 
 
-def verify(
-    memory: BlockMemory, blocks: Sequence[BlockId], expected: Sequence[int], stopped: Callable[[], bool]
-) -> None:
-    """Raises TransferError (CHECKSUM) at the first block that is not as granted.
+def block_checksum(part: memoryview) -> int:
+    """XXH3-64 of bytes; releases the GIL while it reads many."""
+    return int(xxhash.xxh3_64_intdigest(part))
 
-    `stopped` is asked before each block; when it says so, verification ends as failed.
-    """
-    if len(expected) != len(blocks):
-        message = f"The source gave {len(expected)} checksums for {len(blocks)} blocks."
-        raise TransferError(TransferFault.CHECKSUM, message)
-    for index, (block, checksum) in enumerate(zip(blocks, expected, strict=True)):
-        if stopped():
-            raise TransferError(TransferFault.TIMEOUT, "Verification was stopped.")
-        if block_checksum(memory.view(block)) != checksum:
-            raise TransferError(TransferFault.CHECKSUM, f"Block {index} did not arrive as it was sent.")
+
+def piece_checksum(checksums: Sequence[int]) -> int:
+    """One checksum for a piece, from those of its blocks in order."""
+    return int(xxhash.xxh3_64_intdigest(struct.pack(f"<{len(checksums)}Q", *checksums)))

@@ -1,15 +1,17 @@
 """Pure: what a transport of KV blocks promises, and the messages at its border.
 
-The puller (sink) drives: it asks the source for a lease on blocks, moves them over one transport, verifies
-the checksums and commits. The contract fits one-sided transports (shm, cuda_ipc: the sink reads the source's
-memory under the lease) and two-sided, ordered ones (tcp, nccl: the source sends when it grants the pull; the
-sink numbers the transfers of a pair and the source serves them in that order).
+The puller (sink) drives: it asks the source for a lease on a piece of a leg's KV, moves it over one
+transport, asks for the next one, and commits with the checksums of what it holds, which the source compares.
+The contract fits one-sided transports (shm, cuda_ipc: the sink reads the source's memory under the lease) and
+two-sided, ordered ones (tcp, nccl: the source sends when it grants the pull; the sink numbers the transfers
+of a pair and the source serves them in that order).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from tandem.errors import TransferFault
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.worker import WorkerRecord
 
@@ -23,6 +25,11 @@ class BlockMemory(Protocol):
         ...
 
     @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer in a block: layers [a, b) of a block are its bytes [a, b) * layer_bytes."""
+        ...
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the pool."""
         ...
@@ -31,8 +38,41 @@ class BlockMemory(Protocol):
         """Writable bytes of one block, length block_bytes, without a copy."""
         ...
 
+    def window(self, begin: int, length: int) -> memoryview:
+        """Writable bytes [begin, begin + length) of the pool, no copy; block i is at i * block_bytes."""
+        ...
+
     def fileno(self) -> int | None:
         """Descriptor of the shared memory with block i at offset i * block_bytes; None if there is none."""
+        ...
+
+
+@runtime_checkable
+class DeviceBlockMemory(Protocol):
+    """Where a KV pool lies on an accelerator; a BlockMemory may have this form, too.
+
+    A pool on a device has no `view` and no `fileno`. An offered block's bytes are complete on the device
+    when it is offered: the step that wrote them was waited for.
+    """
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        ...
+
+    @property
+    def device_index(self) -> int | None:
+        """Which CUDA device holds the pool; None when it is in host memory."""
+        ...
+
+    @property
+    def device_address(self) -> int:
+        """Address of block 0; block i lies at device_address + i * block_bytes."""
         ...
 
 
@@ -59,12 +99,37 @@ class HandoffKey:
 
 @dataclass(frozen=True, slots=True)
 class BlockRange:
-    """Part of a leg's KV: blocks by index in its block list, layers by number; num_layers 0 means all."""
+    """Part of a leg's KV: blocks by index in its block list, layers by number.
+
+    num_layers 0 means all from first_layer on.
+    """
 
     first_block: int
     num_blocks: int
     first_layer: int = 0
     num_layers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvReady:
+    """How much of a growing offer may be pulled; both numbers only grow.
+
+    The offer's first `blocks` blocks are complete in every layer. Layers [0, `layers`) are complete in
+    *every* block of the offer: while later prompt chunks are still to come it is 0, in the last chunk's step
+    it counts that step's finished layers. All blocks, or all layers, make the offer complete.
+    """
+
+    blocks: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRange:
+    """The KV heads that a tensor-parallel rank holds: [first, first + count) of `total`."""
+
+    first: int
+    count: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +149,21 @@ class PullGrant:
     """The source's consent: its blocks stay put until `lease_until_s` on the sink's monotonic clock.
 
     `lease_until_s` is computed by the sink from the time it *sent* the request, so it never ends later than
-    the source believes. `source_blocks` index the source's pool; `checksums` are XXH3-64, one a block, or
-    none when the source does not compute them.
+    the source believes. `transfer.block_range` is what is granted, which may be less than what was asked for.
+    `source_blocks` index the source's pool; of each block (there and here) only the bytes [part_offset,
+    part_offset + part_bytes) are granted. `length_bytes` is part_bytes for each block together.
     """
 
     transfer: Transfer
     source_blocks: tuple[BlockId, ...]
-    checksums: tuple[int, ...]
+    part_offset: int
+    part_bytes: int
     length_bytes: int
     lease_until_s: float
+
+
+OnLanded = Callable[[int, int], None]
+"""`on_landed(first, count)`: target[first : first + count] are whole, and written no more by this receive."""
 
 
 class SourceTransport(Protocol):
@@ -125,10 +196,13 @@ class SourceTransport(Protocol):
         """Address for this sink, who will prove `ticket`; None if the pair cannot use this transport."""
         ...
 
-    async def send(self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId]) -> None:
-        """Gives the blocks; when it returns, raises TransferError or was cancelled, nothing here reads them.
+    async def send(
+        self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
+    ) -> None:
+        """Gives the bytes [part_offset, part_offset + part_bytes) of each block, in order.
 
-        Direct transports return at once. Bounded by the lease that the caller enforces by cancelling.
+        When it returns, raises TransferError or was cancelled, nothing here reads them. Direct transports
+        return at once. Bounded by the lease that the caller enforces by cancelling.
         """
         ...
 
@@ -146,13 +220,25 @@ class SinkTransport(Protocol):
         ...
 
     async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
-        """Makes the pair usable; raises TransferError. Cheap when the link to the same incarnation lives."""
+        """Makes the pair usable; raises TransferError. Cheap when the link to the same incarnation lives.
+
+        The fault STALE_EPOCH says that this address is used up and the source must be asked for another.
+        """
         ...
 
-    async def receive(self, source: PeerId, grant: PullGrant, target: Sequence[BlockId]) -> None:
-        """Writes the granted blocks into the target blocks of this worker's memory, in order.
+    async def receive(
+        self,
+        source: PeerId,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        on_landed: OnLanded | None = None,
+    ) -> None:
+        """Writes the granted part of each block into the same part of the target blocks, in order.
 
-        Raises TransferError on failure or when the lease would be overrun. When it returns, raises or was
+        `on_landed` may be called from any thread, at most once for a block, as soon as the block is there
+        (its caller hashes it while it is in the CPU's cache, and sees that the transfer goes on); blocks it
+        was not called for are looked at when `receive` has returned. It may raise; then the transfer fails
+        so. Raises TransferError on failure or when the lease would be overrun. When it returns, raises or was
         cancelled, nothing writes the target blocks or reads the source's any more.
         """
         ...
@@ -166,14 +252,46 @@ class SinkTransport(Protocol):
         ...
 
 
+class TransferObserver(Protocol):
+    """Is told what metrics count; every method returns at once and is called on the event loop."""
+
+    def transferred(self, transport: str) -> None:
+        """A transfer (a piece of a hand-off) landed."""
+        ...
+
+    def failed(self, transport: str, fault: TransferFault) -> None:
+        """A transfer over a transport failed, or the transport could not be connected."""
+        ...
+
+    def road_taken(self, source: PeerId, before: str, now: str) -> None:
+        """A transfer from a source landed over another transport than the one before; empty for none.
+
+        `now` is empty when the source is forgotten.
+        """
+        ...
+
+    def refused(self, fault: TransferFault) -> None:
+        """A sink's request, or the bytes of one, were refused here."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PullReport:
-    """What a successful pull cost; `transport` is empty when no block had to move."""
+    """What a successful pull cost; `transport` is that of the last piece, empty when no block had to move.
+
+    Seconds of all pieces together: `accept_s` for the source to grant, `ready_s` waiting for a growing offer,
+    `queue_s` for a turn among this sink's transfers, `move_s` for the bytes (hashing that the transport does
+    on the way included), `verify_s` for hashing what it left, `commit_s` for the source to compare and agree.
+    """
 
     transport: str
     moved_bytes: int
+    pieces: int
     accept_s: float
+    ready_s: float
+    queue_s: float
     move_s: float
+    verify_s: float
     commit_s: float
 
 
@@ -181,21 +299,29 @@ class PullReport:
 class TransferConfig:
     """How a worker gives and takes KV; `transports` are tried in this order.
 
-    `fence_margin_s` is how long after a lease's end the source still keeps blocks that a sink may be reading.
-    `regrasp_s` is how long a sink whose link broke has to pull again before its hand-off is given up.
-    `settle_s` bounds the wait for a commit to be acknowledged; `forget_s` is how long a source remembers an
-    ended hand-off. `max_pulls` bounds the transfers of a sink at one time; others wait by priority.
+    `heads` are the KV heads of this worker's blocks; None means all. `fence_margin_s` is how long after a
+    lease's end the source still keeps blocks that a sink may be reading. `regrasp_s` is how long a sink whose
+    link broke has to pull again before its hand-off is given up. `settle_s` bounds the wait for a commit to
+    be acknowledged; `forget_s` is how long a source remembers an ended hand-off. `max_pulls` bounds the
+    transfers of a sink at one time; others wait by priority. A transfer that shows no progress for `stall_s`,
+    not counting what its bytes take at `slowest_bytes_per_s`, is given up. A transport that failed is left
+    aside for `backoff_s`, doubled with every failure in a row up to `backoff_cap_s`.
     """
 
     transports: tuple[str, ...] = ("shm", "tcp")
     bind_host: str = "127.0.0.1"
     advertise_host: str = "127.0.0.1"
+    heads: HeadRange | None = None
     lease_s: float = 5.0
     park_s: float = 30.0
-    connect_timeout_s: float = 2.0
+    connect_timeout_s: float = 1.5
     checksum: bool = True
     max_pulls: int = 4
     fence_margin_s: float = 0.25
     regrasp_s: float = 1.0
     settle_s: float = 1.0
     forget_s: float = 10.0
+    stall_s: float = 1.5
+    slowest_bytes_per_s: float = 16e6
+    backoff_s: float = 1.0
+    backoff_cap_s: float = 30.0

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
-from kvtransfer.contract import BlockMemory, PeerId, PullGrant, SinkTransport, SourceTransport, Transfer
+from kvtransfer.contract import (
+    BlockMemory,
+    OnLanded,
+    PeerId,
+    PullGrant,
+    SinkTransport,
+    SourceTransport,
+    Transfer,
+)
 from kvtransfer.threads import outlast
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
@@ -75,7 +83,13 @@ class FaultySink:
         """Never fails by schedule."""
         await self._inner.connect(source, address, ticket, block_bytes)
 
-    async def receive(self, source: PeerId, grant: PullGrant, target: Sequence[BlockId]) -> None:
+    async def receive(
+        self,
+        source: PeerId,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        on_landed: OnLanded | None = None,
+    ) -> None:
         """Receives with the next fault of the schedule."""
         fault = self._schedule.draw()
         if fault is Fault.DROP:
@@ -83,8 +97,11 @@ class FaultySink:
         if fault is Fault.DELAY:
             await asyncio.sleep(self._schedule.delay_s)
         last = bytes(self._memory.view(target[-1]))
+        # What is spoilt afterwards must not be hashed before.
+        spoilt = fault in (Fault.TRUNCATE, Fault.CORRUPT)
+        heard = None if spoilt else on_landed
         if fault is Fault.DISCONNECT:
-            receiving = asyncio.create_task(self._inner.receive(source, grant, target))
+            receiving = asyncio.create_task(self._inner.receive(source, grant, target, heard))
             try:
                 await asyncio.sleep(0)
                 await self._inner.disconnect(source)
@@ -92,11 +109,12 @@ class FaultySink:
                 receiving.cancel()
                 await outlast(receiving)
             raise TransferError(TransferFault.DISCONNECTED, "The schedule broke the link.")
-        await self._inner.receive(source, grant, target)
+        await self._inner.receive(source, grant, target, heard)
         if fault is Fault.TRUNCATE:
             self._memory.view(target[-1])[:] = last
         if fault is Fault.CORRUPT:
             view = self._memory.view(target[self._schedule.below(len(target))])
+            view = view[grant.part_offset : grant.part_offset + grant.part_bytes]
             view[self._schedule.below(len(view))] ^= 1 << self._schedule.below(8)
 
     async def disconnect(self, source: PeerId) -> None:
@@ -138,7 +156,9 @@ class FaultySource:
         """Never fails by schedule."""
         return self._inner.endpoint(sink, ticket)
 
-    async def send(self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId]) -> None:
+    async def send(
+        self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
+    ) -> None:
         """Sends with the next fault of the schedule."""
         fault = self._schedule.draw()
         if fault is Fault.DROP:
@@ -152,7 +172,7 @@ class FaultySource:
         if fault is Fault.CORRUPT and len(blocks) > 1:
             first = self._schedule.below(len(blocks) - 1)
             blocks = [*blocks[:first], blocks[first + 1], blocks[first], *blocks[first + 2 :]]
-        await self._inner.send(sink, transfer, blocks)
+        await self._inner.send(sink, transfer, blocks, part_offset, part_bytes)
 
     async def close(self) -> None:
         """Never fails by schedule."""

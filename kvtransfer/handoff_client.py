@@ -1,32 +1,22 @@
 """Edge: HandoffService as a sink calls it; every call is bounded and fails as a TransferError."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
 
-from kvtransfer.contract import HandoffKey, PullGrant, Transfer
+from kvtransfer.contract import HandoffKey, HeadRange, PullGrant, Transfer
 from kvtransfer.handoff import HandoffState
+from kvtransfer.handoff_wire import STATE_FROM_WIRE, grant_from_wire, heads_to_wire
 from tandem import grpc_edge
 from tandem.errors import TransferError, TransferFault
-from tandem.ids import BlockId
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1.worker_pb2_grpc import HandoffServiceStub
 from tandem.wire import address_to_wire
 from tandem.worker import WorkerRecord
-
-STATE_FROM_WIRE: Final = {
-    pb.HANDOFF_STATE_UNSPECIFIED: None,
-    pb.HANDOFF_STATE_OFFERED: HandoffState.OFFERED,
-    pb.HANDOFF_STATE_ACCEPTED: HandoffState.ACCEPTED,
-    pb.HANDOFF_STATE_MOVING: HandoffState.MOVING,
-    pb.HANDOFF_STATE_LANDED: HandoffState.LANDED,
-    pb.HANDOFF_STATE_COMMITTED: HandoffState.COMMITTED,
-    pb.HANDOFF_STATE_ABORTED: HandoffState.ABORTED,
-}
 
 _FAULTS: Final = {fault.value: fault for fault in TransferFault}
 
@@ -43,6 +33,14 @@ class PullTerms:
     remaining_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class CommitStatus:
+    """Where the source stands (None: it does not know the hand-off), and what it does not accept."""
+
+    state: HandoffState | None
+    mismatched: tuple[int, ...]
+
+
 class HandoffClient:
     """The channel to one source."""
 
@@ -53,9 +51,22 @@ class HandoffClient:
         self._stub = HandoffServiceStub(self._channel)
         self._metadata = grpc_edge.bearer(token)
 
-    async def connect(self, transports: Sequence[str], host_id: str, timeout_s: float) -> pb.ConnectResponse:
+    async def connect(
+        self,
+        transports: Sequence[str],
+        host_id: str,
+        timeout_s: float,
+        checksums: Sequence[str] = (),
+        heads: HeadRange | None = None,
+    ) -> pb.ConnectResponse:
         """Agrees on transports. Raises TransferError, also when another incarnation or model answers."""
-        request = pb.ConnectRequest(sink=self._me, transports=transports, host_id=host_id)
+        request = pb.ConnectRequest(
+            sink=self._me,
+            transports=transports,
+            host_id=host_id,
+            checksums=checksums,
+            heads=heads_to_wire(heads),
+        )
         answer = await _called(
             "Connect", lambda: self._stub.Connect(request, timeout=timeout_s, metadata=self._metadata)
         )
@@ -68,11 +79,22 @@ class HandoffClient:
             raise TransferError(TransferFault.DIGEST, message)
         return answer
 
-    async def pull(self, terms: PullTerms, asked_s: float, timeout_s: float) -> PullGrant:
+    async def pull(self, terms: PullTerms, asked_s: float, timeout_s: float) -> PullGrant | None:
         """The grant, its lease counted from `asked_s`, when the request was sent (our clock).
+
+        None when nothing is ready yet. Raises TransferError with the source's fault when it refused.
+        """
+        answer = await self._pull(terms, 0.0, timeout_s)
+        return None if answer.not_ready else grant_from_wire(terms.transfer, answer, asked_s)
+
+    async def wait(self, terms: PullTerms, wait_s: float, timeout_s: float) -> bool:
+        """Whether something of the range is ready, waiting for it at the source; keeps the offer alive.
 
         Raises TransferError with the source's fault when it refused.
         """
+        return not (await self._pull(terms, wait_s, timeout_s)).not_ready
+
+    async def _pull(self, terms: PullTerms, wait_s: float, timeout_s: float) -> pb.PullResponse:
         transfer = terms.transfer
         part = transfer.block_range
         request = pb.PullRequest(
@@ -85,25 +107,31 @@ class HandoffClient:
             num_layers=part.num_layers,
             priority=terms.priority,
             remaining_s=terms.remaining_s,
+            wait_s=wait_s,
         )
         answer = await _called(
             "Pull", lambda: self._stub.Pull(request, timeout=timeout_s, metadata=self._metadata)
         )
         if answer.refusal or answer.state not in (pb.HANDOFF_STATE_ACCEPTED, pb.HANDOFF_STATE_MOVING):
             _refused(answer.refusal)
-        if len(answer.source_blocks) != part.num_blocks:
-            message = f"{len(answer.source_blocks)} blocks were granted; {part.num_blocks} were asked for."
-            raise TransferError(TransferFault.LENGTH, message)
-        blocks = tuple(BlockId(block) for block in answer.source_blocks)
-        lease_until_s = asked_s + answer.lease_s
-        return PullGrant(transfer, blocks, tuple(answer.checksums), answer.length_bytes, lease_until_s)
+        return answer
 
-    async def commit(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
-        """The source's state after it was told that the bytes were verified."""
-        answer = await _called(
-            "Commit", lambda: self._stub.Commit(self._ref(key), timeout=timeout_s, metadata=self._metadata)
+    async def commit(
+        self, key: HandoffKey, number: int, landed: Mapping[int, int], timeout_s: float
+    ) -> CommitStatus:
+        """What the source says of our checksums by transfer number; `number` is that of our last transfer."""
+        request = pb.CommitRequest(
+            handoff=self._ref(key),
+            landed=[
+                pb.LandedTransfer(transfer_number=transfer, checksum=checksum)
+                for transfer, checksum in landed.items()
+            ],
+            last_number=number,
         )
-        return STATE_FROM_WIRE[answer.state]
+        answer = await _called(
+            "Commit", lambda: self._stub.Commit(request, timeout=timeout_s, metadata=self._metadata)
+        )
+        return CommitStatus(STATE_FROM_WIRE[answer.state], tuple(answer.mismatched))
 
     async def abort(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
         """The source's state after it was told that we gave up."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer.contract import HandoffKey, PeerId
+from kvtransfer.contract import BlockRange, HandoffKey, KvReady, PeerId, Transfer
 from kvtransfer.handoff import HandoffState, ReleaseReason, SourceTimes
 from kvtransfer.source_protocol import SourceHandoff, SourceInput
 from tandem.errors import ProtocolError, TransferFault
@@ -26,18 +26,67 @@ class SourceCounts:
     in_flight: int
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one transfer was granted: the bytes [part_offset, part_offset + part_bytes) of each block."""
+
+    block_range: BlockRange
+    blocks: tuple[BlockId, ...]
+    part_offset: int
+    part_bytes: int
+
+    @property
+    def length_bytes(self) -> int:
+        """Bytes of all blocks together."""
+        return len(self.blocks) * self.part_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PullAsk:
+    """A sink's wish to pull what is ready of a range, or (`wait_s` > 0) to be told when something is."""
+
+    sink: PeerId
+    digest: str
+    transport: str
+    transfer: Transfer
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PullAnswer:
+    """The lease, in seconds from now, and what it is on.
+
+    `piece` is None for a pull that only waits, and when nothing is ready yet (`ready` says which).
+    """
+
+    lease_s: float
+    ready: bool
+    piece: Piece | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CommitAnswer:
+    """Where the hand-off stands after a commit (None: unknown), and the transfers to be pulled again."""
+
+    state: HandoffState | None
+    mismatched: tuple[int, ...] = ()
+
+
 @dataclass(slots=True)
 class Offer:
-    """One offered hand-off; `checksums` by index in `blocks`, as far as they are known.
+    """One offered hand-off; `pieces` by transfer number, None for a pull that came before there was one.
 
-    `transport` names the one of the last grant; `stop_sending` ends what this process sends for it.
+    `transport` names the one of the last grant; `stop_sending` ends what this process sends for it,
+    `stop_hashing` what it hashes.
     """
 
     machine: SourceHandoff
     blocks: tuple[BlockId, ...]
-    checksums: dict[int, int] = field(default_factory=dict)
+    ready: KvReady
+    pieces: dict[int, Piece | None] = field(default_factory=dict)
     transport: str = ""
     stop_sending: Callable[[], object] | None = None
+    stop_hashing: Callable[[], object] | None = None
     released: bool = False
 
 
@@ -53,7 +102,7 @@ class OfferBook:
         self._ended: Counter[ReleaseReason] = Counter()
         self.refused: Counter[TransferFault] = Counter()
 
-    def add(self, key: HandoffKey, blocks: Sequence[BlockId], now_s: float) -> None:
+    def add(self, key: HandoffKey, blocks: Sequence[BlockId], ready: KvReady, now_s: float) -> None:
         """A new offer supersedes an earlier epoch. Raises ProtocolError for an epoch that is not newer."""
         known = self._epochs.get(key.leg_id)
         if known is not None:
@@ -61,7 +110,7 @@ class OfferBook:
                 raise ProtocolError(f"Epoch {key.epoch} of a leg was offered after epoch {known}.")
             self.end(HandoffKey(key.leg_id, known), SourceInput.SUPERSEDE, now_s)
         self._epochs[key.leg_id] = key.epoch
-        self._offers[key] = Offer(SourceHandoff(key, self._times, now_s), tuple(blocks))
+        self._offers[key] = Offer(SourceHandoff(key, self._times, now_s), tuple(blocks), ready)
         self._offered += 1
 
     def get(self, key: HandoffKey) -> Offer | None:
@@ -92,6 +141,8 @@ class OfferBook:
         """Carries out what the machine's state means; called after every input."""
         if offer.machine.must_stop_sending and offer.stop_sending is not None:
             offer.stop_sending()
+        if offer.machine.state.terminal and offer.stop_hashing is not None:
+            offer.stop_hashing()
         if offer.machine.may_free:
             self._release(offer)
         return offer.machine.state

@@ -1,64 +1,45 @@
-"""Edge: the taking side of a worker: pulls a leg's KV into its own blocks and verifies it.
-
-The state of each hand-off is a SinkHandoff of sink_protocol.py; this class carries out what it says.
-"""
+"""Edge: the taking side of a worker; each pull of a leg's KV is a Pulling of pulling.py."""
 
 import asyncio
-import itertools
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
 
-from kvtransfer.checksums import verify
+from kvtransfer.communicator import CommunicatorCounts, counts_of
 from kvtransfer.contract import (
     BlockMemory,
     BlockRange,
     HandoffKey,
     PeerId,
-    PullGrant,
     PullReport,
     SinkTransport,
-    Transfer,
     TransferConfig,
+    TransferObserver,
 )
 from kvtransfer.handoff import HandoffState, SinkTimes
-from kvtransfer.handoff_client import HandoffClient, PullTerms
+from kvtransfer.handoff_client import HandoffClient
+from kvtransfer.hashing import hashers
 from kvtransfer.priority import PriorityGate
+from kvtransfer.pulling import Pulling, PullOrder, PullTools
+from kvtransfer.roads import Roads
 from kvtransfer.sink_protocol import SinkHandoff
-from kvtransfer.sources import KnownSource, KnownSources
-from kvtransfer.threads import run_to_end
+from kvtransfer.sources import KnownSources
 from kvtransfer.transports import sink_transports
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation, WorkerId
 from tandem.worker import WorkerRecord
 
-CALL_S = 0.5
-"""Bound of one small call (commit, abort, query); lost ones are repeated within their own bounds."""
+ABORT_CALL_S = 0.5
+"""Bound of the one call that tells a source of an abort; when it is lost, the lease ends the hand-off."""
 
 CLOSING = "This sink is closing."
 
 CLOSE_S = 1.5
 """How long `close` waits for pulls to fail."""
 
-RETRY_PAUSE_S = 0.05
-"""Pause before a call that failed at once is repeated."""
-
 _log = structlog.get_logger("tandem.kvtransfer")
-
-
-@dataclass(frozen=True, slots=True)
-class _Pull:
-    """What one call of `pull` wants."""
-
-    machine: SinkHandoff
-    source: KnownSource
-    block_range: BlockRange
-    targets: tuple[BlockId, ...]
-    priority: int
-    deadline_s: float
 
 
 @dataclass(slots=True, eq=False)
@@ -81,26 +62,37 @@ class HandoffSink:
         clock: Callable[[], float],
         token: str | None,
         transports: Sequence[SinkTransport] | None = None,
+        observer: TransferObserver | None = None,
     ) -> None:
-        self._memory = memory
-        self._config = config
         self._clock = clock
         made = sink_transports(memory, config, clock) if transports is None else transports
         self._transports = {transport.name: transport for transport in made}
+        own_hashers = hashers(memory) if config.checksum else {}
         self._sources = KnownSources(
             tuple(self._transports),
             lambda source: HandoffClient(me, source, token),
-            config.connect_timeout_s,
+            config,
+            tuple(own_hashers),
             self._source_gone,
         )
-        self._times = SinkTimes(config.connect_timeout_s, config.settle_s)
-        self._gate = PriorityGate(config.max_pulls)
-        self._numbers = itertools.count(1)
+        self._roads = Roads(config, clock, observer)
+        self._executor = ThreadPoolExecutor(max(1, config.max_pulls), "kv-hash")
+        self._tools = PullTools(
+            memory=memory,
+            config=config,
+            times=SinkTimes(config.connect_timeout_s, config.settle_s),
+            clock=clock,
+            transports=self._transports,
+            sources=self._sources,
+            roads=self._roads,
+            gate=PriorityGate(config.max_pulls),
+            executor=self._executor,
+            hashers=own_hashers,
+        )
         self._aborts: set[asyncio.Task[None]] = set()
         self._closing = False
         self._running: set[_Running] = set()
         self._ended = asyncio.Event()
-        self._executor = ThreadPoolExecutor(max(1, config.max_pulls), "kv-verify")
 
     async def pull(
         self,
@@ -113,9 +105,11 @@ class HandoffSink:
     ) -> PullReport:
         """Fills the target blocks with a range of the leg's blocks, tells the source, and says what it cost.
 
-        Tries the transports in order. Raises TransferError when none brought verified bytes in time. When it
-        returns, raises or is cancelled, nothing here touches the target blocks any more; unless it returned,
-        their content means nothing. A pull is tried once for a key: after a failure the source has freed it.
+        An offer that grows is pulled piece by piece as it gets ready. A transport that fails is replaced by
+        the next. Raises TransferError when none brought the right bytes in time, or the source gave up. When
+        it returns, raises or is cancelled, nothing here touches the target blocks any more; unless it
+        returned, their content means nothing. A pull is tried once for a key: after a failure the source has
+        freed it.
         """
         if len(target_blocks) != block_range.num_blocks:
             message = f"{len(target_blocks)} target blocks were given for {block_range.num_blocks}."
@@ -123,15 +117,14 @@ class HandoffSink:
         if self._closing:
             raise TransferError(TransferFault.DISCONNECTED, CLOSING)
         deadline_s = self._clock() + remaining_s
-        machine = SinkHandoff(key, self._times, deadline_s)
+        machine = SinkHandoff(key, self._tools.times, deadline_s)
         running = _Running(PeerId.of(source), asyncio.timeout(remaining_s))
         try:
             async with running.bound:
                 self._running.add(running)
-                async with self._gate.turn(priority):
-                    known = await self._sources.get(source)
-                    pull = _Pull(machine, known, block_range, tuple(target_blocks), priority, deadline_s)
-                    return await self._over_any_transport(pull)
+                known = await self._sources.get(source)
+                order = PullOrder(known, block_range, tuple(target_blocks), priority, deadline_s)
+                return await Pulling(self._tools, machine, order).run()
         except TimeoutError as error:
             if running.ended_by:
                 raise TransferError(TransferFault.DISCONNECTED, running.ended_by) from error
@@ -145,6 +138,10 @@ class HandoffSink:
                 self._tell_abort(key, source)
             self._ended.set()
 
+    def communicators(self) -> CommunicatorCounts:
+        """For metrics and the watchdog."""
+        return counts_of(self._transports.values())
+
     async def peer_lost(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         """Ends what runs with a source that is gone, and closes the connections to it."""
         await self._source_gone(PeerId(worker_id, incarnation))
@@ -152,6 +149,7 @@ class HandoffSink:
     async def _source_gone(self, peer: PeerId) -> None:
         """Unmaps and disconnects too: a mapping would keep the dead process's pool in memory."""
         self._end([running for running in self._running if running.peer == peer], "The source is lost.")
+        self._roads.forget(peer)
         await self._sources.forget(peer)
         for transport in self._transports.values():
             await transport.disconnect(peer)
@@ -180,121 +178,6 @@ class HandoffSink:
             if not running.bound.expired():
                 running.bound.reschedule(asyncio.get_running_loop().time())
 
-    async def _over_any_transport(self, pull: _Pull) -> PullReport:
-        if not pull.targets:
-            return await self._attempt(pull, None)
-        failure = TransferError(TransferFault.UNSUPPORTED, "No transport was left to try.")
-        for endpoint in pull.source.endpoints:
-            if pull.machine.state.terminal:
-                break
-            transport = self._transports[endpoint.transport]
-            peer = pull.source.peer
-            try:
-                await transport.connect(peer, endpoint.address, endpoint.ticket, pull.source.block_bytes)
-                return await self._attempt(pull, transport)
-            except TransferError as error:
-                failure = error
-                _log.info(
-                    "transfer failed",
-                    leg=pull.machine.key.leg_id,
-                    transport=transport.name,
-                    fault=error.fault.value,
-                    error=str(error),
-                )
-        raise failure
-
-    async def _attempt(self, pull: _Pull, transport: SinkTransport | None) -> PullReport:
-        """One transfer over one transport; without a transport there is nothing to move."""
-        machine = pull.machine
-        asked_s = self._clock()
-        grant = await self._ask(pull, "" if transport is None else transport.name)
-        accepted_s = self._clock()
-        machine.move_started()
-        try:
-            if transport is not None:
-                await self._move(pull, transport, grant)
-            moved_s = self._clock()
-            if not machine.moved(moved_s):
-                raise TransferError(TransferFault.LEASE, "The lease ended before all blocks had come.")
-            await self._verify(pull.targets, grant)
-        except (TransferError, asyncio.CancelledError):
-            machine.move_failed()
-            raise
-        machine.verified(self._clock())
-        await self._commit(pull)
-        return PullReport(
-            transport="" if transport is None else transport.name,
-            moved_bytes=grant.length_bytes,
-            accept_s=accepted_s - asked_s,
-            move_s=moved_s - accepted_s,
-            commit_s=self._clock() - moved_s,
-        )
-
-    async def _ask(self, pull: _Pull, transport: str) -> PullGrant:
-        """A lease. An unanswered pull is repeated once under the same number: it grants only once."""
-        machine = pull.machine
-        number = next(self._numbers)
-        transfer = Transfer(machine.key, number, pull.block_range)
-        machine.ask(number, self._clock())
-        for last in (False, True):
-            asked_s = self._clock()
-            terms = PullTerms(transfer, transport, pull.priority, max(0.0, pull.deadline_s - asked_s))
-            try:
-                grant = await pull.source.client.pull(terms, asked_s, self._times.answer_s / 2)
-            except TransferError as error:
-                if error.fault in (TransferFault.DISCONNECTED, TransferFault.TIMEOUT):
-                    if not last:
-                        await asyncio.sleep(RETRY_PAUSE_S)
-                        continue
-                    await self._sources.forget_failed(pull.source)
-                machine.refused(number)
-                raise
-            machine.granted(number, grant.lease_until_s)
-            if grant.length_bytes != len(pull.targets) * self._memory.block_bytes:
-                machine.cancel()
-                message = f"{grant.length_bytes} bytes were granted for {len(pull.targets)} blocks."
-                raise TransferError(TransferFault.LENGTH, message)
-            return grant
-        raise TransferError(TransferFault.TIMEOUT, "The pull was not answered.")
-
-    async def _move(self, pull: _Pull, transport: SinkTransport, grant: PullGrant) -> None:
-        try:
-            async with asyncio.timeout(grant.lease_until_s - self._clock()):
-                await transport.receive(pull.source.peer, grant, pull.targets)
-        except TimeoutError as error:
-            raise TransferError(TransferFault.LEASE, "The lease ended during the transfer.") from error
-
-    async def _verify(self, targets: Sequence[BlockId], grant: PullGrant) -> None:
-        if not self._config.checksum or not targets:
-            return
-        stop = threading.Event()
-        await run_to_end(
-            self._executor, lambda: verify(self._memory, targets, grant.checksums, stop.is_set), stop.set
-        )
-
-    async def _commit(self, pull: _Pull) -> None:
-        """Until the source agrees or can no longer be asked. Raises TransferError when it had given up."""
-        machine, client = pull.machine, pull.source.client
-        failures = 0
-        while not machine.state.terminal:
-            asking = client.query if failures % 2 else client.commit
-            try:
-                state = await asking(machine.key, CALL_S)
-            except TransferError as error:
-                failures += 1
-                if error.fault is TransferFault.REFUSED:
-                    machine.status(None, self._clock())
-                elif error.fault is TransferFault.DISCONNECTED and failures > 1:
-                    machine.source_lost()
-                else:
-                    machine.tick(self._clock())
-                    await asyncio.sleep(RETRY_PAUSE_S)
-                continue
-            failures += state is not None and not state.terminal
-            machine.status(state, self._clock())
-        if not machine.may_use:
-            raise TransferError(TransferFault.LEASE, "The source had taken its offer back before the commit.")
-
     def _tell_abort(self, key: HandoffKey, source: WorkerRecord) -> None:
         """In a task of its own, so that a cancelled caller need not wait; `close` waits for it."""
         task = asyncio.create_task(self._abort(key, source))
@@ -304,7 +187,7 @@ class HandoffSink:
     async def _abort(self, key: HandoffKey, source: WorkerRecord) -> None:
         try:
             known = await self._sources.get(source)
-            state: HandoffState | None = await known.client.abort(key, CALL_S)
+            state: HandoffState | None = await known.client.abort(key, ABORT_CALL_S)
         except TransferError as error:
             # Its lease ends the hand-off at the source.
             _log.info("abort not delivered", leg=key.leg_id, error=str(error))

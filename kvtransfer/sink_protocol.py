@@ -1,7 +1,7 @@
 """Pure: the sink's side of one hand-off; it alone says whether the bytes may be used.
 
-They may be used once they were all there before the lease ended, and were verified, and the source agreed or
-can no longer be asked (our verified copy is good whatever becomes of the original; its fence frees it).
+They may be used once every piece was all there before its lease ended, and the source said at the commit that
+their checksums are its own. A source that can no longer be asked leaves them unverified: they are not used.
 """
 
 from enum import Enum
@@ -20,14 +20,17 @@ class SinkInput(Enum):
     GRANTED = "granted"
     STALE_ANSWER = "answer to an earlier pull"
     REFUSED = "refused"
+    NOT_READY = "nothing is ready yet"
     UNANSWERED = "pull unanswered"
     MOVE_STARTED = "move started"
-    MOVED = "all bytes here"
-    VERIFIED = "verified"
+    MOVED = "a piece's bytes are here"
+    PIECE_HELD = "a piece is here and hashed"
+    ALL_HELD = "the last piece is here and hashed"
     MOVE_FAILED = "move failed"
     LEASE_PASSED = "lease passed"
     DEADLINE_PASSED = "deadline passed"
     COMMIT_UNANSWERED = "commit unanswered"
+    MISMATCHED = "other checksums than the source's"
     SOURCE_HOLDS = "source still holds"
     SOURCE_COMMITTED = "source committed"
     SOURCE_ABORTED = "source aborted"
@@ -40,7 +43,7 @@ class SinkAction(Enum):
 
     NOTE = "note"
     SEND_PULL = "send a pull"
-    VERIFY = "verify the bytes"
+    HASH = "hash the bytes"
     SEND_COMMIT = "send commit"
     SEND_ABORT = "send abort, once nothing reads the source's blocks here"
 
@@ -53,6 +56,7 @@ def _open(state: HandoffState) -> _Rows:
     """The rows of every state from which the sink can still give up."""
     return {
         (state, _I.STALE_ANSWER): (_A.NOTE, state),
+        (state, _I.SOURCE_HOLDS): (_A.NOTE, state),
         (state, _I.CANCEL): (_A.SEND_ABORT, _S.ABORTED),
         (state, _I.DEADLINE_PASSED): (_A.SEND_ABORT, _S.ABORTED),
         (state, _I.SOURCE_ABORTED): (_A.NOTE, _S.ABORTED),
@@ -62,8 +66,8 @@ def _open(state: HandoffState) -> _Rows:
 def _over(state: HandoffState) -> _Rows:
     """The rows of an ended hand-off: late news changes nothing."""
     late = (
-        *(_I.STALE_ANSWER, _I.REFUSED, _I.MOVED, _I.VERIFIED, _I.MOVE_FAILED),
-        *(_I.SOURCE_HOLDS, _I.SOURCE_COMMITTED, _I.SOURCE_ABORTED, _I.SOURCE_LOST, _I.CANCEL),
+        *(_I.STALE_ANSWER, _I.REFUSED, _I.NOT_READY, _I.MOVED, _I.PIECE_HELD, _I.ALL_HELD, _I.MOVE_FAILED),
+        *(_I.MISMATCHED, _I.SOURCE_HOLDS, _I.SOURCE_COMMITTED, _I.SOURCE_ABORTED, _I.SOURCE_LOST, _I.CANCEL),
     )
     return {(state, given): (_A.NOTE, state) for given in late}
 
@@ -73,6 +77,7 @@ TRANSITIONS: Final = MappingProxyType(
         **_open(_S.OFFERED),
         (_S.OFFERED, _I.ASK): (_A.SEND_PULL, _S.OFFERED),
         (_S.OFFERED, _I.GRANTED): (_A.NOTE, _S.ACCEPTED),
+        (_S.OFFERED, _I.NOT_READY): (_A.NOTE, _S.OFFERED),
         (_S.OFFERED, _I.REFUSED): (_A.SEND_ABORT, _S.ABORTED),
         (_S.OFFERED, _I.UNANSWERED): (_A.SEND_ABORT, _S.ABORTED),
         (_S.OFFERED, _I.SOURCE_LOST): (_A.NOTE, _S.ABORTED),
@@ -84,8 +89,9 @@ TRANSITIONS: Final = MappingProxyType(
         (_S.ACCEPTED, _I.SOURCE_LOST): (_A.NOTE, _S.ABORTED),
         **_open(_S.MOVING),
         (_S.MOVING, _I.GRANTED): (_A.NOTE, _S.MOVING),
-        (_S.MOVING, _I.MOVED): (_A.VERIFY, _S.MOVING),
-        (_S.MOVING, _I.VERIFIED): (_A.SEND_COMMIT, _S.LANDED),
+        (_S.MOVING, _I.MOVED): (_A.HASH, _S.MOVING),
+        (_S.MOVING, _I.PIECE_HELD): (_A.NOTE, _S.OFFERED),
+        (_S.MOVING, _I.ALL_HELD): (_A.SEND_COMMIT, _S.LANDED),
         (_S.MOVING, _I.MOVE_FAILED): (_A.NOTE, _S.OFFERED),
         (_S.MOVING, _I.LEASE_PASSED): (_A.SEND_ABORT, _S.ABORTED),
         (_S.MOVING, _I.SOURCE_LOST): (_A.NOTE, _S.ABORTED),
@@ -93,8 +99,9 @@ TRANSITIONS: Final = MappingProxyType(
         (_S.LANDED, _I.GRANTED): (_A.NOTE, _S.LANDED),
         (_S.LANDED, _I.SOURCE_HOLDS): (_A.SEND_COMMIT, _S.LANDED),
         (_S.LANDED, _I.SOURCE_COMMITTED): (_A.NOTE, _S.COMMITTED),
-        (_S.LANDED, _I.SOURCE_LOST): (_A.NOTE, _S.COMMITTED),
-        (_S.LANDED, _I.COMMIT_UNANSWERED): (_A.NOTE, _S.COMMITTED),
+        (_S.LANDED, _I.MISMATCHED): (_A.NOTE, _S.OFFERED),
+        (_S.LANDED, _I.SOURCE_LOST): (_A.NOTE, _S.ABORTED),
+        (_S.LANDED, _I.COMMIT_UNANSWERED): (_A.SEND_ABORT, _S.ABORTED),
         **_over(_S.COMMITTED),
         (_S.COMMITTED, _I.GRANTED): (_A.NOTE, _S.COMMITTED),
         **_over(_S.ABORTED),
@@ -169,34 +176,47 @@ class SinkHandoff:
         current = number == self.number and self.state is HandoffState.OFFERED
         self._apply(SinkInput.REFUSED if current else SinkInput.STALE_ANSWER)
 
+    def not_ready(self, number: int) -> None:
+        """The source keeps the hand-off for us and has nothing (more) to grant yet."""
+        current = number == self.number and self.state is HandoffState.OFFERED
+        self._apply(SinkInput.NOT_READY if current else SinkInput.STALE_ANSWER)
+        self._answer_until_s = self._deadline_s
+
     def move_started(self) -> None:
         """Something here begins to touch the blocks."""
         self._apply(SinkInput.MOVE_STARTED)
         self._io_running = True
 
     def moved(self, now_s: float) -> bool:
-        """All bytes are here; whether they came within the lease and can be verified."""
+        """A piece's bytes are here; whether they came within the lease and can be hashed."""
         if self.state is HandoffState.MOVING and now_s >= self._lease_until_s:
             self._io_running = False
             self._apply(SinkInput.LEASE_PASSED)
             return False
         self._moved = True
         action = self._apply(SinkInput.MOVED)
-        self._io_running = action is SinkAction.VERIFY
+        self._io_running = action is SinkAction.HASH
         return self._io_running
 
-    def verified(self, now_s: float) -> None:
-        """The bytes are what the source granted. Raises ProtocolError before they are all here."""
+    def held(self, last: bool, now_s: float) -> None:
+        """A piece is hashed; `last` when none is left to pull. Raises ProtocolError before it is here."""
         if not self._moved:
-            raise ProtocolError("Bytes cannot be verified before they are here.")
+            raise ProtocolError("Bytes cannot be hashed before they are here.")
         self._io_running = False
-        self._apply(SinkInput.VERIFIED)
+        self._apply(SinkInput.ALL_HELD if last else SinkInput.PIECE_HELD)
+        self._answer_until_s = self._deadline_s
         self._settle_until_s = now_s + self._times.settle_s
 
     def move_failed(self) -> None:
-        """The transfer failed (or its bytes were wrong) and nothing touches the blocks any more."""
+        """The transfer failed and nothing touches the blocks any more."""
         self._io_running = False
         self._apply(SinkInput.MOVE_FAILED)
+        self._answer_until_s = self._deadline_s
+
+    def mismatched(self) -> None:
+        """The source holds other bytes than we do: some pieces must be pulled again."""
+        self._apply(SinkInput.MISMATCHED)
+        self._answer_until_s = self._deadline_s
 
     def status(self, state: HandoffState | None, now_s: float) -> None:
         """The source said where it stands (None: it does not know the hand-off)."""

@@ -5,63 +5,41 @@ All methods are called on the event loop.
 """
 
 import asyncio
-import secrets
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import structlog
 
-from kvtransfer.checksums import checksums_of
-from kvtransfer.contract import BlockMemory, HandoffKey, PeerId, SourceTransport, Transfer, TransferConfig
+from kvtransfer.communicator import CommunicatorCounts, counts_of
+from kvtransfer.contract import (
+    BlockMemory,
+    HandoffKey,
+    KvReady,
+    PeerId,
+    SourceTransport,
+    Transfer,
+    TransferConfig,
+    TransferObserver,
+)
 from kvtransfer.handoff import HandoffState, ReleaseReason, SourceTimes
-from kvtransfer.host import host_id
-from kvtransfer.offers import Offer, OfferBook, SourceCounts
+from kvtransfer.hashing import hashers
+from kvtransfer.offers import CommitAnswer, Offer, OfferBook, Piece, PullAnswer, PullAsk, SourceCounts
+from kvtransfer.pairing import Agreement, Introduction, SourcePairs
+from kvtransfer.piece_sums import PieceSums
+from kvtransfer.pieces import complete, grown, layer_span, next_piece
 from kvtransfer.source_protocol import SourceInput
-from kvtransfer.threads import run_to_end
-from kvtransfer.tickets import TICKET_BYTES, TicketBook
 from kvtransfer.transports import source_transports
-from tandem.errors import TransferError, TransferFault
+from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.worker import WorkerRecord
 
 CLOSE_S = 1.5
 """How long `close` waits for sinks that may still read."""
 
-INLINE_CHECKSUM_BYTES = 1024 * 1024
-"""Up to so many bytes are hashed on the event loop: a tenth of a millisecond, less than a thread costs."""
+MAX_WAIT_S = 1.0
+"""Longest wait of one pull for a growing offer; the sink asks again."""
 
 _log = structlog.get_logger("tandem.kvtransfer")
-
-
-@dataclass(frozen=True, slots=True)
-class PullAsk:
-    """A sink's wish to pull a range over a transport."""
-
-    sink: PeerId
-    digest: str
-    transport: str
-    transfer: Transfer
-
-
-@dataclass(frozen=True, slots=True)
-class PullAnswer:
-    """The lease; `lease_s` counts from now. See PullGrant for the rest."""
-
-    lease_s: float
-    source_blocks: tuple[BlockId, ...]
-    checksums: tuple[int, ...]
-    length_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where one transport reaches this source."""
-
-    transport: str
-    address: str
-    ticket: bytes
 
 
 class HandoffSource:
@@ -79,24 +57,29 @@ class HandoffSource:
         clock: Callable[[], float],
         on_released: Callable[[HandoffKey, ReleaseReason], None],
         transports: Sequence[SourceTransport] | None = None,
+        observer: TransferObserver | None = None,
     ) -> None:
         self.me = me
         self.block_bytes = memory.block_bytes
-        self._memory = memory
-        self._config = config
+        self.heads = config.heads
+        self._layer_bytes = memory.layer_bytes
+        self._layers = memory.block_bytes // memory.layer_bytes
         self._clock = clock
+        self._on_released = on_released
+        self._observer = observer
         times = SourceTimes(
             config.park_s, config.lease_s, config.fence_margin_s, config.regrasp_s, config.forget_s
         )
-        self._book = OfferBook(times, on_released)
+        self._book = OfferBook(times, self._released)
         made = source_transports(memory, config) if transports is None else transports
         self._transports = {transport.name: transport for transport in made}
-        self._host_id = host_id()
-        self._tickets = TicketBook()
+        self._hashers = hashers(memory) if config.checksum else {}
+        self._pairs = SourcePairs(config, self._transports, tuple(self._hashers))
+        self._sums = PieceSums(self._read_ended)
         self._sends: set[asyncio.Task[bool]] = set()
         self._timers: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._executor = ThreadPoolExecutor(1, "kv-checksum")
+        self._grown = asyncio.Event()
 
     async def start(self) -> None:
         """Opens the transports; one that cannot be had here is left out. Raises OSError when none can."""
@@ -135,16 +118,30 @@ class HandoffSource:
         for transport in self._transports.values():
             await transport.close()
         self._book.release_all()
-        self._executor.shutdown(wait=True)
+        self._sums.close()
 
-    def offer(self, key: HandoffKey, blocks: Sequence[BlockId]) -> None:
+    def offer(self, key: HandoffKey, blocks: Sequence[BlockId], ready: KvReady | None = None) -> None:
         """Parks blocks for a pull; an earlier epoch of the leg is superseded.
 
-        The blocks must not change until they are released. Raises ProtocolError for an epoch that is not
-        newer than one offered before.
+        `ready` says how much of them is there already, None means all; see `advance`. What is ready must not
+        change until the blocks are released. Raises ProtocolError for an epoch that is not newer than one
+        offered before.
         """
-        self._book.add(key, blocks, self._clock())
+        whole = KvReady(len(blocks), self._layers)
+        self._book.add(key, blocks, whole if ready is None else ready, self._clock())
         self._changed.set()
+
+    def advance(self, key: HandoffKey, ready: KvReady) -> None:
+        """More of a growing offer is ready; ignored when the offer is over or unknown.
+
+        Raises ProtocolError when it would shrink.
+        """
+        offer = self._book.get(key)
+        if offer is None or offer.machine.state.terminal:
+            return
+        offer.ready = grown(offer.ready, ready)
+        offer.machine.grew(self._clock())
+        self._announce()
 
     def withdraw(self, leg_id: LegId) -> None:
         """Ends a leg's hand-off: its blocks come back at once unless they are being read; idempotent."""
@@ -156,7 +153,7 @@ class HandoffSource:
     def peer_lost(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         """Ends the hand-offs that a sink holds. What it may still read is fenced by its link or its lease."""
         peer = PeerId(worker_id, incarnation)
-        self._tickets.drop(peer)
+        self._pairs.drop(peer)
         for offer in self._book.held_by(peer):
             offer.machine.peer_suspected(self._clock())
             self._settle(offer)
@@ -165,58 +162,66 @@ class HandoffSource:
         """For metrics."""
         return self._book.counts()
 
-    def connect(
-        self, sink: PeerId, digest: str, transports: Sequence[str], sink_host_id: str
-    ) -> tuple[Endpoint, ...]:
-        """Where the sink can pull from, best first as the sink named them.
+    def communicators(self) -> CommunicatorCounts:
+        """For metrics and the watchdog."""
+        return counts_of(self._transports.values())
 
-        Raises TransferError: DIGEST when the two don't fit, UNSUPPORTED without a transport in common.
+    def connect(self, who: Introduction) -> Agreement:
+        """How the sink can pull from here.
+
+        Raises TransferError: DIGEST when the two don't fit, UNSUPPORTED without a way in common.
         """
-        self._check_digest(digest)
-        ticket = self._tickets.ticket_of(sink) or secrets.token_bytes(TICKET_BYTES)
-        endpoints = []
-        for name in transports:
-            transport = self._transports.get(name)
-            if transport is None or (transport.same_host and sink_host_id != self._host_id):
-                continue
-            address = transport.endpoint(sink, ticket)
-            if address is not None:
-                endpoints.append(Endpoint(name, address, ticket))
-        if not endpoints:
-            message = f"No transport in common: asked {', '.join(transports)}."
-            raise self._refusal(TransferFault.UNSUPPORTED, message)
-        self._tickets.admit(sink, ticket)
-        return tuple(endpoints)
+        self._check_digest(who.digest)
+        try:
+            return self._pairs.connect(who)
+        except TransferError as error:
+            raise self._refusal(error.fault, str(error)) from error
 
     async def pull(self, ask: PullAsk) -> PullAnswer:
-        """Grants a lease on a range of an offer, or raises TransferError with the fault that forbids it."""
-        offer = self._find(ask)
-        wanted = self._range(offer, ask)
-        transport = self._transports.get(ask.transport)
-        if wanted and transport is None:
-            raise self._refusal(TransferFault.UNSUPPORTED, f"Transport {ask.transport} is not served.")
-        checksums = await self._checksums(offer, wanted)
-        direct = bool(wanted) and transport is not None and transport.direct
-        fresh = offer.machine.number != ask.transfer.number
-        granted = offer.machine.pull(ask.sink, ask.transfer.number, direct, self._clock())
-        self._settle(offer)
-        if not granted:
-            state = offer.machine.state.value
-            raise self._refusal(TransferFault.REFUSED, f"The hand-off is {state} and not to be had.")
-        blocks = tuple(offer.blocks[index] for index in wanted)
-        if fresh:
-            offer.transport = ask.transport
-            self._begin(offer, ask, transport if blocks else None, blocks)
-        lease_s = offer.machine.lease_left_s(self._clock())
-        return PullAnswer(lease_s, blocks, checksums, len(blocks) * self.block_bytes)
+        """Grants a lease on the first ready piece of a range. Raises TransferError when something forbids it.
 
-    def commit(self, key: HandoffKey, sink: PeerId) -> HandoffState | None:
-        """The sink verified its copy; None when the hand-off is not known (any more)."""
+        Bounded by MAX_WAIT_S. A pull that is repeated under its number is answered as it was at first.
+        """
+        offer = self._find(ask)
+        self._check_range(offer, ask)
+        transport = self._transports.get(ask.transport)
+        if transport is None and ask.transfer.block_range.num_blocks:
+            raise self._refusal(TransferFault.UNSUPPORTED, f"Transport {ask.transport} is not served.")
+        number = ask.transfer.number
+        if number not in offer.pieces:
+            piece = None if ask.wait_s > 0 else self._next_piece(offer, ask)
+            self._take(offer, ask, piece, transport)
+        elif not offer.machine.pull(ask.sink, number, False, self._clock()):
+            raise self._not_to_be_had(offer)
+        piece = offer.pieces[number]
+        if piece is None and ask.wait_s > 0:
+            await self._wait_for_more(offer, ask)
+        ready = piece is not None or self._next_piece(offer, ask) is not None
+        return PullAnswer(offer.machine.lease_left_s(self._clock()), ready, piece)
+
+    async def commit(
+        self, key: HandoffKey, sink: PeerId, number: int, landed: Mapping[int, int]
+    ) -> CommitAnswer:
+        """Compares the checksums of what landed (transfer number -> checksum); if equal, the blocks are free.
+
+        `number` is the sink's last transfer; a commit with an earlier one changes nothing. Raises
+        ProtocolError for another sink than the holder, and while the offer still grows.
+        """
         offer = self._book.get(key)
         if offer is None:
-            return None
-        offer.machine.commit(sink, self._clock())
-        return self._settle(offer)
+            return CommitAnswer(None)
+        offer.machine.check_holder(sink)
+        wrong: tuple[int, ...] = ()
+        if number == offer.machine.number and not offer.machine.state.terminal:
+            if not complete(offer.ready, len(offer.blocks), self._layers):
+                raise ProtocolError("A hand-off cannot be committed while its offer grows.")
+            hasher = self._hashers.get(self._pairs.checksum(sink))
+            if hasher is not None:
+                wrong = await self._sums.mismatched(offer, landed, hasher)
+            if wrong:
+                self._count_refusal(TransferFault.CHECKSUM)
+        offer.machine.commit(sink, number, not wrong, self._clock())
+        return CommitAnswer(self._settle(offer), wrong)
 
     def abort(self, key: HandoffKey, sink: PeerId) -> HandoffState | None:
         """The sink gave up; None when the hand-off is not known (any more)."""
@@ -233,7 +238,7 @@ class HandoffSource:
 
     def _find(self, ask: PullAsk) -> Offer:
         self._check_digest(ask.digest)
-        if self._tickets.ticket_of(ask.sink) is None:
+        if not self._pairs.knows(ask.sink):
             raise self._refusal(TransferFault.DISCONNECTED, "The sink did not connect to this incarnation.")
         key = ask.transfer.key
         newest = self._book.newest_epoch(key.leg_id)
@@ -245,46 +250,64 @@ class HandoffSource:
             raise self._refusal(TransferFault.REFUSED, "No such hand-off is offered.")
         return offer
 
-    def _range(self, offer: Offer, ask: PullAsk) -> range:
+    def _check_range(self, offer: Offer, ask: PullAsk) -> None:
         part = ask.transfer.block_range
-        if part.first_layer or part.num_layers:
-            raise self._refusal(TransferFault.UNSUPPORTED, "Only all layers at once can be pulled.")
-        wanted = range(part.first_block, part.first_block + part.num_blocks)
-        if wanted.stop > len(offer.blocks):
-            message = f"Blocks {wanted.start} to {wanted.stop} were asked for; there are {len(offer.blocks)}."
+        first, end = layer_span(part, self._layers)
+        if part.first_block + part.num_blocks > len(offer.blocks) or not first < end <= self._layers:
+            message = f"{part} was asked for; there are {len(offer.blocks)} blocks of {self._layers} layers."
             raise self._refusal(TransferFault.LENGTH, message)
-        return wanted
 
-    async def _checksums(self, offer: Offer, wanted: range) -> tuple[int, ...]:
-        """Hashed at the first pull, so that a withdrawn offer costs nothing and is free at once."""
-        if not self._config.checksum or offer.machine.state.terminal:
-            return ()
-        missing = [index for index in wanted if index not in offer.checksums]
-        if missing:
-            blocks = [offer.blocks[index] for index in missing]
-            work = partial(checksums_of, self._memory, blocks)
-            offer.machine.read_started()
-            try:
-                inline = len(blocks) * self.block_bytes <= INLINE_CHECKSUM_BYTES
-                values = work() if inline else await run_to_end(self._executor, work)
-                offer.checksums.update(zip(missing, values, strict=True))
-            finally:
-                offer.machine.read_ended()
-                self._settle(offer)
-        return tuple(offer.checksums[index] for index in wanted)
+    def _next_piece(self, offer: Offer, ask: PullAsk) -> Piece | None:
+        ready = offer.ready
+        if complete(ready, len(offer.blocks), self._layers):
+            ready = KvReady(len(offer.blocks), self._layers)
+        part = next_piece(ask.transfer.block_range, ready, self._layers, self._layer_bytes)
+        if part is None:
+            return None
+        first, end = layer_span(part, self._layers)
+        blocks = offer.blocks[part.first_block : part.first_block + part.num_blocks]
+        return Piece(part, blocks, first * self._layer_bytes, (end - first) * self._layer_bytes)
 
-    def _begin(
-        self, offer: Offer, ask: PullAsk, transport: SourceTransport | None, blocks: tuple[BlockId, ...]
+    def _take(
+        self, offer: Offer, ask: PullAsk, piece: Piece | None, transport: SourceTransport | None
     ) -> None:
-        """Starts to send what was granted; an earlier attempt is told to end."""
+        """Gives the sink the lease, and the piece with it if there is one. Raises TransferError (REFUSED)."""
+        number = ask.transfer.number
+        moves = transport if piece is not None and piece.blocks else None
+        direct = moves is not None and moves.direct
+        granted = offer.machine.pull(ask.sink, number, direct, self._clock())
+        self._settle(offer)
+        if not granted:
+            raise self._not_to_be_had(offer)
+        offer.pieces[number] = piece
+        offer.transport = ask.transport
         if offer.stop_sending is not None:
             offer.stop_sending()
             offer.stop_sending = None
-        if transport is None or transport.direct:
+        if moves is None or piece is None:
             return
+        hasher = self._hashers.get(self._pairs.checksum(ask.sink))
+        if hasher is not None:
+            self._sums.begin(offer, number, piece, hasher)
+        if not moves.direct:
+            self._send(offer, ask, moves, piece)
+
+    async def _wait_for_more(self, offer: Offer, ask: PullAsk) -> None:
+        """Until something of the range is ready, the sink has lost the lease, or the time is over."""
+        number = ask.transfer.number
+        try:
+            async with asyncio.timeout(min(ask.wait_s, MAX_WAIT_S)):
+                while self._next_piece(offer, ask) is None:
+                    if offer.machine.state.terminal or offer.machine.number != number:
+                        raise self._not_to_be_had(offer)
+                    await self._grown.wait()
+        except TimeoutError:
+            return
+
+    def _send(self, offer: Offer, ask: PullAsk, transport: SourceTransport, piece: Piece) -> None:
         number = ask.transfer.number
         offer.machine.send_started(number, self._clock())
-        task = asyncio.create_task(_sent(transport, ask, blocks))
+        task = asyncio.create_task(_sent(transport, ask, piece))
         offer.stop_sending = task.cancel
         self._sends.add(task)
         # A callback and not a `finally`: a task that is cancelled before its first step runs neither.
@@ -296,6 +319,14 @@ class HandoffSource:
         offer.machine.send_ended(number, succeeded, self._clock())
         self._settle(offer)
 
+    def _read_ended(self, offer: Offer) -> None:
+        offer.machine.read_ended()
+        self._settle(offer)
+
+    def _released(self, key: HandoffKey, reason: ReleaseReason) -> None:
+        self._sums.forget(key)
+        self._on_released(key, reason)
+
     def _link_lost(self, transport: str, sink: PeerId) -> None:
         for offer in self._book.held_by(sink):
             if offer.transport == transport:
@@ -305,7 +336,14 @@ class HandoffSource:
     def _settle(self, offer: Offer) -> HandoffState:
         state = self._book.settle(offer)
         self._changed.set()
+        if state.terminal:
+            self._announce()
         return state
+
+    def _announce(self) -> None:
+        """Wakes the pulls that wait."""
+        woken, self._grown = self._grown, asyncio.Event()
+        woken.set()
 
     async def _run_timers(self) -> None:
         while True:
@@ -324,14 +362,24 @@ class HandoffSource:
             raise self._refusal(TransferFault.DIGEST, message)
 
     def _refusal(self, fault: TransferFault, message: str) -> TransferError:
-        self._book.refused[fault] += 1
+        self._count_refusal(fault)
         return TransferError(fault, message)
 
+    def _not_to_be_had(self, offer: Offer) -> TransferError:
+        state = offer.machine.state.value
+        return self._refusal(TransferFault.REFUSED, f"The hand-off is {state} and not to be had.")
 
-async def _sent(transport: SourceTransport, ask: PullAsk, blocks: Sequence[BlockId]) -> bool:
+    def _count_refusal(self, fault: TransferFault) -> None:
+        self._book.refused[fault] += 1
+        if self._observer is not None:
+            self._observer.refused(fault)
+
+
+async def _sent(transport: SourceTransport, ask: PullAsk, piece: Piece) -> bool:
     """Whether all blocks were given."""
+    granted = Transfer(ask.transfer.key, ask.transfer.number, piece.block_range)
     try:
-        await transport.send(ask.sink, ask.transfer, blocks)
+        await transport.send(ask.sink, granted, piece.blocks, piece.part_offset, piece.part_bytes)
     except TransferError as error:
         _log.info("send failed", leg=ask.transfer.key.leg_id, fault=error.fault.value, error=str(error))
         return False

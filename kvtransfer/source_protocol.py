@@ -27,6 +27,8 @@ class SourceInput(Enum):
     SEND_ENDED = "send ended"
     SEND_FAILED = "send failed"
     COMMIT = "commit"
+    MISMATCH = "commit with other checksums"
+    STALE_COMMIT = "commit of an earlier number"
     ABORT = "abort"
     WITHDRAW = "withdraw"
     SUPERSEDE = "supersede"
@@ -61,6 +63,8 @@ def _held(state: HandoffState, after_link: HandoffState) -> _Rows:
         (state, _I.REPEATED_PULL): (_A.REGRANT, state),
         (state, _I.STRANGE_PULL): (_A.REFUSE, state),
         (state, _I.COMMIT): (_A.CLEAR, _S.COMMITTED),
+        (state, _I.MISMATCH): (_A.SHORTEN, _S.ACCEPTED),
+        (state, _I.STALE_COMMIT): (_A.NOTE, state),
         (state, _I.ABORT): (_A.CLEAR, _S.ABORTED),
         (state, _I.WITHDRAW): (_A.END, _S.ABORTED),
         (state, _I.SUPERSEDE): (_A.END, _S.ABORTED),
@@ -78,6 +82,7 @@ def _over(state: HandoffState) -> _Rows:
     noted = (
         *(_I.SEND_STARTED, _I.SEND_ENDED, _I.SEND_FAILED),
         *(_I.WITHDRAW, _I.SUPERSEDE, _I.CLOSE, _I.PEER_SUSPECTED),
+        *(_I.MISMATCH, _I.STALE_COMMIT),
     )
     return {
         **{(state, given): (_A.REFUSE, state) for given in refused},
@@ -197,11 +202,21 @@ class SourceHandoff:
             raise ProtocolError("A read of hand-off blocks ended that never started.")
         self._local_io -= 1
 
-    def commit(self, sink: PeerId, now_s: float) -> None:
-        """The sink verified its copy. Raises ProtocolError unless it holds the lease or held it."""
+    def check_holder(self, sink: PeerId) -> None:
+        """Raises ProtocolError unless the sink holds the lease or held it."""
         if sink != self.holder:
             raise ProtocolError("Only the sink that pulled a hand-off can commit it.")
-        self._apply(SourceInput.COMMIT, now_s)
+
+    def commit(self, sink: PeerId, number: int, same: bool, now_s: float) -> None:
+        """The sink holds all it wants, `number` being its last transfer; `same` when its copy is ours.
+
+        If not, it may pull again. Raises ProtocolError unless it holds the lease or held it.
+        """
+        self.check_holder(sink)
+        # Between a mismatch and its late copy the sink may have begun to read again.
+        current = number == self.number
+        given = SourceInput.COMMIT if same else SourceInput.MISMATCH
+        self._apply(given if current else SourceInput.STALE_COMMIT, now_s)
 
     def abort(self, sink: PeerId, now_s: float) -> None:
         """The sink gave up. Raises ProtocolError when another one holds the lease."""
@@ -216,6 +231,11 @@ class SourceHandoff:
     def peer_suspected(self, now_s: float) -> None:
         """Somebody says that the holder is dead; without proof its fence stays."""
         self._apply(SourceInput.PEER_SUSPECTED, now_s)
+
+    def grew(self, now_s: float) -> None:
+        """More of the offer is ready: the park time begins anew, for nobody can have pulled it all before."""
+        if self.state is HandoffState.OFFERED:
+            self._deadline_s = now_s + self._times.park_s
 
     def link_lost(self, now_s: float) -> None:
         """The holder's link broke: it is dead or ended all its reading before it closed the link."""

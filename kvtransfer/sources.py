@@ -4,21 +4,35 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from kvtransfer.contract import PeerId
+import structlog
+
+from kvtransfer.contract import PeerId, TransferConfig
 from kvtransfer.handoff_client import HandoffClient
 from kvtransfer.host import host_id
-from kvtransfer.source import Endpoint
+from kvtransfer.pairing import Endpoint
+from tandem.errors import TransferError, TransferFault
 from tandem.worker import WorkerRecord
+
+_log = structlog.get_logger("tandem.kvtransfer")
 
 
 @dataclass(frozen=True, slots=True)
 class KnownSource:
-    """A connected source; `endpoints` are in our order of preference."""
+    """A connected source; `endpoints` are in our order of preference; `checksum` names the
+    checksums that it wants to be shown, empty for none."""
 
     peer: PeerId
     client: HandoffClient
     endpoints: tuple[Endpoint, ...]
     block_bytes: int
+    checksum: str
+
+    def endpoint(self, transport: str) -> Endpoint:
+        """Where one of its transports is. Raises TransferError (UNSUPPORTED) when it has none of the name."""
+        for found in self.endpoints:
+            if found.transport == transport:
+                return found
+        raise TransferError(TransferFault.UNSUPPORTED, f"The source no longer offers {transport}.")
 
 
 class KnownSources:
@@ -28,14 +42,19 @@ class KnownSources:
         self,
         transports: Sequence[str],
         make_client: Callable[[WorkerRecord], HandoffClient],
-        timeout_s: float,
+        config: TransferConfig,
+        checksums: Sequence[str],
         on_older_life: Callable[[PeerId], Awaitable[None]],
     ) -> None:
-        """`on_older_life` is told of each connected life that a newer one has replaced; it forgets it."""
+        """`checksums` are those that can be computed here, best first.
+
+        `on_older_life` is told of each connected life that a newer one has replaced; it forgets it.
+        """
         self._on_older_life = on_older_life
         self._transports = tuple(transports)
         self._make_client = make_client
-        self._timeout_s = timeout_s
+        self._config = config
+        self._checksums = tuple(checksums)
         self._host_id = host_id()
         self._known: dict[PeerId, KnownSource] = {}
         self._locks: dict[PeerId, asyncio.Lock] = {}
@@ -60,6 +79,14 @@ class KnownSources:
         for other in older:
             await self._on_older_life(other)
         return known
+
+    async def renew(self, source: KnownSource) -> KnownSource:
+        """Asks a connected source for its addresses anew. Raises TransferError when it cannot be asked."""
+        async with self._locks.setdefault(source.peer, asyncio.Lock()):
+            fresh = await self._agree(source.peer, source.client)
+            if source.peer in self._known:
+                self._known[source.peer] = fresh
+        return fresh
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
@@ -88,13 +115,25 @@ class KnownSources:
     async def _connect(self, peer: PeerId, source: WorkerRecord) -> KnownSource:
         client = self._make_client(source)
         try:
-            answer = await client.connect(self._transports, self._host_id, self._timeout_s)
+            return await self._agree(peer, client)
         except BaseException:
             await client.close()
             raise
+
+    async def _agree(self, peer: PeerId, client: HandoffClient) -> KnownSource:
+        config = self._config
+        answer = await client.connect(
+            *(self._transports, self._host_id, config.connect_timeout_s, self._checksums, config.heads)
+        )
+        if answer.checksum not in (self._checksums or ("",)):
+            message = f"The source asks for the checksum {answer.checksum or 'none'}."
+            raise TransferError(TransferFault.UNSUPPORTED, message)
         offered = {
             found.transport: Endpoint(found.transport, found.address, found.ticket)
             for found in answer.endpoints
         }
         ordered = tuple(offered[name] for name in self._transports if name in offered)
-        return KnownSource(peer, client, ordered, answer.block_bytes)
+        left_out = {name: "not offered by the source" for name in self._transports if name not in offered}
+        roads = [endpoint.transport for endpoint in ordered]
+        _log.info("source connected", source=peer.worker_id, roads=roads, left_out=left_out)
+        return KnownSource(peer, client, ordered, answer.block_bytes, answer.checksum)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from kvtransfer import framing, vectors
-from kvtransfer.contract import BlockMemory, PeerId, PullGrant, TransferConfig
+from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, TransferConfig
 from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.listener import is_quiet
 from kvtransfer.threads import outlast, run_to_end
@@ -148,12 +148,18 @@ class TcpSink:
             raise
         self._give_back(source, pair, line)
 
-    async def receive(self, source: PeerId, grant: PullGrant, target: Sequence[BlockId]) -> None:
+    async def receive(
+        self,
+        source: PeerId,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        on_landed: OnLanded | None = None,
+    ) -> None:
         """Receives in a thread; looks at the lease after every few megabytes."""
         pair = self._pairs.get(source)
         if pair is None:
             raise TransferError(TransferFault.DISCONNECTED, "There is no connection to the source.")
-        if len(target) * self._memory.block_bytes != grant.length_bytes:
+        if len(target) * grant.part_bytes != grant.length_bytes:
             message = f"{grant.length_bytes} bytes were granted for {len(target)} blocks."
             raise TransferError(TransferFault.LENGTH, message)
         _drop_unusable(pair)
@@ -194,7 +200,8 @@ class TcpSink:
             if self._clock() >= grant.lease_until_s:
                 raise TransferError(TransferFault.LEASE, "The lease ended before all blocks had come.")
 
-        line.fetch(grant, [self._memory.view(block) for block in target], check)
+        part = slice(grant.part_offset, grant.part_offset + grant.part_bytes)
+        line.fetch(grant, [self._memory.view(block)[part] for block in target], check)
 
     def _new_line(self, pair: _Pair) -> _Line:
         return _Line(pair.address, pair.ticket, self._config.connect_timeout_s)

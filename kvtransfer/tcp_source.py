@@ -36,6 +36,7 @@ class _Post:
 
     transfer: Transfer
     blocks: tuple[BlockId, ...]
+    part: slice
     ended: asyncio.Future[TransferError | None]
     connection: socket.socket | None = None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -91,9 +92,12 @@ class TcpSource:
             self._listener.admit(sink, ticket)
         return self._address
 
-    async def send(self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId]) -> None:
+    async def send(
+        self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
+    ) -> None:
         """Waits for the sink's connection and sends; the caller bounds it by cancelling."""
-        post = _Post(transfer, tuple(blocks), asyncio.get_running_loop().create_future())
+        part = slice(part_offset, part_offset + part_bytes)
+        post = _Post(transfer, tuple(blocks), part, asyncio.get_running_loop().create_future())
         place = (sink, transfer.number)
         self._posts[place] = post
         try:
@@ -160,8 +164,8 @@ class TcpSource:
 
         def work() -> None:
             vectors.prepare(connection, self._config.connect_timeout_s)
-            views = [self._memory.view(block) for block in post.blocks]
-            length = len(views) * self._memory.block_bytes
+            views = [self._memory.view(block)[post.part] for block in post.blocks]
+            length = sum(view.nbytes for view in views)
             header = framing.encode_header(Header(HeaderKind.BYTES, post.transfer, length))
             vectors.gather_send(connection, [memoryview(header), *views], post.check)
 

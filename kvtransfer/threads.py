@@ -1,9 +1,11 @@
-"""Edge: blocking work in threads that never outlives its caller."""
+"""Edge: blocking work in threads: such that never outlives its caller, and such that may never return."""
 
 import asyncio
+import threading
 import traceback
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, wait
+from concurrent.futures import Future as ConcurrentFuture
 from typing import TypeVar
 
 ResultT = TypeVar("ResultT")
@@ -27,6 +29,29 @@ async def run_to_end(
         raise
 
 
+def run_beside(helpers: Executor, works: Sequence[Callable[[], None]], stop: Callable[[], None]) -> None:
+    """Runs the first work in this thread and the others in the helpers'; raises what failed first.
+
+    When one fails, it calls `stop`, and it returns or raises only when all have ended; so the works must end
+    soon after `stop`. This thread works too instead of waiting: two threads that are woken together start on
+    one core, and a transfer is over before the system has moved one of them.
+    """
+    failures: list[BaseException] = []
+
+    def attempt(work: Callable[[], None]) -> None:
+        try:
+            _contained(work)
+        except BaseException as error:
+            failures.append(error)
+            stop()
+
+    futures = [helpers.submit(attempt, work) for work in works[1:]]
+    attempt(works[0])
+    wait(futures)
+    if failures:
+        raise failures[0]
+
+
 async def outlast(future: asyncio.Future[ResultT]) -> None:
     """Waits until a future is done, also when cancelled meanwhile; its outcome is left unread."""
     while not future.done():
@@ -45,3 +70,23 @@ def _contained(work: Callable[[], ResultT]) -> ResultT:
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise
+
+
+def in_daemon_thread(work: Callable[[], ResultT], name: str) -> asyncio.Future[ResultT]:
+    """Runs work that may never return in a thread of its own, which does not keep the process alive.
+
+    The future cannot be used to stop it; await it shielded and with a bound.
+    """
+    outcome: ConcurrentFuture[ResultT] = ConcurrentFuture()
+    outcome.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(result)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return asyncio.wrap_future(outcome)

@@ -5,16 +5,46 @@ from types import MappingProxyType
 from typing import Final, TypeVar
 
 from kvtransfer.contract import BlockMemory, SinkTransport, SourceTransport, TransferConfig
+from kvtransfer.cuda_driver import open_sharing
+from kvtransfer.cuda_ipc import CudaIpcSink, CudaIpcSource, IpcKit
+from kvtransfer.device import Device
+from kvtransfer.nccl import load_binding
+from kvtransfer.nccl_communicator import NcclKit
+from kvtransfer.nccl_sink import NcclSink
+from kvtransfer.nccl_source import NcclSource
 from kvtransfer.shm import ShmSink, ShmSource
 from kvtransfer.tcp_sink import TcpSink
 from kvtransfer.tcp_source import TcpSource
 from tandem.errors import ConfigError
 
+
+def _open_device(index: int) -> Device:
+    """Loads torch and triton only where a pool is on a GPU."""
+    from kvtransfer.cuda_device import open_device
+
+    return open_device(index)
+
+
+NCCL: Final = NcclKit(load_binding, _open_device)
+IPC: Final = IpcKit(_open_device, open_sharing)
+
 SOURCES: Final[Mapping[str, Callable[[BlockMemory, TransferConfig], SourceTransport]]] = MappingProxyType(
-    {"shm": ShmSource, "tcp": TcpSource}
+    {
+        "nccl": lambda memory, config: NcclSource(memory, config, NCCL),
+        "cuda_ipc": lambda memory, config: CudaIpcSource(memory, config, IPC),
+        "shm": ShmSource,
+        "tcp": TcpSource,
+    }
 )
 SINKS: Final[Mapping[str, Callable[[BlockMemory, TransferConfig, Callable[[], float]], SinkTransport]]] = (
-    MappingProxyType({"shm": ShmSink, "tcp": TcpSink})
+    MappingProxyType(
+        {
+            "nccl": lambda memory, config, clock: NcclSink(memory, config, clock, NCCL),
+            "cuda_ipc": lambda memory, config, clock: CudaIpcSink(memory, config, clock, IPC),
+            "shm": ShmSink,
+            "tcp": TcpSink,
+        }
+    )
 )
 
 MakerT = TypeVar("MakerT")

@@ -5,7 +5,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import grpc.aio
 
-from engine.leg import DroppedLeg, DropReason, LoadNumbers
+from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
 from kvtransfer.contract import HandoffKey
@@ -39,7 +39,12 @@ class PrefillWorker(Worker[PrefillOutcome]):
         )
         super().__init__(parts, self._scheduler)
         self._source = HandoffSource(
-            parts.record, parts.engine.cache, transfer_config(config), self._clock, self._released
+            parts.record,
+            parts.engine.cache,
+            transfer_config(config),
+            self._clock,
+            self._released,
+            observer=self.metrics.transfers,
         )
 
     @classmethod
@@ -81,6 +86,11 @@ class PrefillWorker(Worker[PrefillOutcome]):
     def handoffs_committed(self) -> int:
         """Hand-offs committed since the start."""
         return self._source.counts().committed
+
+    def communicators(self) -> CommunicatorNumbers:
+        """The NCCL communicators of its transfers."""
+        found = self._source.communicators()
+        return CommunicatorNumbers(found.open, found.bytes, found.abandoned, found.wedged)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds HandoffService."""

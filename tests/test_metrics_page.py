@@ -5,12 +5,13 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from engine.leg import LoadNumbers
+from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
 from engine.worker_metrics import WorkerMetrics
 from router.metrics import RouterGauges, RouterMetrics
 from router.slo_accounting import ClassGoodput
 from router.worker_key import WorkerKey
+from tandem.errors import TransferFault
 from tandem.ids import Incarnation, WorkerId
 from tandem.slo import SloClass
 from tandem.v1 import worker_pb2 as wpb
@@ -54,11 +55,18 @@ def test_router_metrics_are_documented() -> None:
 def test_worker_metrics_are_documented() -> None:
     metrics = WorkerMetrics()
     metrics.observe_load(LoadNumbers(0, 0, 0, 0, 4, 3, 1, 1))
+    metrics.observe_communicators(CommunicatorNumbers())
     metrics.observe_step(StepPlan(0, ()), StepResult(0, (), 0.1))
     metrics.dropped.labels(reason="preempted").inc()
     metrics.handoff_seconds.labels(part="move").observe(0.1)
     metrics.handoff_bytes.labels(transport="tcp").inc()
     metrics.transfer_faults.labels(fault="timeout").inc()
+    source = WorkerKey(WorkerId("p0"), Incarnation(1))
+    metrics.transfers.transferred("tcp")
+    metrics.transfers.failed("shm", TransferFault.TIMEOUT)
+    metrics.transfers.road_taken(source, "", "shm")
+    metrics.transfers.road_taken(source, "shm", "tcp")
+    metrics.transfers.refused(TransferFault.DIGEST)
     assert _documented("Worker") == _exposed(metrics.registry)
 
 

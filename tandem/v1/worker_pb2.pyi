@@ -989,20 +989,116 @@ class HandoffStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATE_FIELD_NUMBER: _builtins.int
+    MISMATCHED_FIELD_NUMBER: _builtins.int
     state: Global___HandoffState.ValueType
     """State at the source after the call."""
+    @_builtins.property
+    def mismatched(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """After a Commit: transfers whose bytes are not what the source holds. They must be pulled again."""
+
     def __init__(
         self,
         *,
         state: Global___HandoffState.ValueType = ...,
+        mismatched: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mismatched", b"mismatched", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandoffStatus: _TypeAlias = HandoffStatus  # noqa: Y015
+
+@_typing.final
+class CommitRequest(_message.Message):
+    """CommitRequest says what the puller holds of one hand-off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDOFF_FIELD_NUMBER: _builtins.int
+    LANDED_FIELD_NUMBER: _builtins.int
+    LAST_NUMBER_FIELD_NUMBER: _builtins.int
+    last_number: _builtins.int
+    """Number of the puller's last transfer; a commit with an earlier one is out of date and changes nothing."""
+    @_builtins.property
+    def handoff(self) -> Global___HandoffRef:
+        """Which hand-off."""
+
+    @_builtins.property
+    def landed(self) -> _containers.RepeatedCompositeFieldContainer[Global___LandedTransfer]:
+        """The transfers that landed, each with the checksum of what is at the puller; empty when the pair uses none."""
+
+    def __init__(
+        self,
+        *,
+        handoff: Global___HandoffRef | None = ...,
+        landed: _abc.Iterable[Global___LandedTransfer] | None = ...,
+        last_number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "landed", b"landed", "last_number", b"last_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommitRequest: _TypeAlias = CommitRequest  # noqa: Y015
+
+@_typing.final
+class LandedTransfer(_message.Message):
+    """LandedTransfer is one transfer as the puller has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_NUMBER_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    transfer_number: _builtins.int
+    """Its number."""
+    checksum: _builtins.int
+    """XXH3-64 of its blocks' checksums in order, each 8 bytes, little-endian."""
+    def __init__(
+        self,
+        *,
+        transfer_number: _builtins.int = ...,
+        checksum: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "transfer_number", b"transfer_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LandedTransfer: _TypeAlias = LandedTransfer  # noqa: Y015
+
+@_typing.final
+class HeadRange(_message.Message):
+    """HeadRange names the KV heads that a tensor-parallel rank holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """First head, 0-based."""
+    count: _builtins.int
+    """Number of heads."""
+    total: _builtins.int
+    """Heads of the model."""
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        count: _builtins.int = ...,
+        total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first", b"first", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeadRange: _TypeAlias = HeadRange  # noqa: Y015
 
 @_typing.final
 class ConnectRequest(_message.Message):
@@ -1013,6 +1109,8 @@ class ConnectRequest(_message.Message):
     SINK_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
+    CHECKSUMS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     host_id: _builtins.str
     """Identifies the sink's host and boot, so that same-host transports are only offered on one host."""
     @_builtins.property
@@ -1023,16 +1121,26 @@ class ConnectRequest(_message.Message):
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Transports that the sink can do, best first."""
 
+    @_builtins.property
+    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Checksums that the sink can compute, best first; empty when it computes none."""
+
+    @_builtins.property
+    def heads(self) -> Global___HeadRange:
+        """KV heads in the sink's blocks; absent means all."""
+
     def __init__(
         self,
         *,
         sink: Global___WorkerAddress | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
         host_id: _builtins.str = ...,
+        checksums: _abc.Iterable[_builtins.str] | None = ...,
+        heads: Global___HeadRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sink", b"sink"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "sink", b"sink"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "sink", b"sink", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "heads", b"heads", "host_id", b"host_id", "sink", b"sink", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1047,8 +1155,12 @@ class ConnectResponse(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     block_bytes: _builtins.int
     """Bytes of a block."""
+    checksum: _builtins.str
+    """The checksum that the pair uses; empty for none."""
     @_builtins.property
     def source(self) -> Global___WorkerAddress:
         """Who is pulled from."""
@@ -1057,16 +1169,22 @@ class ConnectResponse(_message.Message):
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportEndpoint]:
         """Transports that both can do, best first."""
 
+    @_builtins.property
+    def heads(self) -> Global___HeadRange:
+        """KV heads in the source's blocks; absent means all."""
+
     def __init__(
         self,
         *,
         source: Global___WorkerAddress | None = ...,
         endpoints: _abc.Iterable[Global___TransportEndpoint] | None = ...,
         block_bytes: _builtins.int = ...,
+        checksum: _builtins.str = ...,
+        heads: Global___HeadRange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "endpoints", b"endpoints", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "checksum", b"checksum", "endpoints", b"endpoints", "heads", b"heads", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1082,9 +1200,11 @@ class TransportEndpoint(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
-    """Name of the transport: shm, tcp."""
+    """Name of the transport: nccl, cuda_ipc, shm, tcp."""
     address: _builtins.str
-    """Transport-specific address (a socket name, or host:port)."""
+    """Transport-specific address: a socket name, host:port, with the pool's handle (cuda_ipc), or with a communicator's
+    epoch and secret id (nccl).
+    """
     ticket: _builtins.bytes
     """Secret for this pair, proved on the data connection."""
     def __init__(
@@ -1117,6 +1237,7 @@ class PullRequest(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     REMAINING_S_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
     """Transport to use."""
     transfer_number: _builtins.int
@@ -1133,6 +1254,8 @@ class PullRequest(_message.Message):
     """Scheduling priority; higher goes first."""
     remaining_s: _builtins.float
     """Seconds left until the request's deadline."""
+    wait_s: _builtins.float
+    """When more than 0: grant nothing, but answer as soon as something of this range is ready, or after so many seconds."""
     @_builtins.property
     def handoff(self) -> Global___HandoffRef:
         """Which hand-off."""
@@ -1149,10 +1272,11 @@ class PullRequest(_message.Message):
         num_layers: _builtins.int = ...,
         priority: _builtins.int = ...,
         remaining_s: _builtins.float = ...,
+        wait_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "handoff", b"handoff", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "priority", b"priority", "remaining_s", b"remaining_s", "transfer_number", b"transfer_number", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "handoff", b"handoff", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "priority", b"priority", "remaining_s", b"remaining_s", "transfer_number", b"transfer_number", "transport", b"transport", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1160,7 +1284,7 @@ Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 
 @_typing.final
 class PullResponse(_message.Message):
-    """PullResponse grants the lease."""
+    """PullResponse grants the lease on the first part of the range that is ready."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1168,8 +1292,13 @@ class PullResponse(_message.Message):
     REFUSAL_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
     SOURCE_BLOCKS_FIELD_NUMBER: _builtins.int
-    CHECKSUMS_FIELD_NUMBER: _builtins.int
     LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    NOT_READY_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    PART_OFFSET_FIELD_NUMBER: _builtins.int
+    PART_BYTES_FIELD_NUMBER: _builtins.int
     state: Global___HandoffState.ValueType
     """State at the source; anything but ACCEPTED or MOVING is a refusal."""
     refusal: _builtins.str
@@ -1178,13 +1307,21 @@ class PullResponse(_message.Message):
     """Seconds from now for which the source keeps the blocks; the puller touches them no longer."""
     length_bytes: _builtins.int
     """Bytes to be moved."""
+    not_ready: _builtins.bool
+    """Whether nothing of the range is ready yet; then nothing is granted, but the offer is kept for lease_s."""
+    first_block: _builtins.int
+    """First block of the range that is granted, as an index in the leg's block list."""
+    first_layer: _builtins.int
+    """First layer that is granted."""
+    num_layers: _builtins.int
+    """Layers that are granted; 0 means all from the first on."""
+    part_offset: _builtins.int
+    """Where in each block the granted bytes begin."""
+    part_bytes: _builtins.int
+    """How many bytes of each block are granted."""
     @_builtins.property
     def source_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the blocks in the source's pool (used by transports that read its memory)."""
-
-    @_builtins.property
-    def checksums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One checksum (XXH3-64) for each block, in order."""
 
     def __init__(
         self,
@@ -1193,12 +1330,17 @@ class PullResponse(_message.Message):
         refusal: _builtins.str = ...,
         lease_s: _builtins.float = ...,
         source_blocks: _abc.Iterable[_builtins.int] | None = ...,
-        checksums: _abc.Iterable[_builtins.int] | None = ...,
         length_bytes: _builtins.int = ...,
+        not_ready: _builtins.bool = ...,
+        first_block: _builtins.int = ...,
+        first_layer: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        part_offset: _builtins.int = ...,
+        part_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksums", b"checksums", "lease_s", b"lease_s", "length_bytes", b"length_bytes", "refusal", b"refusal", "source_blocks", b"source_blocks", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "first_layer", b"first_layer", "lease_s", b"lease_s", "length_bytes", b"length_bytes", "not_ready", b"not_ready", "num_layers", b"num_layers", "part_bytes", b"part_bytes", "part_offset", b"part_offset", "refusal", b"refusal", "source_blocks", b"source_blocks", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

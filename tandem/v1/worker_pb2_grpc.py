@@ -123,7 +123,7 @@ class HandoffServiceStub:
                 _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/tandem.v1.HandoffService/Commit',
-                request_serializer=tandem_dot_v1_dot_worker__pb2.HandoffRef.SerializeToString,
+                request_serializer=tandem_dot_v1_dot_worker__pb2.CommitRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_worker__pb2.HandoffStatus.FromString,
                 _registered_method=True)
         self.Abort = channel.unary_unary(
@@ -150,14 +150,14 @@ class HandoffServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """Pull accepts an offered hand-off and grants a lease on its blocks.
+        """Pull accepts an offered hand-off and grants a lease on what is ready of it, or waits for more to be ready.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """Commit says that the blocks landed and were verified: the source may free them.
+        """Commit says what landed: when the checksums are the source's, it may free the blocks and the puller may use its copy.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,7 +192,7 @@ def add_HandoffServiceServicer_to_server(servicer, server):
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
                     servicer.Commit,
-                    request_deserializer=tandem_dot_v1_dot_worker__pb2.HandoffRef.FromString,
+                    request_deserializer=tandem_dot_v1_dot_worker__pb2.CommitRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_worker__pb2.HandoffStatus.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
@@ -286,7 +286,7 @@ class HandoffService:
             request,
             target,
             '/tandem.v1.HandoffService/Commit',
-            tandem_dot_v1_dot_worker__pb2.HandoffRef.SerializeToString,
+            tandem_dot_v1_dot_worker__pb2.CommitRequest.SerializeToString,
             tandem_dot_v1_dot_worker__pb2.HandoffStatus.FromString,
             options,
             channel_credentials,

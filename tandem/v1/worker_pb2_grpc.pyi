@@ -67,9 +67,9 @@ class HandoffServiceStub:
     Connect: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ConnectRequest, _worker_pb2.ConnectResponse]
     """Connect agrees on transports for a pair of incarnations."""
     Pull: _grpc.UnaryUnaryMultiCallable[_worker_pb2.PullRequest, _worker_pb2.PullResponse]
-    """Pull accepts an offered hand-off and grants a lease on its blocks."""
-    Commit: _grpc.UnaryUnaryMultiCallable[_worker_pb2.HandoffRef, _worker_pb2.HandoffStatus]
-    """Commit says that the blocks landed and were verified: the source may free them."""
+    """Pull accepts an offered hand-off and grants a lease on what is ready of it, or waits for more to be ready."""
+    Commit: _grpc.UnaryUnaryMultiCallable[_worker_pb2.CommitRequest, _worker_pb2.HandoffStatus]
+    """Commit says what landed: when the checksums are the source's, it may free the blocks and the puller may use its copy."""
     Abort: _grpc.UnaryUnaryMultiCallable[_worker_pb2.HandoffRef, _worker_pb2.HandoffStatus]
     """Abort says that the puller gave up and touches the blocks no more."""
     Query: _grpc.UnaryUnaryMultiCallable[_worker_pb2.HandoffRef, _worker_pb2.HandoffStatus]
@@ -83,9 +83,9 @@ class HandoffServiceAsyncStub(HandoffServiceStub):
     Connect: _aio.UnaryUnaryMultiCallable[_worker_pb2.ConnectRequest, _worker_pb2.ConnectResponse]  # type: ignore[assignment]
     """Connect agrees on transports for a pair of incarnations."""
     Pull: _aio.UnaryUnaryMultiCallable[_worker_pb2.PullRequest, _worker_pb2.PullResponse]  # type: ignore[assignment]
-    """Pull accepts an offered hand-off and grants a lease on its blocks."""
-    Commit: _aio.UnaryUnaryMultiCallable[_worker_pb2.HandoffRef, _worker_pb2.HandoffStatus]  # type: ignore[assignment]
-    """Commit says that the blocks landed and were verified: the source may free them."""
+    """Pull accepts an offered hand-off and grants a lease on what is ready of it, or waits for more to be ready."""
+    Commit: _aio.UnaryUnaryMultiCallable[_worker_pb2.CommitRequest, _worker_pb2.HandoffStatus]  # type: ignore[assignment]
+    """Commit says what landed: when the checksums are the source's, it may free the blocks and the puller may use its copy."""
     Abort: _aio.UnaryUnaryMultiCallable[_worker_pb2.HandoffRef, _worker_pb2.HandoffStatus]  # type: ignore[assignment]
     """Abort says that the puller gave up and touches the blocks no more."""
     Query: _aio.UnaryUnaryMultiCallable[_worker_pb2.HandoffRef, _worker_pb2.HandoffStatus]  # type: ignore[assignment]
@@ -108,15 +108,15 @@ class HandoffServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.PullRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.PullResponse, _abc.Awaitable[_worker_pb2.PullResponse]]:
-        """Pull accepts an offered hand-off and grants a lease on its blocks."""
+        """Pull accepts an offered hand-off and grants a lease on what is ready of it, or waits for more to be ready."""
 
     @_abc_1.abstractmethod
     def Commit(
         self,
-        request: _worker_pb2.HandoffRef,
+        request: _worker_pb2.CommitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.HandoffStatus, _abc.Awaitable[_worker_pb2.HandoffStatus]]:
-        """Commit says that the blocks landed and were verified: the source may free them."""
+        """Commit says what landed: when the checksums are the source's, it may free the blocks and the puller may use its copy."""
 
     @_abc_1.abstractmethod
     def Abort(

@@ -56,7 +56,10 @@ def test_sizes_are_read_with_units() -> None:
         ("pools: {decode: 5}", ["pools.decode", "got 5"]),
         ("block_size: 12", ["block_size", "8, 16, 32, 64 or 128 (got 12)"]),
         ("policies: {dispatch: best}", ["'round_robin', 'least_loaded' or 'prefix_aware' (got 'best')"]),
-        ("workers: {transports: [rdma]}", ["workers.transports.0", "'shm' or 'tcp' (got 'rdma')"]),
+        (
+            "workers: {transports: [rdma]}",
+            ["workers.transports.0", "'nccl', 'cuda_ipc', 'shm' or 'tcp' (got 'rdma')"],
+        ),
         ("slo_classes: {a: {ttft_s: 1, tpot_s: .inf, longest_gap_s: 1}}", ["slo_classes.a.tpot_s", "finite"]),
         ("slo_classes: {a: {ttft_s: 1}}", ["slo_classes.a.tpot_s: Field required"]),
         (

@@ -19,8 +19,8 @@ SINK = PeerId(WorkerId("decode-0"), Incarnation(1))
 SOURCE_TIMES = SourceTimes(park_s=30.0, lease_s=5.0, margin_s=0.25, regrasp_s=1.0, forget_s=10.0)
 SINK_TIMES = SinkTimes(answer_s=2.0, settle_s=1.0)
 DEADLINE_S = 60.0
-MAX_PULLS = 4
-"""Transports a sink would try, at most."""
+MAX_PULLS = 6
+"""Pulls of a sink, at most: pieces and transports together."""
 
 STOP_S = 0.2
 """Longest time that reading goes on after the lease (below the source's margin)."""
@@ -35,12 +35,17 @@ class Kind(Enum):
     QUERY = "query"
     GRANT = "grant"
     REFUSAL = "refusal"
+    NOT_READY = "not ready"
+    MISMATCH = "mismatch"
     STATUS = "status"
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """On its way; `asked_s` is when the pull that it belongs to was sent."""
+    """On its way; `asked_s` is when the pull that it belongs to was sent.
+
+    A commit carries which pieces were whole copies, which is what their checksums would say.
+    """
 
     kind: Kind
     number: int = 0
@@ -48,6 +53,7 @@ class Message:
     asked_s: float = 0.0
     lease_s: float = 0.0
     state: HandoffState | None = None
+    good: tuple[bool, ...] = ()
 
     @property
     def to_source(self) -> bool:
@@ -83,6 +89,10 @@ class World:
     awaiting_check: bool = False
     sends: list[Reading] = field(default_factory=list)
     given: set[int] = field(default_factory=set)
+    pieces: int = 1
+    ready: int = 1
+    answers: dict[int, bool] = field(default_factory=dict)
+    landed: list[bool] = field(default_factory=list)
     copy_good: bool = False
 
     def send(self, message: Message) -> None:
@@ -129,15 +139,22 @@ class World:
         self.settle()
 
     def check(self) -> None:
-        """The sink compares checksums."""
+        """The sink hashes a piece; only the source can tell what the checksum means."""
         self.awaiting_check = False
-        if self.copy_good:
-            self.sink.verified(self.now_s)
-            if self.sink.state is HandoffState.LANDED:
-                self.send(Message(Kind.COMMIT))
-        else:
-            self.sink.move_failed()
+        if self.sink.state is HandoffState.MOVING:
+            self.landed.append(self.copy_good)
+        self.sink.held(len(self.landed) == self.pieces, self.now_s)
+        if self.sink.state is HandoffState.LANDED:
+            self.send_commit()
         self.settle()
+
+    def send_commit(self) -> None:
+        """The sink says what it holds."""
+        self.send(Message(Kind.COMMIT, self.number, good=tuple(self.landed)))
+
+    def grow(self) -> None:
+        """The source's prefill finishes another piece."""
+        self.ready = min(self.pieces, self.ready + 1)
 
     def start_send(self) -> None:
         """The source begins to send what it granted last."""
@@ -168,6 +185,8 @@ class World:
         """What happens next when nothing goes wrong, as far as reading; how that ends is not chosen here."""
         if self.network:
             self.deliver(self.network.pop(0))
+        elif self.ready <= len(self.landed) < self.pieces:
+            self.grow()
         elif self.sink_alive and self.sink.state is HandoffState.OFFERED and self.number < MAX_PULLS:
             self.ask(direct)
         elif self.source_alive and self.source.state is HandoffState.ACCEPTED and not self.sends:
@@ -193,8 +212,9 @@ class World:
             self.send(Message(Kind.ABORT))
         if self.source_alive and self.source.may_free and not self.released:
             self._release()
-        if self.sink_alive and self.sink.state in (HandoffState.LANDED, HandoffState.COMMITTED):
-            assert self.copy_good, "unverified bytes count as landed"
+        if self.sink_alive and self.sink.may_use:
+            assert len(self.landed) == self.pieces, "bytes that never came are used"
+            assert all(self.landed), "bytes that are not the source's are used"
         if self.sink_alive and self.sink.may_free:
             assert self.sink_reading is None, "target blocks are freed while they are written"
 
@@ -207,31 +227,44 @@ class World:
 
     def _to_source(self, message: Message) -> None:
         if message.kind is Kind.PULL:
-            granted = self.source.pull(SINK, message.number, message.direct, self.now_s)
-            self.send(
-                Message(
-                    Kind.GRANT if granted else Kind.REFUSAL,
-                    message.number,
-                    asked_s=message.asked_s,
-                    lease_s=self.source.lease_left_s(self.now_s),
-                )
-            )
+            self._answer_pull(message)
             return
+        same = all(message.good)
+        if message.kind is Kind.COMMIT and not (same or self.source.state.terminal):
+            self.send(Message(Kind.MISMATCH, message.number, good=message.good))
         actions: dict[Kind, Callable[[], None]] = {
-            Kind.COMMIT: lambda: self.source.commit(SINK, self.now_s),
+            Kind.COMMIT: lambda: self.source.commit(SINK, message.number, same, self.now_s),
             Kind.ABORT: lambda: self.source.abort(SINK, self.now_s),
             Kind.QUERY: lambda: None,
         }
         actions[message.kind]()
         self.send(Message(Kind.STATUS, state=self.source.state))
 
+    def _answer_pull(self, message: Message) -> None:
+        """A piece, word that there is none yet (the same whenever it is repeated), or a refusal."""
+        ready = self.answers.setdefault(message.number, self.ready > len(self.landed))
+        granted = self.source.pull(SINK, message.number, message.direct and ready, self.now_s)
+        kind = Kind.REFUSAL if not granted else Kind.GRANT if ready else Kind.NOT_READY
+        lease_s = self.source.lease_left_s(self.now_s)
+        self.send(Message(kind, message.number, asked_s=message.asked_s, lease_s=lease_s))
+
     def _to_sink(self, message: Message) -> None:
         if message.kind is Kind.GRANT:
             self.sink.granted(message.number, message.asked_s + message.lease_s)
         elif message.kind is Kind.REFUSAL:
             self.sink.refused(message.number)
+        elif message.kind is Kind.NOT_READY:
+            self.sink.not_ready(message.number)
+        elif message.kind is Kind.MISMATCH:
+            self._take_back(message)
         else:
             self.sink.status(message.state, self.now_s)
+
+    def _take_back(self, message: Message) -> None:
+        """The sink wants the wrong pieces again; an answer to an earlier commit says nothing about these."""
+        if self.sink.state is HandoffState.LANDED and message.number == self.number:
+            self.sink.mismatched()
+            self.landed = [good for good in self.landed if good]
 
     def _moments(self) -> list[float]:
         moments = [self.source.next_deadline_s] if self.source_alive and not self.released else []

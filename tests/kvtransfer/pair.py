@@ -16,6 +16,7 @@ from kvtransfer.contract import (
     SinkTransport,
     SourceTransport,
     TransferConfig,
+    TransferObserver,
 )
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.handoff_service import HandoffServicer
@@ -33,9 +34,10 @@ TOKEN = "a token"
 class Pool:
     """Blocks in a memfd, as the engine's cache has them."""
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+    def __init__(self, num_blocks: int, block_bytes: int, layers: int = 4) -> None:
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
+        self.layer_bytes = block_bytes // layers
         self._descriptor = os.memfd_create("test-pool", os.MFD_CLOEXEC)
         os.ftruncate(self._descriptor, num_blocks * block_bytes)
         self._pages = mmap.mmap(self._descriptor, num_blocks * block_bytes)
@@ -44,6 +46,10 @@ class Pool:
     def view(self, block: BlockId) -> memoryview:
         """Writable bytes of one block."""
         return self._view[block * self.block_bytes : (block + 1) * self.block_bytes]
+
+    def window(self, begin: int, length: int) -> memoryview:
+        """Writable bytes from `begin` on."""
+        return self._view[begin : begin + length]
 
     def fileno(self) -> int | None:
         """The memfd."""
@@ -119,11 +125,12 @@ async def served_source(
     settings: TransferConfig,
     released: list[tuple[HandoffKey, ReleaseReason]],
     transports: Sequence[SourceTransport] | None = None,
+    observer: TransferObserver | None = None,
 ) -> AsyncIterator[tuple[HandoffSource, WorkerRecord]]:
     """A source behind a gRPC server on loopback."""
     me = record("prefill-0", Role.PREFILL)
     source = HandoffSource(
-        me, pool, settings, time.monotonic, lambda *end: released.append(end), transports=transports
+        *(me, pool, settings, time.monotonic, lambda *end: released.append(end), transports, observer)
     )
     await source.start()
     server = grpc_edge.server(TOKEN)
@@ -146,6 +153,7 @@ async def connected_pair(
     wrap_source: Callable[[SourceTransport], SourceTransport] | None = None,
     sink_settings: TransferConfig | None = None,
     sink_digest: str = "d",
+    observer: TransferObserver | None = None,
 ) -> AsyncIterator[Pair]:
     """A source and a sink over real sockets, closed at the end, sink first."""
     source_pool, sink_pool = Pool(num_blocks, block_bytes), Pool(num_blocks, block_bytes)
@@ -158,9 +166,11 @@ async def connected_pair(
     if wrap_sink is not None:
         taking = tuple(wrap_sink(transport, sink_pool) for transport in taking)
     released: list[tuple[HandoffKey, ReleaseReason]] = []
-    async with served_source(source_pool, settings, released, giving) as (source, source_record):
+    async with served_source(source_pool, settings, released, giving, observer) as (source, source_record):
         me = record("decode-0", Role.DECODE, digest=sink_digest)
-        sink = HandoffSink(me, sink_pool, sink_settings or settings, time.monotonic, TOKEN, transports=taking)
+        sink = HandoffSink(
+            *(me, sink_pool, sink_settings or settings, time.monotonic, TOKEN, taking, observer)
+        )
         try:
             yield Pair(source_pool, sink_pool, source, sink, source_record, released)
         finally:

@@ -8,8 +8,9 @@ import asyncio
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
-from kvtransfer.contract import BlockRange, HandoffKey, PullGrant, SinkTransport
+from kvtransfer.contract import BlockRange, HandoffKey, OnLanded, PeerId, PullGrant, SinkTransport
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.sink import HandoffSink
@@ -22,10 +23,16 @@ from tests.kvtransfer.pair import TOKEN, Pool, config, key, record, served_sourc
 class AnnouncingSink(FaultySink):
     """Prints a line when a transfer begins."""
 
-    async def receive(self, source: object, grant: PullGrant, target: object) -> None:
+    async def receive(
+        self,
+        source: PeerId,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        on_landed: OnLanded | None = None,
+    ) -> None:
         """As the base does, after the line."""
         print("granted", flush=True)
-        await super().receive(source, grant, target)  # type: ignore[arg-type]
+        await super().receive(source, grant, target, on_landed)
 
 
 async def serve(num_blocks: int, block_bytes: int, name: str, fault: Fault) -> None:

@@ -44,9 +44,13 @@ class HandoffMachine(RuleBasedStateMachine):
         self.world = World()
         self.troubles: frozenset[Trouble] = frozenset()
 
-    @initialize(troubles=st.frozensets(st.sampled_from(Trouble), max_size=3))
-    def choose_troubles(self, troubles: frozenset[Trouble]) -> None:
+    @initialize(
+        troubles=st.frozensets(st.sampled_from(Trouble), max_size=3), pieces=st.integers(1, 3), data=st.data()
+    )
+    def choose_troubles(self, troubles: frozenset[Trouble], pieces: int, data: st.DataObject) -> None:
         self.troubles = troubles
+        self.world.pieces = pieces
+        self.world.ready = data.draw(st.integers(0, pieces))
 
     @property
     def well_under_way(self) -> bool:
@@ -108,7 +112,15 @@ class HandoffMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.sink_alive and self.world.sink.state is S.LANDED)
     @rule(kind=st.sampled_from((Kind.COMMIT, Kind.QUERY)))
     def sink_asks_for_the_end(self, kind: Kind) -> None:
-        self.world.send(Message(kind))
+        if kind is Kind.COMMIT:
+            self.world.send_commit()
+        else:
+            self.world.send(Message(kind))
+
+    @precondition(lambda self: self.world.source_alive and self.world.ready < self.world.pieces)
+    @rule()
+    def prefill_goes_on(self) -> None:
+        self.world.grow()
 
     @precondition(lambda self: self.world.sink_alive and self.world.sink_reading is None)
     @precondition(lambda self: not self.world.awaiting_check)

@@ -53,13 +53,12 @@ async def line_of(process: asyncio.subprocess.Process) -> str:
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_dead_source_frees_the_sink(transport: str) -> None:
-    """Over tcp the pull fails; over shm the mapped pages live on, and a verified copy of them may be used."""
+    """Over shm the mapped pages live on, but what nobody verified is not used."""
     size = (str(NUM_BLOCKS), str(BLOCK_BYTES), transport)
     hang = Fault.DROP if transport == "tcp" else Fault.NONE
     async with peer("source", *size, hang.value) as process:
         address = await line_of(process)
-        pool, original = Pool(NUM_BLOCKS, BLOCK_BYTES), Pool(NUM_BLOCKS, BLOCK_BYTES)
-        original.fill(1)
+        pool = Pool(NUM_BLOCKS, BLOCK_BYTES)
         settings = config(transport)
         began = asyncio.Event()
 
@@ -86,11 +85,8 @@ async def test_dead_source_frees_the_sink(transport: str) -> None:
         killed_s = time.monotonic()
         failure = await outcome_of(pulling)
         assert time.monotonic() - killed_s < 2.0
-        if failure is None:
-            assert pool.read(targets) == original.read(targets)
-        else:
-            assert isinstance(failure, TransferError)
-        assert (failure is None) is (transport == "shm")
+        # Also where all bytes came in time: nobody is left to say that they are the right ones.
+        assert isinstance(failure, TransferError)
         await sink.close()
 
 

@@ -20,10 +20,10 @@ def moving() -> SinkHandoff:
 
 
 def landed() -> SinkHandoff:
-    """A hand-off whose bytes were verified at 2."""
+    """A hand-off whose last piece was hashed at 2."""
     handoff = moving()
     assert handoff.moved(2.0)
-    handoff.verified(2.0)
+    handoff.held(True, 2.0)
     return handoff
 
 
@@ -36,7 +36,7 @@ def test_no_row_leads_back_from_an_end() -> None:
 def test_unverified_bytes_cannot_be_committed() -> None:
     handoff = moving()
     with pytest.raises(ProtocolError, match="before they are here"):
-        handoff.verified(1.0)
+        handoff.held(True, 1.0)
     with pytest.raises(ProtocolError, match="moving cannot take the input source committed"):
         handoff.status(HandoffState.COMMITTED, 1.0)
 
@@ -48,11 +48,11 @@ def test_bytes_that_came_after_the_lease_do_not_count() -> None:
     assert handoff.owes_abort
 
 
-def test_verification_may_outlast_the_lease() -> None:
+def test_hashing_may_outlast_the_lease() -> None:
     handoff = moving()
     assert handoff.moved(4.9)
     handoff.tick(5.5)
-    handoff.verified(5.5)
+    handoff.held(True, 5.5)
     assert handoff.state is HandoffState.LANDED
 
 
@@ -68,6 +68,7 @@ def test_lease_that_ends_while_bytes_move_ends_the_handoff_but_frees_nothing_yet
 def test_failed_transfer_is_tried_again_under_a_higher_number() -> None:
     handoff = moving()
     handoff.move_failed()
+    assert handoff.next_deadline_s == pytest.approx(60.0)
     with pytest.raises(ProtocolError, match="does not follow"):
         handoff.ask(1, 1.0)
     handoff.ask(2, 1.0)
@@ -94,7 +95,7 @@ def test_unanswered_pull_is_given_up() -> None:
     assert handoff.owes_abort
 
 
-def test_verified_bytes_may_be_used_once_the_source_agrees() -> None:
+def test_bytes_may_be_used_once_the_source_agrees() -> None:
     handoff = landed()
     assert not handoff.may_use
     handoff.status(HandoffState.COMMITTED, 2.1)
@@ -102,19 +103,51 @@ def test_verified_bytes_may_be_used_once_the_source_agrees() -> None:
 
 
 @pytest.mark.parametrize("answer", [HandoffState.ABORTED, None])
-def test_source_that_had_given_up_wins_over_verified_bytes(answer: HandoffState | None) -> None:
+def test_source_that_had_given_up_wins_over_bytes_that_are_here(answer: HandoffState | None) -> None:
     handoff = landed()
     handoff.status(answer, 2.1)
     assert handoff.state is HandoffState.ABORTED
     assert not handoff.may_use
 
 
-def test_verified_bytes_outlive_a_source_that_cannot_be_asked() -> None:
+def test_bytes_that_nobody_verified_are_not_used() -> None:
     silent, dead = landed(), landed()
     silent.tick(3.0)
     dead.source_lost()
-    assert silent.may_use
-    assert dead.may_use
+    for handoff in (silent, dead):
+        assert handoff.state is HandoffState.ABORTED
+        assert not handoff.may_use
+    assert [silent.owes_abort, dead.owes_abort] == [True, False]
+
+
+def test_pieces_are_pulled_one_after_the_other_and_committed_together() -> None:
+    handoff = moving()
+    assert handoff.moved(2.0)
+    handoff.held(False, 2.0)
+    states = [handoff.state]
+    with pytest.raises(ProtocolError, match="offered cannot take the input source committed"):
+        handoff.status(HandoffState.COMMITTED, 2.0)
+    handoff.ask(2, 20.0)
+    handoff.not_ready(2)
+    assert handoff.next_deadline_s == pytest.approx(60.0)
+    handoff.ask(3, 30.0)
+    handoff.granted(3, 35.0)
+    handoff.move_started()
+    with pytest.raises(ProtocolError, match="before they are here"):
+        handoff.held(True, 31.0)
+    assert handoff.moved(31.0)
+    handoff.held(True, 31.0)
+    assert [*states, handoff.state] == [HandoffState.OFFERED, HandoffState.LANDED]
+
+
+def test_pieces_that_the_source_holds_otherwise_are_pulled_again() -> None:
+    handoff = landed()
+    handoff.mismatched()
+    assert [handoff.state, handoff.may_use] == [HandoffState.OFFERED, False]
+    handoff.ask(2, 2.5)
+    handoff.granted(2, 7.0)
+    handoff.move_started()
+    assert handoff.state is HandoffState.MOVING
 
 
 def test_source_that_still_holds_is_told_again() -> None:

@@ -66,7 +66,7 @@ def test_fence_ends_with_proof_that_the_peer_is_done(proof: str) -> None:
     handoff = pulled(direct=True)
     handoff.end(SourceInput.WITHDRAW, 1.0)
     actions = {
-        "commit": lambda: handoff.commit(SINK, 1.5),
+        "commit": lambda: handoff.commit(SINK, 1, True, 1.5),
         "abort": lambda: handoff.abort(SINK, 1.5),
         "link_lost": lambda: handoff.link_lost(1.5),
     }
@@ -78,7 +78,7 @@ def test_fence_ends_with_proof_that_the_peer_is_done(proof: str) -> None:
 def test_block_is_not_freed_while_it_is_being_sent() -> None:
     handoff = pulled(direct=False)
     handoff.send_started(1, 0.0)
-    handoff.commit(SINK, 1.0)
+    handoff.commit(SINK, 1, True, 1.0)
     assert not handoff.may_free
     handoff.send_ended(1, True, 1.1)
     assert handoff.may_free
@@ -87,7 +87,7 @@ def test_block_is_not_freed_while_it_is_being_sent() -> None:
 def test_send_that_outlasts_its_commit_is_stopped() -> None:
     handoff = pulled(direct=False)
     handoff.send_started(1, 0.0)
-    handoff.commit(SINK, 1.0)
+    handoff.commit(SINK, 1, True, 1.0)
     before = handoff.must_stop_sending
     handoff.tick(2.0)
     assert [before, handoff.must_stop_sending] == [False, True]
@@ -136,9 +136,10 @@ def test_repeated_pull_does_not_lengthen_the_lease() -> None:
 def test_only_the_first_sink_gets_the_lease() -> None:
     handoff = pulled(direct=False)
     assert not handoff.pull(OTHER, 1, False, 0.1)
-    for refused in (handoff.commit, handoff.abort):
-        with pytest.raises(ProtocolError, match="Only the sink that pulled"):
-            refused(OTHER, 0.2)
+    with pytest.raises(ProtocolError, match="Only the sink that pulled"):
+        handoff.commit(OTHER, 1, True, 0.2)
+    with pytest.raises(ProtocolError, match="Only the sink that pulled"):
+        handoff.abort(OTHER, 0.2)
     assert handoff.state is HandoffState.ACCEPTED
 
 
@@ -164,7 +165,7 @@ def test_abort_that_overtakes_its_pull_wins() -> None:
 def test_commit_after_the_lease_does_not_count() -> None:
     handoff = pulled(direct=False)
     handoff.tick(5.25)
-    handoff.commit(SINK, 5.3)
+    handoff.commit(SINK, 1, True, 5.3)
     assert handoff.state is HandoffState.ABORTED
     assert handoff.reason is ReleaseReason.LEASE_EXPIRED
 
@@ -178,3 +179,43 @@ def test_send_of_an_earlier_number_does_not_end_the_current_one() -> None:
     states = [handoff.state]
     handoff.send_ended(2, True, 0.3)
     assert [*states, handoff.state] == [HandoffState.MOVING, HandoffState.LANDED]
+
+
+def test_sink_with_other_bytes_keeps_the_lease_for_a_moment_and_frees_nothing() -> None:
+    handoff = pulled(direct=True)
+    handoff.commit(SINK, 1, False, 1.0)
+    assert [handoff.state, handoff.may_free] == [HandoffState.ACCEPTED, False]
+    assert handoff.next_deadline_s == pytest.approx(2.0)
+    assert not handoff.pull(SINK, 1, True, 1.1)
+    assert handoff.pull(SINK, 2, False, 1.2)
+    handoff.commit(SINK, 2, True, 1.4)
+    handoff.commit(SINK, 2, False, 1.5)
+    assert handoff.state is HandoffState.COMMITTED
+
+
+def test_late_copy_of_a_rejected_commit_lifts_no_fence() -> None:
+    handoff = pulled(direct=True)
+    handoff.commit(SINK, 1, False, 1.0)
+    handoff.pull(SINK, 2, True, 1.1)
+    for same in (False, True):
+        handoff.commit(SINK, 1, same, 1.2)
+    assert handoff.state is HandoffState.MOVING
+    handoff.end(SourceInput.WITHDRAW, 1.3)
+    assert not handoff.may_free
+
+
+def test_pull_that_waits_renews_the_lease() -> None:
+    handoff = pulled(direct=True)
+    assert handoff.pull(SINK, 2, False, 4.0)
+    assert handoff.next_deadline_s == pytest.approx(9.25)
+    handoff.end(SourceInput.WITHDRAW, 4.1)
+    assert handoff.may_free
+
+
+def test_park_time_begins_anew_while_an_offer_grows() -> None:
+    handoff = SourceHandoff(key("a"), TIMES, 0.0)
+    handoff.grew(20.0)
+    handoff.tick(45.0)
+    assert handoff.state is HandoffState.OFFERED
+    handoff.tick(50.0)
+    assert handoff.reason is ReleaseReason.PARK_EXPIRED

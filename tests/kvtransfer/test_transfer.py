@@ -109,12 +109,22 @@ class TestTransfer:
                 await pair.pull(key("a"), BlockRange(1, 2), blocks(1, 2))
             assert caught.value.fault is TransferFault.LENGTH
 
-    async def test_some_layers_only_are_refused(self, transport: str) -> None:
+    async def test_some_layers_only_are_pulled(self, transport: str) -> None:
+        async with connected_pair(config(transport)) as pair:
+            pair.source.offer(key("a"), blocks(1, 2))
+            before = pair.sink_pool.read(blocks(1, 2))
+            await pair.pull(key("a"), BlockRange(0, 2, first_layer=1, num_layers=2), blocks(1, 2))
+            for block, old in zip(blocks(1, 2), before, strict=True):
+                given = bytes(pair.source_pool.view(block))
+                expected = old[:2048] + given[2048:6144] + old[6144:]
+                assert bytes(pair.sink_pool.view(block)) == expected
+
+    async def test_layers_that_there_are_not_are_refused(self, transport: str) -> None:
         async with connected_pair(config(transport)) as pair:
             pair.source.offer(key("a"), blocks(1, 2))
             with pytest.raises(TransferError) as caught:
-                await pair.pull(key("a"), BlockRange(0, 2, first_layer=1, num_layers=1), blocks(1, 2))
-            assert caught.value.fault is TransferFault.UNSUPPORTED
+                await pair.pull(key("a"), BlockRange(0, 2, first_layer=3, num_layers=2), blocks(1, 2))
+            assert caught.value.fault is TransferFault.LENGTH
 
     @pytest.mark.parametrize("fault", [Fault.CORRUPT, Fault.TRUNCATE])
     async def test_wrong_bytes_never_land(self, transport: str, fault: Fault) -> None:

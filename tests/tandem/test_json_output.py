@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.kv import result_json
+from benchmarks.kv_layouts import SMALL_BLOCKS, Layout, Placement
+from benchmarks.kv_times import CaseTimes, Road, Timed
 from benchmarks.latency_summary import Outcome, OutcomeKind, TokenArrival, summarise
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
+from kvtransfer.contract import PullReport
 from tandem.cli.json_output import generation_json, status_json
 from tandem.generation import update_from_wire
 from tandem.slo import SloClass
@@ -72,6 +76,13 @@ def relay() -> dict[str, Any]:
     return relay_json([result], streams=4)
 
 
+def kv() -> dict[str, Any]:
+    timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.0, 0.001), 0.005)
+    layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
+    case = CaseTimes(layout, 4, (0.001,), (0.002,), {Road("shm", True): (timed,)})
+    return result_json([case], 1, case, 2)
+
+
 @pytest.mark.parametrize(
     ("section", "output"),
     [
@@ -79,6 +90,7 @@ def relay() -> dict[str, Any]:
         ("tandem status", status()),
         ("tandem bench serve", serve()),
         ("tandem bench router", relay()),
+        ("tandem bench kv", kv()),
     ],
 )
 def test_documented_keys_are_those_produced(section: str, output: dict[str, Any]) -> None:

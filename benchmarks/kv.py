@@ -1,0 +1,67 @@
+"""Edge: `tandem bench kv`: KV between two processes over every transport, beside what limits it."""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+import torch
+
+from benchmarks.kv_layouts import SMOLLM2_BLOCKS, Layout, Placement, layouts
+from benchmarks.kv_pulls import measured
+from benchmarks.kv_report import case_json, handoff_json, text
+from benchmarks.kv_times import CaseTimes, Road
+from benchmarks.processes import exchange, running_module
+from tandem.errors import InvalidRequest
+from tandem.logs import configure_logging
+
+TRANSPORTS: Final = ("shm", "tcp")
+
+HANDOFF: Final = Layout(SMOLLM2_BLOCKS, Placement.SCATTERED, (10,))
+"""A hand-off as the Azure trace makes them here: 160 tokens of SmolLM2, 7.4 MB."""
+
+HANDOFF_PULLS: Final = 60
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Prints medians over the rounds. Raises TandemError."""
+    if chosen.rounds < 1:
+        raise InvalidRequest(f"--rounds must be positive, not {chosen.rounds}.", "--rounds")
+    # As in a worker's hand-off: the benchmark copies on one core, whatever torch may do on more.
+    torch.set_num_threads(1)
+    configure_logging(logging.WARNING)
+    result = asyncio.run(_measure(chosen.rounds, chosen.quick))
+    print(json.dumps(result) if chosen.json else text(result))
+    return 0
+
+
+async def _measure(rounds: int, quick: bool) -> dict[str, Any]:
+    roads = [Road(transport, checksum) for transport in TRANSPORTS for checksum in (False, True)]
+    cases = [case for layout in layouts(quick) for case in await measured(layout, roads, rounds)]
+    loaded, busy = await _loaded_handoffs(HANDOFF_PULLS // 3 if quick else HANDOFF_PULLS)
+    return result_json(cases, rounds, loaded, busy)
+
+
+async def _loaded_handoffs(pulls: int) -> tuple[CaseTimes, int]:
+    """Hand-offs while as many processes compute as there are cores."""
+    busy = os.cpu_count() or 1
+    async with AsyncExitStack() as stack:
+        for _ in range(busy):
+            await exchange(await stack.enter_async_context(running_module("benchmarks.busy_core")), b"")
+        roads = [Road(transport, checksum=True) for transport in TRANSPORTS]
+        (case,) = await measured(HANDOFF, roads, pulls)
+    return case, busy
+
+
+def result_json(cases: list[CaseTimes], rounds: int, loaded: CaseTimes, busy: int) -> dict[str, Any]:
+    """Output of `tandem bench kv --json`; the keys are documented in docs/json-output.md."""
+    return {
+        "benchmark": "kv",
+        "rounds": rounds,
+        "cores": os.cpu_count(),
+        "cases": [case_json(case) for case in cases],
+        "handoff": handoff_json(loaded, busy),
+    }

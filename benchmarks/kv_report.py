@@ -1,0 +1,111 @@
+"""Pure: what `tandem bench kv` prints: rates beside the limits of the same rounds, and parts of hand-offs."""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+from benchmarks.kv_times import CaseTimes, Road, Timed
+from benchmarks.latency_summary import percentile
+
+LIMITS: Final = {"shm": "memcpy", "tcp": "loopback_tcp"}
+"""What a transport is held against."""
+
+PARTS: Final[dict[str, Callable[[Timed], float]]] = {
+    "accept": lambda timed: timed.report.accept_s,
+    "queue": lambda timed: timed.report.queue_s,
+    "move": lambda timed: timed.report.move_s,
+    "verify": lambda timed: timed.report.verify_s,
+    "commit": lambda timed: timed.report.commit_s,
+    "beyond_bytes": lambda timed: timed.pull_s - timed.report.move_s,
+    "pull": lambda timed: timed.pull_s,
+}
+"""Parts of a hand-off by name, in seconds; `beyond_bytes` is all of it but the move."""
+
+
+def case_json(case: CaseTimes) -> dict[str, Any]:
+    """One element of `cases`."""
+    limits = {"memcpy": _gbps(case, case.memcpy_s), "loopback_tcp": _gbps(case, case.raw_tcp_s)}
+    return {
+        "placement": case.layout.placement.value,
+        "blocks": case.blocks,
+        "block_bytes": case.layout.shape.block_bytes,
+        "moved_bytes": case.moved_bytes,
+        **{f"{name}_gbps": gbps for name, gbps in limits.items()},
+        "roads": [_road_json(case, road, times, limits) for road, times in case.roads.items()],
+    }
+
+
+def handoff_json(case: CaseTimes, busy_processes: int) -> dict[str, Any]:
+    """The object `handoff`."""
+    return {
+        "busy_processes": busy_processes,
+        "blocks": case.blocks,
+        "moved_bytes": case.moved_bytes,
+        "roads": [
+            {"transport": road.transport, "checksum": road.checksum, "pulls": len(times)}
+            | {
+                f"{name}_p{share}_ms": percentile(sorted(map(part, times)), share / 100) * 1e3
+                for name, part in PARTS.items()
+                for share in (50, 90)
+            }
+            for road, times in case.roads.items()
+        ],
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    """The same for a person."""
+    return "\n".join([*_case_lines(result["cases"]), "", *_handoff_lines(result["handoff"])])
+
+
+def _road_json(
+    case: CaseTimes, road: Road, times: Sequence[Timed], limits: dict[str, float]
+) -> dict[str, Any]:
+    moves = [timed.report.move_s for timed in times]
+    limit = LIMITS[road.transport]
+    gbps = _gbps(case, moves)
+    return {
+        "transport": road.transport,
+        "checksum": road.checksum,
+        "gbps": gbps,
+        "gbps_min": case.moved_bytes / max(moves) / 1e9,
+        "gbps_max": case.moved_bytes / min(moves) / 1e9,
+        "pull_gbps": _gbps(case, [timed.pull_s for timed in times]),
+        "limit": limit,
+        "ratio": gbps / limits[limit],
+    }
+
+
+def _gbps(case: CaseTimes, times_s: Sequence[float]) -> float:
+    return case.moved_bytes / statistics.median(times_s) / 1e9
+
+
+def _case_lines(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for case in cases:
+        yield (
+            f"{case['placement']} {case['blocks']} x {case['block_bytes']:,} B: memcpy "
+            f"{case['memcpy_gbps']:.2f} GB/s, loopback TCP {case['loopback_tcp_gbps']:.2f} GB/s"
+        )
+        for road in case["roads"]:
+            yield (
+                f"  {road['transport']:4} {_hashing(road)}: {road['gbps']:6.2f} GB/s "
+                f"({road['gbps_min']:.2f} to {road['gbps_max']:.2f}), {road['ratio']:.0%} of "
+                f"{road['limit']}; whole pull {road['pull_gbps']:.2f} GB/s"
+            )
+
+
+def _handoff_lines(handoff: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"hand-off of {handoff['blocks']} blocks ({handoff['moved_bytes']:,} B) beside "
+        f"{handoff['busy_processes']} busy processes, p50 / p90 in ms"
+    )
+    for road in handoff["roads"]:
+        parts = ", ".join(
+            f"{name.replace('_', ' ')} {road[f'{name}_p50_ms']:.2f} / {road[f'{name}_p90_ms']:.2f}"
+            for name in PARTS
+        )
+        yield f"  {road['transport']:4} {_hashing(road)}: {parts}"
+
+
+def _hashing(road: dict[str, Any]) -> str:
+    return "with checksums   " if road["checksum"] else "without checksums"

@@ -1,0 +1,70 @@
+"""Edge: processes of a benchmark: started, asked in lines over their pipes, and stopped whatever happens."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from tandem.errors import TandemError
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
+
+LINE_BYTES = 1 << 24
+"""Longest line that a process may answer."""
+
+
+@asynccontextmanager
+async def running_module(
+    module: str, arguments: Sequence[str] = (), cores: set[int] | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Runs a module on some cores (None means all); stopped, by force if need be, when the block ends."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        module,
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=LINE_BYTES,
+        start_new_session=True,
+    )
+    try:
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores)
+        yield process
+    finally:
+        await _stop(process)
+
+
+async def exchange(
+    process: asyncio.subprocess.Process, line: bytes, timeout_s: float = START_TIMEOUT_S
+) -> bytes:
+    """Writes a line and reads one. Raises TandemError when the process ended or did not answer."""
+    if process.stdin is None or process.stdout is None:
+        raise TandemError("The process has no pipes.")
+    try:
+        async with asyncio.timeout(timeout_s):
+            process.stdin.write(line)
+            await process.stdin.drain()
+            answer = await process.stdout.readline()
+    except (TimeoutError, ConnectionError) as error:
+        raise TandemError(f"A benchmark process did not answer: {error}") from error
+    if not answer:
+        raise TandemError(f"A benchmark process ended with code {await process.wait()}.")
+    return answer
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    if process.stdin is not None:
+        process.stdin.close()
+    process.terminate()
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()

@@ -1,0 +1,100 @@
+"""Edge: who computes the checksums of a pool's blocks: the CPU for host memory, the device for its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Final, Protocol
+
+from kvtransfer import weighted_sum
+from kvtransfer.checksums import XXH3, block_checksum, part_of
+from kvtransfer.contract import BlockMemory, DeviceBlockMemory
+from kvtransfer.device import DevicePool
+from tandem.errors import TransferError, TransferFault
+from tandem.ids import BlockId
+
+INLINE_BYTES: Final = 1 << 20
+"""Up to so many bytes are hashed on the event loop: a tenth of a millisecond, less than a thread costs."""
+
+
+class Hasher(Protocol):
+    """Computes one kind of checksum over one pool; from any thread."""
+
+    @property
+    def inline_bytes(self) -> int:
+        """Up to so many bytes may be hashed on the event loop."""
+        ...
+
+    def sums(
+        self,
+        blocks: Sequence[BlockId],
+        part_offset: int,
+        part_bytes: int,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> tuple[int, ...]:
+        """A checksum of the bytes [part_offset, part_offset + part_bytes) of each block, in order.
+
+        Raises TransferError: TIMEOUT soon after `stopped` says so, UNSUPPORTED where it cannot be computed.
+        """
+        ...
+
+
+class HostHasher:
+    """Reads host memory with a function of bytes."""
+
+    inline_bytes = INLINE_BYTES
+
+    def __init__(self, memory: BlockMemory, checksum: Callable[[memoryview], int]) -> None:
+        self._memory = memory
+        self._checksum = checksum
+
+    def sums(
+        self,
+        blocks: Sequence[BlockId],
+        part_offset: int,
+        part_bytes: int,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> tuple[int, ...]:
+        """See Hasher."""
+        found = []
+        for block in blocks:
+            if stopped():
+                raise TransferError(TransferFault.TIMEOUT, "Hashing was stopped.")
+            found.append(self._checksum(part_of(self._memory, block, part_offset, part_bytes)))
+        return tuple(found)
+
+
+class DeviceHasher:
+    """wsum64 by the device that holds the pool; one launch for all blocks, so it is not stopped half way."""
+
+    inline_bytes = 0
+
+    def __init__(self, memory: BlockMemory) -> None:
+        self._memory = memory
+
+    def sums(
+        self,
+        blocks: Sequence[BlockId],
+        part_offset: int,
+        part_bytes: int,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> tuple[int, ...]:
+        """See Hasher."""
+        from kvtransfer.cuda_device import device_checksums
+
+        if stopped():
+            raise TransferError(TransferFault.TIMEOUT, "Hashing was stopped.")
+        try:
+            return device_checksums(DevicePool.of(self._memory), blocks, part_offset, part_bytes)
+        except OSError as error:
+            raise TransferError(TransferFault.UNSUPPORTED, str(error)) from error
+
+
+def hashers(memory: BlockMemory) -> Mapping[str, Hasher]:
+    """The checksums that can be computed of a pool, by the names that a pair agrees on, best first."""
+    if isinstance(memory, DeviceBlockMemory) and memory.device_index is not None:
+        return MappingProxyType({weighted_sum.NAME: DeviceHasher(memory)})
+    return MappingProxyType(
+        {
+            XXH3: HostHasher(memory, block_checksum),
+            weighted_sum.NAME: HostHasher(memory, weighted_sum.weighted_sum),
+        }
+    )

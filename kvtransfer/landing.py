@@ -1,0 +1,60 @@
+"""Edge: what has landed of one piece at the sink, and its checksum; fed by the transport's threads."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+
+from kvtransfer.checksums import piece_checksum
+from kvtransfer.contract import PullGrant
+from kvtransfer.hashing import Hasher
+from kvtransfer.threads import run_to_end
+from tandem.ids import BlockId
+
+
+class Landing:
+    """One piece on its way into `targets`; `hasher` hashes each block when it is there, if there is one."""
+
+    def __init__(self, grant: PullGrant, targets: Sequence[BlockId], hasher: Hasher | None) -> None:
+        self._grant = grant
+        self._targets = targets
+        self._hasher = hasher
+        self._sums: list[int | None] = [None] * len(targets)
+        # One byte a block: several threads may tell of theirs at once.
+        self._here = bytearray(len(targets))
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes that have not been heard of."""
+        return self._here.count(0) * self._grant.part_bytes
+
+    def landed(self, first: int, count: int) -> None:
+        """The OnLanded of a transport: called from any thread, once for each block at most."""
+        for index in range(first, first + count):
+            if self._hasher is not None:
+                (self._sums[index],) = self._hash(self._hasher, [index], lambda: False)
+            self._here[index] = 1
+
+    async def checksum(self, executor: Executor) -> int:
+        """The piece's checksum, hashing what the transport did not tell of; 0 without a hasher.
+
+        When cancelled it ends soon, and then nothing here reads the targets.
+        """
+        hasher = self._hasher
+        if hasher is None:
+            return 0
+        stop = threading.Event()
+        work = partial(self._finish, hasher, stop)
+        missing = self._sums.count(None) * self._grant.part_bytes
+        return work() if missing <= hasher.inline_bytes else await run_to_end(executor, work, stop.set)
+
+    def _finish(self, hasher: Hasher, stop: threading.Event) -> int:
+        unknown = [index for index, known in enumerate(self._sums) if known is None]
+        found = dict(zip(unknown, self._hash(hasher, unknown, stop.is_set), strict=True))
+        return piece_checksum(
+            [found[index] if known is None else known for index, known in enumerate(self._sums)]
+        )
+
+    def _hash(self, hasher: Hasher, indices: Sequence[int], stopped: Callable[[], bool]) -> tuple[int, ...]:
+        blocks = [self._targets[index] for index in indices]
+        return hasher.sums(blocks, self._grant.part_offset, self._grant.part_bytes, stopped)

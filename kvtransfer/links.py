@@ -1,0 +1,54 @@
+"""Edge: links: sockets that prove a ticket and whose end tells each side of the other's."""
+
+import asyncio
+import os
+import socket
+import struct
+from typing import Final
+
+from kvtransfer import framing
+from kvtransfer.listener import read_exactly
+from tandem.errors import TransferError, TransferFault
+
+_CREDENTIALS: Final = struct.Struct("3i")
+
+
+def same_user(connection: socket.socket) -> bool:
+    """Whether the process at the other end of a unix socket is of this process's user."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(raw)
+    return bool(user == os.geteuid())
+
+
+async def greet(
+    connection: socket.socket, address: tuple[str, int] | bytes, greeting: bytes, within_s: float
+) -> socket.socket:
+    """Connects, sends a greeting and reads the welcome; gives the socket back, non-blocking.
+
+    Raises TransferError, the socket being closed then: REFUSED for a wrong ticket, TIMEOUT, DISCONNECTED.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        connection.setblocking(False)
+        async with asyncio.timeout(within_s):
+            await loop.sock_connect(connection, address)
+            await loop.sock_sendall(connection, greeting)
+            framing.check_welcome(await read_exactly(connection, framing.WELCOME_BYTES))
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, TimeoutError):
+            raise TransferError(TransferFault.TIMEOUT, "The source's link did not answer.") from error
+        if isinstance(error, OSError):
+            message = f"The source's link cannot be had: {error}."
+            raise TransferError(TransferFault.DISCONNECTED, message) from error
+        raise
+    return connection
+
+
+def cut(connection: socket.socket) -> None:
+    """Ends a link that a task reads; the task closes it, and the other side hears of it."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        # It is broken or closed already.
+        return

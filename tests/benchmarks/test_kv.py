@@ -1,0 +1,62 @@
+"""`tandem bench kv`: real pulls between two processes, and rates that follow from the times."""
+
+import itertools
+
+import pytest
+
+from benchmarks.kv import result_json
+from benchmarks.kv_layouts import (
+    SINK_STEP,
+    SMALL_BLOCKS,
+    SMOLLM2_BLOCKS,
+    SOURCE_STEP,
+    Layout,
+    Placement,
+    layouts,
+)
+from benchmarks.kv_pulls import measured
+from benchmarks.kv_times import CaseTimes, Road, Timed
+from kvtransfer.contract import PullReport
+
+
+def test_blocks_have_the_sizes_of_the_table() -> None:
+    assert (SMALL_BLOCKS.block_bytes, SMOLLM2_BLOCKS.block_bytes) == (24 * 1024, 737_280)
+    largest = max(layouts(quick=False)[0].counts) * layouts(quick=False)[0].shape.block_bytes
+    assert largest == 256 * 1024 * 1024
+
+
+@pytest.mark.parametrize("layout", layouts(quick=False), ids=lambda layout: layout.placement.value)
+@pytest.mark.parametrize("step", [SOURCE_STEP, SINK_STEP])
+def test_blocks_differ_and_scattered_ones_form_no_runs(layout: Layout, step: int) -> None:
+    blocks = layout.blocks(max(layout.counts), step)
+    assert len(set(blocks)) == len(blocks)
+    assert max(blocks) < layout.pool_blocks
+    in_a_row = sum(after - before == 1 for before, after in itertools.pairwise(blocks))
+    assert in_a_row == (len(blocks) - 1 if layout.placement is Placement.CONTIGUOUS else 0)
+
+
+def test_rates_are_medians_beside_the_limit_of_the_same_rounds() -> None:
+    pulls = tuple(
+        Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, move_s, 0.001, 0.003), move_s + 0.005)
+        for move_s in (0.004, 0.001, 0.002)
+    )
+    layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
+    case = CaseTimes(layout, 4, (0.001, 0.0005, 0.002), (0.01,), {Road("shm", True): pulls})
+    result = result_json([case], 3, case, 2)
+    (road,) = result["cases"][0]["roads"]
+    assert road["gbps"] == pytest.approx(98_304 / 0.002 / 1e9)
+    assert (road["limit"], road["ratio"]) == ("memcpy", pytest.approx(0.5))
+    (parts,) = result["handoff"]["roads"]
+    assert (parts["move_p50_ms"], parts["beyond_bytes_p90_ms"]) == pytest.approx((2.0, 5.0))
+    assert parts["pull_p90_ms"] == pytest.approx(8.6)
+
+
+async def test_pulls_go_between_two_processes() -> None:
+    roads = [Road("shm", True), Road("tcp", False)]
+    (case,) = await measured(Layout(SMALL_BLOCKS, Placement.SCATTERED, (3,)), roads, rounds=2)
+    assert list(case.roads) == roads
+    for road, pulls in case.roads.items():
+        assert [pull.report.transport for pull in pulls] == [road.transport] * 2
+        assert [pull.report.moved_bytes for pull in pulls] == [3 * 24_576] * 2
+        assert all(pull.pull_s >= pull.report.move_s > 0 for pull in pulls)
+    assert (len(case.memcpy_s), len(case.raw_tcp_s)) == (2, 2)
