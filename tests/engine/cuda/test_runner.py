@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.cpu_attention import CpuAttention
 from engine.cuda.attention import GatherAttention, PagedAttention, TritonAttention
 from engine.cuda.decoder import CudaDecoder
+from engine.cuda.flashinfer_attention import FlashInferAttention
 from engine.cuda.graphs import Capture, CudaCapture, DecodeGraphs
 from engine.cuda.runner import CudaStepRunner
 from engine.decoder import Decoder
@@ -26,6 +27,7 @@ from engine.torch_runner import TorchStepRunner
 from engine.weights import read_weights
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams
+from tests.engine.cuda import flashinfer_stand_in
 from tests.engine.tiny_models import family_configs, random_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,6 +89,10 @@ def triton(pool: Tensor, config: ModelConfig) -> PagedAttention:
     return TritonAttention(pool, config, max_batch=4, splits=2)
 
 
+def flashinfer(pool: Tensor, config: ModelConfig) -> PagedAttention:
+    return FlashInferAttention(pool, config, (1, 2, 4), TABLE, library=flashinfer_stand_in)
+
+
 def steps_of(seed: int) -> list[StepPlan]:
     """Three sequences: read in chunks, one of them while another decodes; then all three decode."""
     draw = random.Random(seed)
@@ -116,7 +122,9 @@ def token_ids(result: StepResult) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("make", "graphs"), [(triton, True), (GatherAttention, False)], ids=["triton-graphs", "sdpa"]
+    ("make", "graphs"),
+    [(triton, True), (flashinfer, True), (GatherAttention, False)],
+    ids=["triton-graphs", "flashinfer-graphs", "sdpa"],
 )
 def test_tokens_are_those_of_the_cpu(folder: Path, make: Maker, graphs: bool) -> None:
     reference, runner = cpu_runner(folder), cuda_runner(folder, make, graphs)
