@@ -85,6 +85,11 @@ class PrefillPool(PoolSection):
     """Workers that read prompts."""
 
     token_budget: int = Field(default=512, ge=1, le=1_048_576, description="Most prompt tokens of one step.")
+    overlap_min_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = Field(
+        default=256,
+        description="KV of prompts of so many tokens or more moves to a decode worker while they are read; "
+        "null: always afterwards.",
+    )
 
 
 class DecodePool(PoolSection):

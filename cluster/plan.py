@@ -123,7 +123,7 @@ def _worker(
         checksum=config.workers.checksum,
     )
     if isinstance(pool, PrefillPool):
-        return replace(worker, token_budget=pool.token_budget)
+        return replace(worker, token_budget=pool.token_budget, overlap_min_tokens=pool.overlap_min_tokens)
     if isinstance(pool, DecodePool):
         return replace(worker, max_batch=pool.max_batch)
     return worker

@@ -21,7 +21,8 @@ class SampleStart:
 class DecodeLeg:
     """Samples to go on with once the KV of `token_ids` is here; see StartDecode in worker.proto.
 
-    `deadline_s` is on the worker's monotonic clock.
+    `deadline_s` is on the worker's monotonic clock. In a leg that is fetched early, the samples have no
+    tokens and `params` means nothing.
     """
 
     leg_id: LegId
@@ -51,16 +52,21 @@ class DecodeOutcome:
     dropped: tuple[DroppedLeg, ...]
 
 
-def check_leg(leg: DecodeLeg, *, max_batch: int, context_tokens: int, pool_tokens: int) -> None:
-    """Raises InvalidRequest for a malformed leg, PromptTooLong if context or pool can never hold it."""
+def check_leg(
+    leg: DecodeLeg, *, started: bool, max_batch: int, context_tokens: int, pool_tokens: int
+) -> None:
+    """Raises InvalidRequest for a malformed leg, PromptTooLong if context or pool can never hold it.
+
+    A leg that is `started` needs a token of each sample.
+    """
     prompt, shared = leg.prompt_tokens, len(leg.token_ids)
     if not 0 < prompt <= shared:
         raise InvalidRequest(f"{prompt} prompt tokens among {shared}", "prompt_tokens")
-    if not leg.samples or not all(start.token_ids for start in leg.samples):
+    if not leg.samples or not all(bool(start.token_ids) is started for start in leg.samples):
         raise InvalidRequest("a leg needs samples, and each sample a token to go on from", "samples")
     if len(leg.samples) > max_batch:
         raise InvalidRequest(f"{len(leg.samples)} samples in a batch of {max_batch}", "samples")
-    longest = shared + max(len(start.token_ids) for start in leg.samples)
+    longest = shared + max(len(start.token_ids) or 1 for start in leg.samples)
     if longest >= context_tokens:
         raise PromptTooLong(f"{longest} tokens leave no room in a context of {context_tokens}")
     if longest > pool_tokens:
@@ -68,10 +74,14 @@ def check_leg(leg: DecodeLeg, *, max_batch: int, context_tokens: int, pool_token
 
 
 class LegState(Enum):
-    """Where a leg stands. ABORTING: it is over, but a pull may still write its blocks."""
+    """Where a leg stands.
+
+    LANDED: its KV is here before it was started. ABORTING: it is over, but a pull may still write its blocks.
+    """
 
     WAITING = "waiting"
     PULLING = "pulling"
+    LANDED = "landed"
     ABORTING = "aborting"
     RUNNING = "running"
     ENDED = "ended"
@@ -81,7 +91,9 @@ class LegInput(Enum):
     """What can happen to a leg."""
 
     RESERVE = "reserve"
+    START = "start"
     LAND = "land"
+    LAND_EARLY = "land_early"
     FAIL = "fail"
     STOP = "stop"
     LAST_SAMPLE_ENDED = "last_sample_ended"
@@ -89,10 +101,15 @@ class LegInput(Enum):
 
 LEG_TRANSITIONS = {
     (LegState.WAITING, LegInput.RESERVE): LegState.PULLING,
+    (LegState.WAITING, LegInput.START): LegState.WAITING,
     (LegState.WAITING, LegInput.STOP): LegState.ENDED,
+    (LegState.PULLING, LegInput.START): LegState.PULLING,
     (LegState.PULLING, LegInput.LAND): LegState.RUNNING,
+    (LegState.PULLING, LegInput.LAND_EARLY): LegState.LANDED,
     (LegState.PULLING, LegInput.FAIL): LegState.ENDED,
     (LegState.PULLING, LegInput.STOP): LegState.ABORTING,
+    (LegState.LANDED, LegInput.START): LegState.RUNNING,
+    (LegState.LANDED, LegInput.STOP): LegState.ENDED,
     (LegState.ABORTING, LegInput.STOP): LegState.ABORTING,
     (LegState.ABORTING, LegInput.LAND): LegState.ENDED,
     (LegState.ABORTING, LegInput.FAIL): LegState.ENDED,
@@ -132,7 +149,8 @@ SAMPLE_TRANSITIONS = {
 class LegRecord:
     """What the scheduler knows of a leg; `number` is its place in the order of arrival.
 
-    `starts` are the samples still wanted before the KV is here, `samples` those in the batch afterwards.
+    `starts` are the samples still wanted before the leg joins, `samples` those in the batch afterwards. A leg
+    that is not `started` is fetched early, while its prompt is read.
     `table` holds the leg's blocks while they are pulled.
     """
 
@@ -140,6 +158,7 @@ class LegRecord:
     number: int
     arrived_s: float
     starts: tuple[SampleStart, ...]
+    started: bool = True
     state: LegState = LegState.WAITING
     table: tuple[BlockId, ...] = ()
     samples: "list[SampleRecord]" = field(default_factory=list)
@@ -154,7 +173,7 @@ class LegRecord:
         """Whether the leg still waits for something that somebody wants."""
         if self.state is LegState.RUNNING:
             return any(sample.state is SampleState.RUNNING for sample in self.samples)
-        return self.state in (LegState.WAITING, LegState.PULLING)
+        return self.state in (LegState.WAITING, LegState.PULLING, LegState.LANDED)
 
 
 @dataclass(slots=True, eq=False)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import BatchAttention
+from engine.contract import LayerListener
 from engine.linear import Linear
 from engine.model_config import ModelConfig
 from engine.rope import inverse_frequencies, rotate, rotation
@@ -41,18 +42,26 @@ class Decoder:
         self._head = Linear(weights[head], None, reorder)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attention: BatchAttention, logit_rows: Tensor
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: BatchAttention,
+        logit_rows: Tensor,
+        on_layers: LayerListener | None = None,
     ) -> Tensor:
         """Feeds a flat batch; returns float32 logits [logit_rows, vocabulary].
 
         `token_ids` and `positions` are int64 [tokens]; `logit_rows` int64 holds the batch rows whose next
-        token is wanted. Must run under torch.inference_mode.
+        token is wanted. `on_layers` hears of each layer whose K and V were given to the attention. Must run
+        under torch.inference_mode.
         """
         hidden = F.embedding(token_ids, self._embeddings)  # [tokens, hidden]
         cosine, sine = rotation(positions, self._frequencies, self._dtype)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             attended = self._attend(index, layer, hidden, cosine, sine, attention)
+            if on_layers is not None:
+                on_layers(index + 1)
             if index == last:
                 # Past the last K and V only the rows that become logits matter.
                 hidden, attended = hidden[logit_rows], attended[logit_rows]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionBackend, Span
+from engine.contract import LayerListener
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
@@ -44,8 +45,8 @@ class TorchStepRunner:
         self._threads = threads
         self._prepared = threading.local()
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Copies blocks, feeds the slices, draws the tokens.
+    def run(self, plan: StepPlan, on_layers: LayerListener | None = None) -> StepResult:
+        """Copies blocks, feeds the slices, draws the tokens; `on_layers` as StepRunner says.
 
         Raises ProtocolError for a slice without tokens, IndexError for a block table that is too short or a
         token outside the vocabulary.
@@ -54,10 +55,14 @@ class TorchStepRunner:
         began = time.perf_counter()
         with torch.inference_mode():
             self._cache.copy_blocks(plan.copies)
-            tokens = self._tokens(plan.slices) if plan.slices else []
+            # Elsewhere the decoder only queues kernels: a layer of which it tells may not be written yet.
+            heard = on_layers if self._device.type == "cpu" else None
+            tokens = self._tokens(plan.slices, heard) if plan.slices else []
         return StepResult(plan.step, tuple(tokens), time.perf_counter() - began)
 
-    def _tokens(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken]:
+    def _tokens(
+        self, slices: tuple[SequenceSlice, ...], on_layers: LayerListener | None
+    ) -> list[SampledToken]:
         spans = _spans(slices)
         token_ids = [token for part in slices for token in part.token_ids]
         positions = [at for span in spans for at in range(span.start, span.start + span.tokens)]
@@ -67,6 +72,7 @@ class TorchStepRunner:
             self._indices(positions),
             self._attention.prepare(spans),
             self._indices([span.first_row + span.tokens - 1 for span, _ in sampling]),
+            on_layers,
         )
         requests = [request for _, samples in sampling for request in samples]
         if not requests:

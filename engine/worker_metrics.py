@@ -70,6 +70,12 @@ class WorkerMetrics:
             ["transport"],
             registry=self.registry,
         )
+        self.early_fetches = Counter(
+            "tandem_worker_early_fetches",
+            "Pulls that were to begin before the prompt was read, by outcome: started, lost.",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.transfer_faults = Counter(
             "tandem_worker_transfer_faults",
             "Hand-offs that failed, by fault.",

@@ -55,6 +55,10 @@ class RouterLink:
             )
         )
 
+    def send_prefetch_lost(self, leg_id: LegId, message: str) -> None:
+        """Queues the news that a leg's KV is not fetched early."""
+        self.send(wpb.WorkerMessage(prefetch_lost=wpb.PrefetchLost(leg_id=leg_id, message=message)))
+
     async def next(self) -> wpb.WorkerMessage:
         """The oldest unsent message; waits for one (load snapshots come at least every LOAD_INTERVAL_S)."""
         while not self._unsent:
@@ -68,6 +72,10 @@ class LegHandler(Protocol):
 
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Takes a StartPrefill or StartDecode, or drops the leg with a reason."""
+        ...
+
+    def prefetch(self, link: RouterLink, prefetch: wpb.PrefetchKv) -> None:
+        """Fetches the KV of a leg that is still being read, or says that it does not."""
         ...
 
     def cancel(self, link: RouterLink, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
@@ -177,6 +185,7 @@ class AttachServicer(worker_pb2_grpc.WorkerServiceServicer):
         actions: dict[str, Callable[[wpb.RouterMessage], None]] = {
             "start_prefill": lambda message: self._handler.start(link, message),
             "start_decode": lambda message: self._handler.start(link, message),
+            "prefetch_kv": lambda message: self._handler.prefetch(link, message.prefetch_kv),
             "cancel": lambda message: self._handler.cancel(
                 link, LegId(message.cancel.leg_id), tuple(message.cancel.sample_indices)
             ),

@@ -50,6 +50,7 @@ class WorkerLoad:
     heard_s: float | None = None
     _prefilling: dict[LegId, int] = field(default_factory=dict)
     _fetching: dict[LegId, tuple[int, int]] = field(default_factory=dict)
+    _prefetching: dict[LegId, tuple[int, int]] = field(default_factory=dict)
     _decoding: dict[LegId, int] = field(default_factory=dict)
     _prefill_tokens: int = 0
     _prefill_tokens_since: int = 0
@@ -70,6 +71,16 @@ class WorkerLoad:
         """A leg was sent there that will need so many blocks."""
         self._fetching[leg_id] = (blocks, sequences)
 
+    def prefetch_sent(self, leg_id: LegId, blocks: int, sequences: int) -> None:
+        """A leg is fetched there while it is read; it will need so many blocks."""
+        self._prefetching[leg_id] = (blocks, sequences)
+
+    def prefetch_started(self, leg_id: LegId) -> None:
+        """A leg that was fetched early goes on there."""
+        needs = self._prefetching.pop(leg_id, None)
+        if needs is not None:
+            self._fetching[leg_id] = needs
+
     def landed(self, leg_id: LegId) -> None:
         """The leg's KV is there; its blocks are counted by the worker from now on."""
         fetched = self._fetching.pop(leg_id, None)
@@ -80,6 +91,7 @@ class WorkerLoad:
         """The leg is not at this worker any more; idempotent."""
         self._prefill_tokens -= self._prefilling.pop(leg_id, 0)
         self._fetching.pop(leg_id, None)
+        self._prefetching.pop(leg_id, None)
         self._decoding.pop(leg_id, None)
 
     @property
@@ -97,11 +109,17 @@ class WorkerLoad:
         """Legs of this router whose KV has not landed there."""
         return len(self._fetching)
 
+    @property
+    def prefetching_legs(self) -> int:
+        """Legs of this router that are fetched there while they are read."""
+        return len(self._prefetching)
+
     def view(self) -> WorkerView:
         """The estimate now."""
         reported = self.reported
-        fetching_blocks = sum(blocks for blocks, _ in self._fetching.values())
-        fetching_sequences = sum(sequences for _, sequences in self._fetching.values())
+        expected = [*self._fetching.values(), *self._prefetching.values()]
+        fetching_blocks = sum(blocks for blocks, _ in expected)
+        fetching_sequences = sum(sequences for _, sequences in expected)
         total = reported.total_blocks or self.total_blocks
         free = reported.free_blocks if reported.total_blocks else total
         own_batch = fetching_sequences + sum(self._decoding.values())

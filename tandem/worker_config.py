@@ -13,7 +13,8 @@ class WorkerConfig:
 
     `model_folder` is a Hugging Face folder (a GGUF file is converted into one first).
     `pool_blocks` is the size of the KV pool. `token_budget` bounds the tokens of one prefill step,
-    `max_batch` the sequences of one decode step, `max_waiting` the legs queued at the worker.
+    `max_batch` the sequences of one decode step, `max_waiting` the legs queued at the worker. KV of prompts
+    of at least `overlap_min_tokens` can be pulled while they are read (None: of none).
     `port` 0 lets the system choose; `metrics_port` None serves no metrics. The cluster token comes from the
     environment variable TANDEM_CLUSTER_TOKEN, never from here.
     """
@@ -30,6 +31,7 @@ class WorkerConfig:
     threads: int = 1
     context_tokens: int | None = None
     token_budget: int = 512
+    overlap_min_tokens: int | None = 256
     max_batch: int = 64
     max_waiting: int = 256
     prefix_cache: bool = True

@@ -60,6 +60,7 @@ def test_worker_metrics_are_documented() -> None:
     metrics.dropped.labels(reason="preempted").inc()
     metrics.handoff_seconds.labels(part="move").observe(0.1)
     metrics.handoff_bytes.labels(transport="tcp").inc()
+    metrics.early_fetches.labels(outcome="lost").inc()
     metrics.transfer_faults.labels(fault="timeout").inc()
     source = WorkerKey(WorkerId("p0"), Incarnation(1))
     metrics.transfers.transferred("tcp")

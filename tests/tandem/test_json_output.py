@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.kv import result_json
 from benchmarks.kv_layouts import SMALL_BLOCKS, Layout, Placement
-from benchmarks.kv_times import CaseTimes, Road, Timed
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, Road, Timed
 from benchmarks.latency_summary import Outcome, OutcomeKind, TokenArrival, summarise
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
@@ -80,7 +80,8 @@ def kv() -> dict[str, Any]:
     timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.0, 0.001), 0.005)
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
     case = CaseTimes(layout, 4, (0.001,), (0.002,), {Road("shm", True): (timed,)})
-    return result_json([case], 1, case, 2)
+    adoption = AdoptionTimes(1, 65_536, (0.001,), (0.001,), (0.001,), (0.001,))
+    return result_json([case], 1, case, 2, [adoption])
 
 
 @pytest.mark.parametrize(
