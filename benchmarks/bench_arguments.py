@@ -1,6 +1,7 @@
 """Edge: the arguments of `tandem bench ...`; light, so that `tandem --help` is."""
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -59,6 +60,23 @@ def add_router(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.set_defaults(run=_run_router)
 
 
+def add_sim(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`tandem bench sim`."""
+    parser = kinds.add_parser(
+        "sim",
+        help="how fast the simulator is",
+        description="Simulates eight disaggregated workers on one core, and reports requests a second.",
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="by default lengths like Azure's are drawn"
+    )
+    parser.add_argument("--requests", type=int, default=19_366, metavar="N", help="a run (19366)")
+    parser.add_argument("--rate", type=float, default=8.0, metavar="RPS", help="requests a second (8)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="the median is reported (3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
+    parser.set_defaults(run=_run_sim)
+
+
 def add_kv(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """`tandem bench kv`."""
     parser = kinds.add_parser(
@@ -86,5 +104,32 @@ def _run_serve(chosen: argparse.Namespace) -> int:
 
 def _run_router(chosen: argparse.Namespace) -> int:
     from benchmarks.router_relay import run
+
+    return run(chosen)
+
+
+def _run_sim(chosen: argparse.Namespace) -> int:
+    from benchmarks.simulator_speed import run
+
+    return run(chosen)
+
+
+def add_engine(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`tandem bench engine`."""
+    parser = kinds.add_parser(
+        "engine",
+        help="the engine alone, beside this machine's limits",
+        description="Measures decode, prefill, overhead, prefix cache and memory of one engine.",
+    )
+    parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
+    parser.add_argument("--dtype", default="float32", help="as in cluster.yaml (float32)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="(all cores)")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
+    parser.set_defaults(run=_run_engine)
+
+
+def _run_engine(chosen: argparse.Namespace) -> int:
+    from benchmarks.engine import run
 
     return run(chosen)

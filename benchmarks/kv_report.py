@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from benchmarks.kv_times import AdoptionTimes, CaseTimes, Road, Timed
-from benchmarks.latency_summary import percentile
+from planner.statistics import percentile
 
 LIMITS: Final = {"shm": "memcpy", "tcp": "loopback_tcp"}
 """What a transport is held against."""

@@ -1,8 +1,11 @@
 """Pure: a leg and its samples at a decode worker: what comes in, what goes out, and the states in between."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from decode_worker.grown_tokens import GrownTokens
+from engine.drafting.draft import NO_DRAFT, Draft
 from engine.leg import DroppedLeg, LegToken
 from tandem.errors import InvalidRequest, PromptTooLong
 from tandem.ids import BlockId, LegId
@@ -26,7 +29,7 @@ class DecodeLeg:
     """
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     prompt_tokens: int
     samples: tuple[SampleStart, ...]
     params: SamplingParams
@@ -46,10 +49,12 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutcome:
-    """What a step brought."""
+    """What a step brought; `guesses` were verified in it and `accepted` of them held."""
 
     tokens: tuple[LegToken, ...]
     dropped: tuple[DroppedLeg, ...]
+    guesses: int = 0
+    accepted: int = 0
 
 
 def check_leg(
@@ -79,6 +84,9 @@ class LegState(Enum):
     LANDED: its KV is here before it was started. ABORTING: it is over, but a pull may still write its blocks.
     """
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     WAITING = "waiting"
     PULLING = "pulling"
     LANDED = "landed"
@@ -89,6 +97,9 @@ class LegState(Enum):
 
 class LegInput(Enum):
     """What can happen to a leg."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     RESERVE = "reserve"
     START = "start"
@@ -120,6 +131,9 @@ LEG_TRANSITIONS = {
 class SampleState(Enum):
     """Where a sample in the batch stands. LEAVING: it is over, but the step in flight touches its blocks."""
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     RUNNING = "running"
     LEAVING = "leaving"
     ENDED = "ended"
@@ -127,6 +141,9 @@ class SampleState(Enum):
 
 class SampleInput(Enum):
     """What can happen to a sample in the batch."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     FINISH = "finish"
     STOP = "stop"
@@ -181,19 +198,20 @@ class SampleRecord:
     """A sample in the batch.
 
     `tokens` are prompt and output; KV of the first `computed` is there, `slice_tokens` more are in the step
-    in flight. `pending_copy` is a copy-on-write (source, target) that the next step makes: until then the
-    sample refers to the source besides its table.
+    in flight, followed by the guesses of `draft`. `pending_copy` is a copy-on-write (source, target) that
+    the next step makes: until then the sample refers to the source besides its table.
     """
 
     record: LegRecord
     sample_index: int
     key: int
-    tokens: list[int]
+    tokens: list[int] | GrownTokens
     computed: int
     table: list[BlockId]
     state: SampleState = SampleState.RUNNING
     pending_copy: tuple[BlockId, BlockId] | None = None
     slice_tokens: int = 0
+    draft: Draft = NO_DRAFT
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -204,3 +222,8 @@ class SampleRecord:
     def output_index(self) -> int:
         """Index in the output of the next token."""
         return len(self.tokens) - self.record.leg.prompt_tokens
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next step feeds the sample's last token, so that it draws the next one."""
+        return self.computed + self.slice_tokens == len(self.tokens)

@@ -19,10 +19,15 @@ from decode_worker.decode_leg import (
     SampleState,
     check_leg,
 )
+from decode_worker.grown_tokens import GrownTokens
+from decode_worker.sample_blocks import grow, settle, trim
+from decode_worker.slices import accepted_tokens, leg_token, sample_slice
+from decode_worker.speculation import Speculation
 from engine.blocks import BlockPool, distinct_blocks
-from engine.ending import banned_tokens, ending_after
+from engine.drafting.draft import NO_DRAFT
+from engine.ending import ending_after
 from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
-from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
+from engine.step import SampledToken, StepPlan, StepResult
 from engine.transitions import next_state
 from tandem.errors import OutOfBlocks, ProtocolError
 from tandem.ids import BlockId, LegId
@@ -55,20 +60,24 @@ class DecodeScheduler:
         eos_ids: Collection[int],
         watermark_blocks: int = 0,
         chunk_tokens: int = 512,
+        speculation: Speculation | None = None,
     ) -> None:
         """Limits: `max_batch` samples in the batch or on their way to it, `max_waiting` legs in the queue.
 
         A reservation leaves `watermark_blocks` and a block for each sample free, so that those that run can
         grow. A sample that comes with several tokens is fed at most `chunk_tokens` of them a step.
+        `speculation` guesses tokens, which take free blocks only and change no output.
         """
         self._pool = pool
         self._max_batch = max_batch
         self._context_tokens = context_tokens
         self._eos_ids = frozenset(eos_ids)
         self._chunk_tokens = chunk_tokens
+        self._watermark_blocks = watermark_blocks
         self._arrivals = Arrivals(
             pool, max_batch=max_batch, max_waiting=max_waiting, watermark_blocks=watermark_blocks
         )
+        self._speculation = speculation
         self._legs: dict[LegId, LegRecord] = {}
         self._running: list[SampleRecord] = []
         self._keys = 0
@@ -157,28 +166,42 @@ class DecodeScheduler:
         if not self._in_flight:
             return None
         self._steps += 1
+        asked = 0
+        if self._speculation is not None:
+            self._speculation.add_drafts(
+                self._pool, self._in_flight, self._context_tokens, self._watermark_blocks
+            )
+            asked = self._speculation.asked_tokens
         copies = tuple(s.pending_copy for s in self._in_flight if s.pending_copy is not None)
-        self._plan = StepPlan(self._steps, tuple(map(self._slice, self._in_flight)), copies)
+        slices = tuple(sample_slice(sample, self._eos_ids, asked) for sample in self._in_flight)
+        self._plan = StepPlan(self._steps, slices, copies)
         return self._plan
 
     def complete(self, result: StepResult, now_s: float) -> DecodeOutcome:
         """Takes the result of the plan in flight; ProtocolError if it is of another."""
         if self._plan is None or self._plan.step != result.step:
             raise ProtocolError(f"step {result.step} is not in flight")
-        drawn = {token.key: token for token in result.tokens}
+        if self._speculation is not None:
+            self._speculation.step_done(self._plan, result)
+        drawn: dict[int, list[SampledToken]] = {}
+        for token in result.tokens:
+            drawn.setdefault(token.key, []).append(token)
         tokens: list[LegToken] = []
         in_flight, self._in_flight, self._plan = self._in_flight, [], None
+        guesses = sum(len(sample.draft) for sample in in_flight)
+        accepted = 0
         for sample in in_flight:
-            self._settle(sample)
+            settle(self._pool, sample)
             if sample.state is SampleState.LEAVING:
                 self._end_sample(sample, SampleInput.STEP_DONE)
             elif sample.computed < len(sample.tokens):
                 sample.state = next_state(SAMPLE_TRANSITIONS, sample.state, SampleInput.STEP_DONE)
-            elif sample.key in drawn:
-                tokens.append(self._append(sample, drawn[sample.key]))
+            elif news := self._take_drawn(sample, drawn.get(sample.key, ())):
+                accepted += len(news) - 1
+                tokens += news
             else:
                 self._drop(sample, DropReason.INTERNAL, "the step drew no token")
-        return DecodeOutcome(tuple(tokens), self._take_dropped())
+        return DecodeOutcome(tuple(tokens), self._take_dropped(), guesses, accepted)
 
     def expire(self, now_s: float) -> tuple[DroppedLeg, ...]:
         """Drops the legs whose deadline has come, and hands over what schedule dropped.
@@ -258,15 +281,15 @@ class DecodeScheduler:
             self._pool.fork(record.table)
         for start in record.starts:
             self._keys += 1
-            tokens = [*record.leg.token_ids, *start.token_ids]
-            computed = len(record.leg.token_ids)
-            sample = SampleRecord(
-                record, start.sample_index, self._keys, tokens, computed, list(record.table)
-            )
+            tokens, shared = self._tokens_of(record, start), len(record.leg.token_ids)
+            sample = SampleRecord(record, start.sample_index, self._keys, tokens, shared, list(record.table))
             record.samples.append(sample)
             insort(self._running, sample, key=lambda running: running.rank)
         record.table = ()
         return True
+
+    def _tokens_of(self, record: LegRecord, start: SampleStart) -> list[int] | GrownTokens:
+        return [*record.leg.token_ids, *start.token_ids]
 
     def _make_room(self) -> list[SampleRecord]:
         """Gives samples the blocks of their next step, at the cost of the last in rank; returns who has them.
@@ -277,7 +300,7 @@ class DecodeScheduler:
         while ready < len(self._running):
             sample = self._running[ready]
             try:
-                self._grow(sample)
+                grow(self._pool, sample, self._chunk_tokens)
                 ready += 1
             except OutOfBlocks:
                 if self._arrivals.give_way():
@@ -294,42 +317,21 @@ class DecodeScheduler:
                     self._drop(sample, DropReason.TOO_LARGE, message)
         return self._running[:ready]
 
-    def _grow(self, sample: SampleRecord) -> None:
-        """Makes the blocks of the sample's next slice its own; after OutOfBlocks it can be called again."""
-        size = self._pool.block_size
-        sample.slice_tokens = min(len(sample.tokens) - sample.computed, self._chunk_tokens)
-        if sample.computed % size and sample.pending_copy is None:
-            index = sample.computed // size
-            sample.table[index], sample.pending_copy = self._pool.writable(sample.table[index])
-        missing = self._pool.blocks_for(sample.computed + sample.slice_tokens) - len(sample.table)
-        if missing > 0:
-            sample.table += self._pool.allocate(missing)
-
-    def _slice(self, sample: SampleRecord) -> SequenceSlice:
-        """The sample's part of the plan. Its lists are live: they change at complete and schedule only."""
-        start, end = sample.computed, sample.computed + sample.slice_tokens
-        samples = (self._request(sample),) if end == len(sample.tokens) else ()
-        return SequenceSlice(sample.tokens[start:end], start, sample.table, samples)
-
-    def _request(self, sample: SampleRecord) -> SampleRequest:
-        leg = sample.record.leg
-        return SampleRequest(
-            key=sample.key,
-            sample_index=sample.sample_index,
-            output_index=sample.output_index,
-            params=leg.params,
-            history=sample.tokens if leg.params.needs_history else (),
-            prompt_tokens=leg.prompt_tokens,
-            banned=banned_tokens(leg.params, sample.output_index, self._eos_ids),
-        )
-
-    def _settle(self, sample: SampleRecord) -> None:
-        """The step is done: its tokens have KV, and the source of a copy is needed no more."""
-        sample.computed += sample.slice_tokens
-        sample.slice_tokens = 0
-        if sample.pending_copy is not None:
-            self._pool.release(sample.pending_copy[:1])
-            sample.pending_copy = None
+    def _take_drawn(self, sample: SampleRecord, drawn: Sequence[SampledToken]) -> list[LegToken]:
+        """Appends what the step drew, as far as its guesses held and the sample goes on."""
+        draft, sample.draft = sample.draft, NO_DRAFT
+        accepted, in_place = accepted_tokens(draft, drawn)
+        tokens: list[LegToken] = []
+        for place, token in enumerate(accepted):
+            sample.computed += 1 <= place <= in_place
+            tokens.append(self._append(sample, token))
+            if tokens[-1].finish is not None:
+                break
+        if self._speculation is not None and draft:
+            self._speculation.verified(sample, draft, len(accepted) - 1)
+        if sample.state is SampleState.RUNNING:
+            trim(self._pool, sample)
+        return tokens
 
     def _append(self, sample: SampleRecord, drawn: SampledToken) -> LegToken:
         output_index = sample.output_index
@@ -344,15 +346,7 @@ class DecodeScheduler:
         )
         if ending is not None:
             self._end_sample(sample, SampleInput.FINISH)
-        return LegToken(
-            leg_id=sample.record.leg.leg_id,
-            sample_index=sample.sample_index,
-            output_index=output_index,
-            token_id=drawn.token_id,
-            logprob=drawn.logprob,
-            finish=ending.reason if ending is not None else None,
-            stop_token_id=ending.stop_token_id if ending is not None else None,
-        )
+        return leg_token(sample, drawn, output_index, ending)
 
     def _drop(self, sample: SampleRecord, reason: DropReason, message: str) -> None:
         leg_id = sample.record.leg.leg_id
@@ -368,11 +362,14 @@ class DecodeScheduler:
     def _end_sample(self, sample: SampleRecord, happened: SampleInput) -> None:
         """Takes a sample out of the batch; its full blocks stay cached for who comes with the same prefix."""
         sample.state = next_state(SAMPLE_TRANSITIONS, sample.state, happened)
-        self._pool.publish(sample.tokens[: sample.computed], sample.table)
+        if self._pool.caches:
+            self._pool.publish(sample.tokens[: sample.computed], sample.table)
         if sample.pending_copy is not None:
             self._pool.release(sample.pending_copy[:1])
         self._pool.release(sample.table)
         self._running.remove(sample)
+        if self._speculation is not None:
+            self._speculation.forget(sample)
         record = sample.record
         record.samples.remove(sample)
         if not record.samples:

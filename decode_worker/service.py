@@ -9,6 +9,7 @@ import grpc.aio
 import structlog
 
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, Reservation, SampleStart
+from decode_worker.speculation import speculation_of
 from engine.contract import LayerListener
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
@@ -39,6 +40,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
             max_waiting=config.max_waiting,
             context_tokens=parts.engine.context_tokens,
             eos_ids=parts.engine.eos_ids,
+            speculation=speculation_of(config),
         )
         super().__init__(parts, self._scheduler)
         self._sink = HandoffSink(
@@ -141,6 +143,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
 
     def after_step(self, outcome: DecodeOutcome) -> None:
         """Blocks may have become free: fetches what fits now."""
+        self.metrics.observe_guesses(outcome.guesses, outcome.accepted)
         self._pull_what_fits()
 
     def blocks_freed(self) -> None:

@@ -41,6 +41,7 @@ class BlockPool:
         self.block_size = block_size
         self._caching = prefix_cache
         self._references = [0] * num_blocks
+        self._promised = 0
         self._free = [BlockId(index) for index in reversed(range(num_blocks))]
         # Unreferenced cached blocks, least recently used first. A prefix is released after what extends it,
         # so it is never older than its extensions.
@@ -52,14 +53,24 @@ class BlockPool:
         self._next_event = num_blocks
 
     @property
+    def caches(self) -> bool:
+        """Whether computed blocks are kept for reuse; if not, publish and match do nothing."""
+        return self._caching
+
+    @property
     def free_blocks(self) -> int:
         """Blocks that can be allocated now: free ones and cached ones that nobody refers to."""
-        return len(self._free) + len(self._evictable)
+        return len(self._free) + len(self._evictable) - self._promised
 
     @property
     def allocated_blocks(self) -> int:
-        """Blocks that the pool believes somebody refers to."""
+        """Blocks that the pool believes somebody refers to, promised ones among them."""
         return self.num_blocks - self.free_blocks
+
+    @property
+    def promised_blocks(self) -> int:
+        """Blocks that were promised and not redeemed."""
+        return self._promised
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""
@@ -85,12 +96,27 @@ class BlockPool:
         """Gives `count` blocks with undefined content and one reference each; OutOfBlocks gives none."""
         if count > self.free_blocks:
             raise OutOfBlocks(f"{count} blocks asked for, {self.free_blocks} of {self.num_blocks} are free")
-        while len(self._free) < count:
+        while len(self._free) - self._promised < count:
             self._evict()
-        blocks = tuple(self._free.pop() for _ in range(count))
-        for block in blocks:
-            self._references[block] = 1
-        return blocks
+        return self._name(count)
+
+    def promise(self, count: int) -> None:
+        """Sets `count` blocks aside for one owner, who names them later by redeem; OutOfBlocks sets none.
+
+        Costs O(evicted blocks), so that an owner can count on growing without touching each block.
+        """
+        if count > self.free_blocks:
+            raise OutOfBlocks(f"{count} blocks asked for, {self.free_blocks} of {self.num_blocks} are free")
+        self._promised += count
+        while len(self._free) < self._promised:
+            self._evict()
+
+    def redeem(self, count: int) -> tuple[BlockId, ...]:
+        """Names `count` of the promised blocks, with one reference each. ProtocolError for more of them."""
+        if count > self._promised:
+            raise ProtocolError(f"{count} blocks redeemed, {self._promised} were promised")
+        self._promised -= count
+        return self._name(count)
 
     def fork(self, blocks: Sequence[BlockId]) -> None:
         """Takes one more reference to each block; they must be referenced or cached."""
@@ -103,16 +129,22 @@ class BlockPool:
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Gives one reference to each block back; the first blocks of the sequence are evicted last."""
+        references, cached = self._references, self._tree if len(self._tree) else ()
         for block in reversed(blocks):
-            if self._references[block] == 0:
+            count = references[block] - 1
+            if count < 0:
                 raise ProtocolError(f"block {block} is released more often than it was taken")
-            self._references[block] -= 1
-            if self._references[block] > 0:
+            references[block] = count
+            if count > 0:
                 continue
-            if block in self._tree:
+            if block in cached:
                 self._evictable[block] = None
             else:
                 self._free.append(block)
+
+    def private(self, block: BlockId) -> bool:
+        """Whether its one owner may write a block without copying it."""
+        return self._references[block] == 1 and block not in self._tree
 
     def writable(self, block: BlockId) -> tuple[BlockId, tuple[BlockId, BlockId] | None]:
         """Copy-on-write: the block itself if nobody else refers to it, else a new one and the pair to copy.
@@ -120,7 +152,7 @@ class BlockPool:
         The caller keeps its reference to the source until the copy is done, so that nobody else writes it
         meanwhile, and releases it then. OutOfBlocks allocates nothing.
         """
-        if self._references[block] == 1 and block not in self._tree:
+        if self.private(block):
             return block, None
         (copy,) = self.allocate(1)
         return copy, (block, copy)
@@ -165,6 +197,16 @@ class BlockPool:
         cached = {node.block for node in self._tree.nodes()}
         if free & cached or evictable - cached:
             raise ProtocolError("a free block is cached, or an evictable one is not")
+
+    def _name(self, count: int) -> tuple[BlockId, ...]:
+        """Takes free blocks, the last freed first."""
+        if count == 0:
+            return ()
+        blocks = tuple(self._free[: -count - 1 : -1])
+        del self._free[-count:]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
 
     def _evict(self) -> None:
         oldest = next(iter(self._evictable))

@@ -100,22 +100,25 @@ class LegHandler(Protocol):
 
 
 def step_message(step: int, tokens: Sequence[LegToken], batch_size: int, step_s: float) -> wpb.WorkerMessage:
-    """One message for all tokens that a step gave to one router."""
-    sequences = []
+    """One message for all tokens that a step gave to one router; those of a sample stand together."""
+    sequences: list[wpb.SequenceTokens] = []
+    before: LegToken | None = None
     for token in tokens:
-        entry = wpb.SequenceTokens(
-            leg_id=token.leg_id,
-            sample_index=token.sample_index,
-            first_index=token.output_index,
-            token_ids=(token.token_id,),
-        )
+        if before is None or (before.leg_id, before.sample_index) != (token.leg_id, token.sample_index):
+            sequences.append(
+                wpb.SequenceTokens(
+                    leg_id=token.leg_id, sample_index=token.sample_index, first_index=token.output_index
+                )
+            )
+        before = token
+        entry = sequences[-1]
+        entry.token_ids.append(token.token_id)
         if token.logprob is not None:
             entry.logprobs.append(logprob_to_wire(token.logprob))
         if token.finish is not None:
             entry.finish_reason = FINISH_TO_WIRE[token.finish]
         if token.stop_token_id is not None:
             entry.stop_token_id = token.stop_token_id
-        sequences.append(entry)
     return wpb.WorkerMessage(
         step=wpb.StepOutput(step=step, sequences=sequences, batch_size=batch_size, step_s=step_s)
     )

@@ -157,7 +157,10 @@ class Pulling:
         raise next(reversed(self._failures.values()), none)
 
     async def _connect(self, road: str) -> None:
-        """Makes the pair usable; an address that is used up is asked for anew, once. Nothing for no road."""
+        """Makes the pair usable; an address that is used up or refused is asked for anew, once.
+
+        Refused is, too, what an earlier attempt used up without knowing, since it was cancelled half way.
+        """
         if not road:
             return
         source, transport = self._order.source, self._tools.transports[road]
@@ -165,7 +168,7 @@ class Pulling:
         try:
             await transport.connect(source.peer, told.address, told.ticket, source.block_bytes)
         except TransferError as error:
-            if error.fault is not TransferFault.STALE_EPOCH:
+            if error.fault not in (TransferFault.STALE_EPOCH, TransferFault.REFUSED):
                 raise
             told = (await self._tools.sources.renew(source)).endpoint(road)
             await transport.connect(source.peer, told.address, told.ticket, source.block_bytes)

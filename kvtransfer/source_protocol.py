@@ -17,6 +17,9 @@ from tandem.errors import ProtocolError
 class SourceInput(Enum):
     """What can happen to the source."""
 
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
+
     PULL = "pull"
     """A first or higher-numbered pull over a transport where the source sends."""
     PULL_DIRECT = "direct pull"

@@ -1,5 +1,6 @@
 """Pure: a leg at a prefill worker: what comes in, what goes out, and the states in between."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -13,7 +14,7 @@ class PrefillLeg:
     """A prompt to read; see StartPrefill in worker.proto. `deadline_s` is on the worker's monotonic clock."""
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     prompt_tokens: int
     sample_indices: tuple[int, ...]
     params: SamplingParams
@@ -64,6 +65,15 @@ class PrefillOutcome:
     grown: tuple[GrownLeg, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillBacklog:
+    """Prompts that a worker has not read: their tokens, and the legs that wait and that run."""
+
+    tokens: int
+    waiting_legs: int
+    running_legs: int
+
+
 class LegState(Enum):
     """Where a leg stands.
 
@@ -71,6 +81,9 @@ class LegState(Enum):
     LEAVING: it is over, but the step in flight still touches its blocks. WITHDRAWN: it is over, but a pull
     may still read them. LEAVING_OFFERED: both.
     """
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -85,6 +98,9 @@ class LegState(Enum):
 
 class LegInput(Enum):
     """What can happen to a leg."""
+
+    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    __hash__ = object.__hash__
 
     START = "start"
     OFFER = "offer"

@@ -23,6 +23,7 @@ from prefill_worker.prefill_leg import (
     LegRecord,
     LegState,
     OfferedLeg,
+    PrefillBacklog,
     PrefillLeg,
     PrefillOutcome,
 )
@@ -50,14 +51,15 @@ class PrefillScheduler:
         eos_ids: Collection[int],
         max_parked_fraction: float = 0.9,
         max_passed_by: int = 8,
+        whole_prompts: bool = False,
         overlap_min_tokens: int | None = None,
     ) -> None:
         """Limits: `token_budget` tokens a step, `max_waiting` legs in the queue.
 
         Legs of at least `overlap_min_tokens` tokens are offered when they start; None: no leg is.
-
         No leg starts while parked ones hold more than `max_parked_fraction` of the pool. A leg that lacks
-        blocks lets at most `max_passed_by` later ones start before it.
+        blocks lets at most `max_passed_by` later ones start before it. With `whole_prompts` none is split
+        (DistServe's batching): one that is longer than the budget is read alone.
         """
         self._pool = pool
         self._token_budget = token_budget
@@ -66,6 +68,7 @@ class PrefillScheduler:
         self._eos_ids = frozenset(eos_ids)
         self._max_parked_blocks = max_parked_fraction * pool.num_blocks
         self._max_passed_by = max_passed_by
+        self._whole_prompts = whole_prompts
         self._overlap_min_tokens = overlap_min_tokens
         self._legs: dict[LegId, LegRecord] = {}
         self._waiting: list[LegRecord] = []
@@ -130,7 +133,10 @@ class PrefillScheduler:
                 break
             slices.append(self._slice(record, budget))
             budget -= record.slice_tokens
-        while budget > 0 and (started := self._start_next(now_s)) is not None:
+        while budget > 0:
+            started = self._start_next(now_s, budget if slices and self._whole_prompts else None)
+            if started is None:
+                break
             slices.append(self._slice(started, budget))
             budget -= started.slice_tokens
         if not slices:
@@ -165,7 +171,8 @@ class PrefillScheduler:
         for record in in_flight:
             record.computed += record.slice_tokens
             record.slice_tokens = 0
-            self._pool.publish(record.leg.token_ids[: record.computed], record.table)
+            if self._pool.caches:
+                self._pool.publish(record.leg.token_ids[: record.computed], record.table)
             if record.state not in READING or record.computed < len(record.leg.token_ids):
                 self._apply(record, LegInput.STEP_DONE)
             elif any((record.number, index) not in drawn for index in record.live):
@@ -191,17 +198,23 @@ class PrefillScheduler:
 
     def load(self) -> LoadNumbers:
         """Counts for dispatch and metrics; O(legs + blocks held)."""
-        ahead = [*self._waiting, *self._running]
+        backlog = self.backlog()
         return LoadNumbers(
-            waiting_prefill_tokens=sum(len(record.leg.token_ids) - record.computed for record in ahead),
-            waiting_legs=len(self._waiting),
-            running_sequences=len(self._running),
+            waiting_prefill_tokens=backlog.tokens,
+            waiting_legs=backlog.waiting_legs,
+            running_sequences=backlog.running_legs,
             parked_legs=sum(record.state is LegState.PARKED for record in self._legs.values()),
             total_blocks=self._pool.num_blocks,
             free_blocks=self._pool.free_blocks,
             allocated_blocks=self._pool.allocated_blocks,
             referenced_blocks=distinct_blocks(self.held_blocks()),
         )
+
+    def backlog(self) -> PrefillBacklog:
+        """The prompts that are not read; O(waiting and running legs)."""
+        ahead = [*self._waiting, *self._running]
+        tokens = sum(len(record.leg.token_ids) - record.computed for record in ahead)
+        return PrefillBacklog(tokens, len(self._waiting), len(self._running))
 
     def legs(self) -> Mapping[LegId, LegState]:
         """The legs here and their states."""
@@ -233,12 +246,17 @@ class PrefillScheduler:
     def _expirable(self) -> list[LegRecord]:
         return [*self._waiting, *(record for record in self._running if record.state in READING)]
 
-    def _start_next(self, now_s: float) -> LegRecord | None:
-        """Starts the first waiting leg whose blocks can be had, unless one ahead was passed by too often."""
+    def _start_next(self, now_s: float, room: int | None) -> LegRecord | None:
+        """Starts the first waiting leg whose blocks can be had, unless one ahead was passed by too often.
+
+        None, too, when its turn is a leg of more than `room` tokens.
+        """
         if self._parked_blocks > self._max_parked_blocks:
             return None
         blocked: list[LegRecord] = []
         for record in self._waiting:
+            if room is not None and len(record.leg.token_ids) > room:
+                return None
             if self._take_blocks(record):
                 for ahead in blocked:
                     ahead.passed_by += 1
@@ -285,7 +303,7 @@ class PrefillScheduler:
     def _slice(self, record: LegRecord, budget: int) -> SequenceSlice:
         """Puts the leg's next chunk, at most `budget` tokens, into the plan that is being made."""
         token_ids = record.leg.token_ids
-        end = min(record.computed + budget, len(token_ids))
+        end = len(token_ids) if self._whole_prompts else min(record.computed + budget, len(token_ids))
         record.slice_tokens = end - record.computed
         self._in_flight.append(record)
         samples = self._requests(record) if end == len(token_ids) else ()

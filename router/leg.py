@@ -4,7 +4,7 @@ A leg is a stay of some samples at one prefill/decode pair. It walks the middle 
 request itself is where its least advanced leg is, until it ends.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -102,7 +102,7 @@ class Leg:
     """
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     samples: list[int]
     waiting_since_s: float
     avoid: frozenset[WorkerKey] = frozenset()

@@ -20,7 +20,7 @@ class WaitingLeg:
     """A leg that needs a worker; `anew` marks one whose request has been started before."""
 
     leg_id: LegId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     sequences: int
     avoid: frozenset[WorkerKey]
     priority: int
@@ -52,6 +52,7 @@ class Placement:
         self._block_size = block_size
         self._windows = windows
         self._loads: dict[WorkerKey, WorkerLoad] = {}
+        self._in_order: list[WorkerLoad] = []
         self._waiting: dict[LegId, WaitingLeg] = {}
         self._prefill_new: WaitingQueue[LegId] = WaitingQueue()
         self._prefill_anew: WaitingQueue[LegId] = WaitingQueue()
@@ -66,10 +67,12 @@ class Placement:
     def attach(self, load: WorkerLoad) -> None:
         """A worker can be chosen from now on."""
         self._loads[load.key] = load
+        self._in_order = [self._loads[key] for key in sorted(self._loads)]
 
     def detach(self, key: WorkerKey) -> None:
         """A worker is lost; idempotent."""
         self._loads.pop(key, None)
+        self._in_order = [self._loads[known] for known in sorted(self._loads)]
         self.index.forget(key)
 
     def wait_for_prefill(self, leg: WaitingLeg) -> None:
@@ -199,7 +202,7 @@ class Placement:
                 queue.remove(leg_id)
 
     def _serving(self, role: Role) -> Sequence[WorkerLoad]:
-        return [self._loads[key] for key in sorted(self._loads) if takes_legs(self._loads[key], role)]
+        return [load for load in self._in_order if takes_legs(load, role)]
 
     def _hashes_of(self, leg: WaitingLeg) -> Sequence[BlockHash]:
         if not self._policy.wants_hashes:

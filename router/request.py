@@ -1,5 +1,6 @@
 """Pure: what the two front doors ask of the router's core, and what it gives back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.ids import RequestId
@@ -27,7 +28,7 @@ class GenerationRequest:
     """
 
     request_id: RequestId
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     sampling: SamplingParams
     slo_class: str
     arrived_s: float

@@ -12,7 +12,7 @@ class Sample:
     """Tokens of one sample; each index enters once and leaves once, in order.
 
     `leg_id` is the leg that writes it, None once it has ended. Tokens before `resume_from` are not emitted:
-    the reader of a resumed request has them.
+    the reader of a resumed request has them. Without a `text` nobody reads: a simulated request.
     """
 
     __slots__ = (
@@ -32,7 +32,7 @@ class Sample:
         "tokens",
     )
 
-    def __init__(self, index: int, text: TextStream, resume_from: int = 0) -> None:
+    def __init__(self, index: int, text: TextStream | None, resume_from: int = 0) -> None:
         self.index = index
         self.tokens: list[int] = []
         self.leg_id: LegId | None = None
@@ -50,6 +50,9 @@ class Sample:
 
     def append(self, token_id: int, logprob: TokenLogprob | None, stop_token: bool) -> bool:
         """Takes the token of the next index; returns whether a stop string ended the sample with it."""
+        if self._text is None:
+            self.tokens.append(token_id)
+            return False
         shown, match = self._text.push_stop_token(token_id) if stop_token else self._text.push(token_id)
         if len(self.tokens) >= self.resume_from:
             if shown:
@@ -63,9 +66,23 @@ class Sample:
         self.stop_string = match.stop_string
         return True
 
+    def extend(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], ends_in_stop_token: bool
+    ) -> bool:
+        """Takes the tokens of the next indices up to a stop string; returns whether one ended the sample."""
+        if self._text is None:
+            self.tokens.extend(token_ids)
+            return False
+        last = len(token_ids) - 1
+        for at, token_id in enumerate(token_ids):
+            logprob = logprobs[at] if logprobs else None
+            if self.append(token_id, logprob, at == last and ends_in_stop_token):
+                return True
+        return False
+
     def end(self, finish: FinishReason, stop_token_id: int | None) -> None:
         """The sample ended with its last token; what was held back is shown, and may end in a stop string."""
-        shown, match = self._text.finish()
+        shown, match = self._text.finish() if self._text is not None else ("", None)
         if shown:
             self._pending_text.append(shown)
         self.finish = finish

@@ -29,7 +29,7 @@ from router.leg import ENDED, TRANSITIONS, WAY, Input, Leg, State, after
 from router.request import GenerationRequest, GenerationUpdate, TokenUsage
 from router.sample import Sample
 from router.text_stream import TextStream
-from router.timeline import SampleTimes, Timeline
+from router.timeline import Pace, SampleTimes, Timeline
 from router.worker_key import WorkerKey
 from tandem.errors import DeadlineExceeded, NotReady, ProtocolError, TandemError
 from tandem.ids import LegId
@@ -50,7 +50,8 @@ class SessionRules:
     end_ids: frozenset[int]
     """End-of-sequence and stop token ids that end a sample of this request."""
     new_leg_id: Callable[[], LegId]
-    new_text: Callable[[], TextStream]
+    new_text: Callable[[], TextStream | None]
+    """Makes a sample's text; None when nobody reads it."""
     note_gap: Callable[[float], None]
     """Told each gap between two emissions of a sample, in seconds."""
 
@@ -120,8 +121,12 @@ class Session:
         finish: FinishReason | None,
         stop_token_id: int | None,
         now_s: float,
+        pace: Pace | None = None,
     ) -> Sequence[Command]:
-        """A worker wrote tokens of one sample. Known indices are dropped; a gap places the sample anew."""
+        """A worker wrote tokens of one sample. Known indices are dropped; a gap places the sample anew.
+
+        With a `pace` they had come one by one, none of them known.
+        """
         leg = self._legs.get(leg_id)
         if leg is None or sample_index not in leg.samples or not leg.speaks(worker):
             return ()
@@ -131,16 +136,11 @@ class Session:
         known = len(sample.tokens) - first_index
         if known < 0:
             return self._place_anew(leg, [sample_index], None, DropRule(counts=True), now_s)
-        last = len(token_ids) - 1
-        stopped = False
-        for at in range(known, len(token_ids)):
-            logprob = logprobs[at] if logprobs else None
-            stopped = sample.append(token_ids[at], logprob, at == last and stop_token_id is not None)
-            if stopped:
-                break
-        fresh = len(sample.tokens) - max(first_index + known, sample.resume_from)
+        before = len(sample.tokens)
+        stopped = sample.extend(token_ids[known:], logprobs[known:], stop_token_id is not None)
+        fresh = len(sample.tokens) - max(before, sample.resume_from)
         if fresh > 0:
-            gap_s = self.timeline.emitted(sample_index, fresh, now_s)
+            gap_s = self.timeline.emitted(sample_index, fresh, now_s, pace)
             if gap_s is not None:
                 self.rules.note_gap(gap_s)
         if stopped:
@@ -289,7 +289,8 @@ class Session:
         commands: list[Command] = []
         for group in [fresh, *groups] if fresh else groups:
             leg_id = self.rules.new_leg_id()
-            token_ids = (*self.request.token_ids, *group[0].tokens)
+            prompt, so_far = self.request.token_ids, group[0].tokens
+            token_ids = (*prompt, *so_far) if so_far else prompt
             members = [sample.index for sample in group]
             self._legs[leg_id] = Leg(leg_id, token_ids, members, now_s, avoid, not_before_s)
             for sample in group:

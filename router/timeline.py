@@ -9,6 +9,14 @@ from router.request import TimelineReport
 from tandem.slo import SloClass, Stage
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """When tokens that are told of together had come one by one: the first, and the longest gap since."""
+
+    first_s: float
+    longest_gap_s: float
+
+
 @dataclass(slots=True)
 class SampleTimes:
     """Emission times of one sample, in seconds on the router's clock."""
@@ -32,6 +40,16 @@ class SampleTimes:
             self.longest_gap_before = self.tokens
         self.last_s = now_s
         self.tokens += count
+        return gap_s
+
+    def paced(self, count: int, now_s: float, pace: Pace) -> float | None:
+        """Notes `count` tokens that came one by one until now; returns the gap before the first of them."""
+        gap_s = self.emitted(1, pace.first_s)
+        if pace.longest_gap_s > self.longest_gap_s:
+            self.longest_gap_s = pace.longest_gap_s
+            self.longest_gap_before = self.tokens
+        self.last_s = now_s
+        self.tokens += count - 1
         return gap_s
 
     @property
@@ -70,12 +88,13 @@ class Timeline:
         if self.landed_s is None:
             self.landed_s = now_s
 
-    def emitted(self, sample: int, count: int, now_s: float) -> float | None:
+    def emitted(self, sample: int, count: int, now_s: float, pace: Pace | None = None) -> float | None:
         """Tokens of a sample became due to the client; returns the gap before them, if there was one."""
         if self.first_token_s is None:
-            self.first_token_s = now_s
+            self.first_token_s = now_s if pace is None else pace.first_s
         self.last_token_s = now_s
-        return self.samples[sample].emitted(count, now_s)
+        times = self.samples[sample]
+        return times.emitted(count, now_s) if pace is None else times.paced(count, now_s, pace)
 
     @property
     def ttft_s(self) -> float | None:

@@ -54,45 +54,63 @@ class WorkerLoad:
     _decoding: dict[LegId, int] = field(default_factory=dict)
     _prefill_tokens: int = 0
     _prefill_tokens_since: int = 0
+    _expected_blocks: int = 0
+    _own_batch: int = 0
+    """Sequences of this router's legs that it fetches, early ones too, or decodes."""
+    _view: WorkerView | None = None
+    """The estimate, until something changes."""
 
     def heard(self, reported: ReportedLoad, now_s: float) -> None:
         """A snapshot came."""
         self.reported = reported
         self.heard_s = now_s
         self._prefill_tokens_since = 0
+        self._view = None
 
     def prefill_sent(self, leg_id: LegId, tokens: int) -> None:
         """A prompt of so many tokens was sent there."""
         self._prefilling[leg_id] = tokens
         self._prefill_tokens += tokens
         self._prefill_tokens_since += tokens
+        self._view = None
 
     def decode_sent(self, leg_id: LegId, blocks: int, sequences: int) -> None:
         """A leg was sent there that will need so many blocks."""
         self._fetching[leg_id] = (blocks, sequences)
+        self._expect(blocks, sequences)
 
     def prefetch_sent(self, leg_id: LegId, blocks: int, sequences: int) -> None:
         """A leg is fetched there while it is read; it will need so many blocks."""
         self._prefetching[leg_id] = (blocks, sequences)
+        self._expect(blocks, sequences)
 
     def prefetch_started(self, leg_id: LegId) -> None:
         """A leg that was fetched early goes on there."""
         needs = self._prefetching.pop(leg_id, None)
         if needs is not None:
             self._fetching[leg_id] = needs
+            self._view = None
 
     def landed(self, leg_id: LegId) -> None:
         """The leg's KV is there; its blocks are counted by the worker from now on."""
         fetched = self._fetching.pop(leg_id, None)
         if fetched is not None:
             self._decoding[leg_id] = fetched[1]
+            self._expected_blocks -= fetched[0]
+            self._view = None
 
     def forget(self, leg_id: LegId) -> None:
         """The leg is not at this worker any more; idempotent."""
-        self._prefill_tokens -= self._prefilling.pop(leg_id, 0)
-        self._fetching.pop(leg_id, None)
-        self._prefetching.pop(leg_id, None)
-        self._decoding.pop(leg_id, None)
+        if leg_id in self._prefilling:
+            self._prefill_tokens -= self._prefilling.pop(leg_id)
+            self._view = None
+        if leg_id in self._fetching:
+            self._leave_expected(*self._fetching.pop(leg_id))
+        if leg_id in self._prefetching:
+            self._leave_expected(*self._prefetching.pop(leg_id))
+        if leg_id in self._decoding:
+            self._own_batch -= self._decoding.pop(leg_id)
+            self._view = None
 
     @property
     def prefilling_legs(self) -> int:
@@ -116,20 +134,29 @@ class WorkerLoad:
 
     def view(self) -> WorkerView:
         """The estimate now."""
+        if self._view is None:
+            self._view = self._estimate()
+        return self._view
+
+    def _expect(self, blocks: int, sequences: int) -> None:
+        self._expected_blocks += blocks
+        self._own_batch += sequences
+        self._view = None
+
+    def _leave_expected(self, blocks: int, sequences: int) -> None:
+        self._expect(-blocks, -sequences)
+
+    def _estimate(self) -> WorkerView:
         reported = self.reported
-        expected = [*self._fetching.values(), *self._prefetching.values()]
-        fetching_blocks = sum(blocks for blocks, _ in expected)
-        fetching_sequences = sum(sequences for _, sequences in expected)
         total = reported.total_blocks or self.total_blocks
         free = reported.free_blocks if reported.total_blocks else total
-        own_batch = fetching_sequences + sum(self._decoding.values())
         return WorkerView(
             key=self.key,
             prefill_tokens=max(
                 self._prefill_tokens, reported.waiting_prefill_tokens + self._prefill_tokens_since
             ),
-            batch=max(own_batch, reported.running_sequences + reported.waiting_legs),
+            batch=max(self._own_batch, reported.running_sequences + reported.waiting_legs),
             waiting_legs=len(self._fetching),
-            free_blocks=free - fetching_blocks,
+            free_blocks=free - self._expected_blocks,
             total_blocks=total,
         )

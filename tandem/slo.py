@@ -7,6 +7,9 @@ from enum import Enum
 class Stage(Enum):
     """A stage of a request's way; an SLO miss names the one that caused it."""
 
+    # Enum's own hash is Python code, and durations are kept by stage.
+    __hash__ = object.__hash__
+
     QUEUE = "queue"
     PREFILL = "prefill"
     HANDOFF = "handoff"

@@ -8,6 +8,26 @@ from tandem.worker import Role
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """How a decode worker guesses tokens.
+
+    `method` is ngram, draft_model, medusa or eagle; at most `tokens` guesses of a sequence are verified in a
+    step. `source` is the draft model, named as a model is, or the folder of the heads (not for ngram).
+    `acceptance` is exact (the output is the one without guesses) or rejection (draft_model only: drawn output
+    has the same distribution, and more guesses hold). `pool_blocks` is the size of a draft model's or EAGLE
+    head's own KV pool.
+    """
+
+    method: str
+    tokens: int = 8
+    source: str | None = None
+    min_ngram: int = 2
+    max_ngram: int = 4
+    acceptance: str = "exact"
+    pool_blocks: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """One worker's settings.
 
@@ -43,3 +63,4 @@ class WorkerConfig:
     lease_s: float = 5.0
     park_s: float = 30.0
     checksum: bool = True
+    speculative: SpeculativeConfig | None = None

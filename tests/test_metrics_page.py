@@ -57,6 +57,7 @@ def test_worker_metrics_are_documented() -> None:
     metrics.observe_load(LoadNumbers(0, 0, 0, 0, 4, 3, 1, 1))
     metrics.observe_communicators(CommunicatorNumbers())
     metrics.observe_step(StepPlan(0, ()), StepResult(0, (), 0.1))
+    metrics.observe_guesses(3, 2)
     metrics.dropped.labels(reason="preempted").inc()
     metrics.handoff_seconds.labels(part="move").observe(0.1)
     metrics.handoff_bytes.labels(transport="tcp").inc()

@@ -5,14 +5,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tandem.cli import bench, chat, demo, generate, status, up
+from tandem.cli import bench, chat, demo, generate, plan, profile, simulate, status, up
 from tandem.errors import ConfigError, MendedBy, TandemError
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-_COMMANDS = (up, demo, generate, chat, status, bench)
+_COMMANDS = (up, demo, generate, chat, status, bench, profile, plan, simulate)
 
 
 def parser() -> argparse.ArgumentParser:

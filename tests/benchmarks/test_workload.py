@@ -5,16 +5,16 @@ from itertools import islice
 
 import pytest
 
-from benchmarks.arrivals import ArrivalProcess
-from benchmarks.traces import TraceRow
 from benchmarks.workload import (
     FIRST_PLAIN_TOKEN,
     Arrivals,
     LengthLimits,
     PlannedRequest,
-    fixed_lengths,
     plan,
 )
+from planner.arrivals import ArrivalProcess
+from planner.traces import TraceRow
+from planner.workload import fixed_lengths
 from tandem.errors import InvalidRequest
 
 LIMITS = LengthLimits(scale=0.1, max_prompt_tokens=200, max_output_tokens=20, vocabulary_tokens=1000)

@@ -18,6 +18,7 @@ from decode_worker.scheduler import (
     Reservation,
     SampleStart,
 )
+from decode_worker.speculation import Speculation
 from engine.blocks import BlockPool
 from engine.leg import DroppedLeg, DropReason
 from engine.step import StepPlan
@@ -56,6 +57,7 @@ class DecodeMachine(RuleBasedStateMachine):
             context_tokens=CONTEXT,
             eos_ids=(EOS,),
             chunk_tokens=3,
+            speculation=self.speculation(),
         )
         self.runner = ToyRunner(BLOCKS, SIZE, VOCABULARY)
         self.now_s = 0.0
@@ -66,6 +68,10 @@ class DecodeMachine(RuleBasedStateMachine):
         self.pulls: dict[LegId, tuple[Reservation, tuple[int, ...]]] = {}
         self.token_ids: dict[LegId, tuple[int, ...]] = {}
         self.plan: StepPlan | None = None
+
+    def speculation(self) -> Speculation | None:
+        """What guesses tokens for the scheduler: nobody."""
+        return None
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=CONTEXT),
@@ -144,7 +150,7 @@ class DecodeMachine(RuleBasedStateMachine):
         except PromptTooLong:
             assert longest >= CONTEXT or longest > BLOCKS * SIZE
             return False
-        self.token_ids[leg.leg_id] = leg.token_ids
+        self.token_ids[leg.leg_id] = tuple(leg.token_ids)
         return True
 
     @rule(

@@ -180,3 +180,30 @@ def test_integrity_check_finds_a_leak_and_a_forgotten_owner() -> None:
 def test_pool_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="0 blocks"):
         BlockPool(0, 16)
+
+
+def test_promised_blocks_are_counted_before_they_are_named() -> None:
+    pool = BlockPool(4, 4)
+    pool.promise(3)
+    assert (pool.free_blocks, pool.allocated_blocks, pool.promised_blocks) == (1, 3, 3)
+    with pytest.raises(OutOfBlocks):
+        pool.allocate(2)
+    with pytest.raises(OutOfBlocks):
+        pool.promise(2)
+    named = pool.redeem(2)
+    assert [pool.references(block) for block in named] == [1, 1]
+    assert (pool.free_blocks, pool.promised_blocks) == (1, 1)
+
+
+def test_more_than_was_promised_cannot_be_redeemed() -> None:
+    pool = BlockPool(4, 4)
+    pool.promise(1)
+    with pytest.raises(ProtocolError):
+        pool.redeem(2)
+
+
+def test_a_promise_evicts_cached_blocks_at_once() -> None:
+    pool, _ = cached_pool([*FIRST, *SECOND], num_blocks=2)
+    pool.promise(1)
+    assert pool.match([*FIRST, *SECOND, 9]) == pool.match([*FIRST, 9])
+    assert pool.free_blocks == 0

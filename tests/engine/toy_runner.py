@@ -82,15 +82,19 @@ class ToyRunner:
         return chain
 
     def _feed(self, part: SequenceSlice) -> list[SampledToken]:
-        chain = self._chain_before(part)
+        chains = [self._chain_before(part)]
+        known = len(part.token_ids) - len(part.draft)
         for offset, token_id in enumerate(part.token_ids):
-            chain = self._write(part.start + offset, part.block_table, chain, token_id)
+            # A guess of a tree goes on from its parent, wherever that lies.
+            parent = offset if offset < known else known + part.draft.parent(offset - known) + 1
+            chains.append(self._write(part.start + offset, part.block_table, chains[parent], token_id))
         return [
             SampledToken(
                 request.key,
                 request.sample_index,
-                _draw(chain, request.sample_index, request.output_index, self._vocabulary),
+                _draw(chains[request.row], request.sample_index, request.output_index, self._vocabulary),
                 None,
+                request.row,
             )
             for request in part.samples
         ]

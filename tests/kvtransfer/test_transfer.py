@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from kvtransfer.contract import BlockRange, SinkTransport, SourceTransport
+from kvtransfer.contract import BlockRange, PeerId, SinkTransport, SourceTransport
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
 from kvtransfer.handoff import ReleaseReason
+from kvtransfer.tcp_sink import TcpSink
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import Incarnation
 from tests.kvtransfer.pair import Pool, blocks, config, connected_pair, eventually, key, outcome_of
@@ -30,6 +31,17 @@ class TestSendingTransport:
                 await pair.pull(key("a"), BlockRange(0, 2), blocks(1, 2))
             assert caught.value.fault is named
             await pair.wait_released(1, within_s=2.0)
+
+    async def test_large_transfer_is_spread_over_connections_that_are_kept(self) -> None:
+        async with connected_pair(config("tcp"), num_blocks=32, block_bytes=400_000) as pair:
+            given, targets = blocks(*range(0, 31, 2)), blocks(*range(31, 0, -2))
+            for leg in ("a", "b"):
+                pair.source.offer(key(leg), given)
+                await pair.pull(key(leg), BlockRange(0, 16), targets)
+                assert pair.sink_pool.read(targets) == pair.source_pool.read(given)
+            tcp = pair.sink._transports["tcp"]
+            assert isinstance(tcp, TcpSink)
+            assert len(tcp._pairs[PeerId.of(pair.source_record)].idle) == 2
 
     async def test_source_that_sends_nothing_is_given_up(self) -> None:
         def wrap(inner: SourceTransport) -> SourceTransport:

@@ -15,12 +15,19 @@ from benchmarks.latency_summary import Outcome, OutcomeKind, TokenArrival, summa
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
+from benchmarks.simulator_speed import measure
 from kvtransfer.contract import PullReport
+from planner.placement import Candidate, Mode, WorkerKind
+from planner.placement_mix import Mix
+from planner.plan_result import PlanResult, Ranked, plan_json
+from planner.simulate_output import simulation_json
+from planner.simulator import simulate
 from tandem.cli.json_output import generation_json, status_json
 from tandem.generation import update_from_wire
 from tandem.slo import SloClass
 from tandem.v1 import cluster_pb2, worker_pb2
 from tandem.v1 import inference_pb2 as pb
+from tests.planner.clusters import disaggregated, load
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json-output.md"
 
@@ -76,6 +83,12 @@ def relay() -> dict[str, Any]:
     return relay_json([result], streams=4)
 
 
+def planned() -> dict[str, Any]:
+    candidate = Candidate(Mode.DISAGGREGATED, WorkerKind("l4"), 1, WorkerKind("l4"), 1)
+    ranked = Ranked(candidate, 2.0, 2, 2.0, "time per token: 11% miss it at 2.1 req/s")
+    return plan_json(PlanResult(Mix(((candidate, 1),), 2.0, 2.0), (ranked,), 9, 8, 1, ("a roofline",)))
+
+
 def kv() -> dict[str, Any]:
     timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.0, 0.001), 0.005)
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
@@ -91,6 +104,9 @@ def kv() -> dict[str, Any]:
         ("tandem status", status()),
         ("tandem bench serve", serve()),
         ("tandem bench router", relay()),
+        ("tandem simulate", simulation_json(simulate(disaggregated(1, 1), load(5, 5.0, 1)))),
+        ("tandem bench sim", measure(None, count=5, rate_rps=1.0, runs=1)),
+        ("tandem plan", planned()),
         ("tandem bench kv", kv()),
     ],
 )

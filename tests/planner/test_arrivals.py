@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from benchmarks.arrivals import ArrivalProcess, arrival_times_s
+from planner.arrivals import ArrivalProcess, arrival_times_s
 from tandem.errors import InvalidRequest
 
 COUNT = 20_000

@@ -1,0 +1,77 @@
+"""Edge: how fast this machine reads memory and multiplies matrices, with the threads that torch has now."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+_READ_BYTES = 512 * 1024**2
+_GEMM_SIZE = 2048
+_CPU_FACTS = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLimits:
+    """What no engine can beat; rates are decimal units."""
+
+    read_gb_s: float
+    """Reading a buffer far larger than the caches, in GB/s."""
+    gemm_gflop_s: float
+    """Square matrix product in the given type, in GFLOP/s."""
+
+    def best(self, other: "MachineLimits") -> "MachineLimits":
+        """The higher of each rate."""
+        return MachineLimits(max(self.read_gb_s, other.read_gb_s), max(self.gemm_gflop_s, other.gemm_gflop_s))
+
+
+def measure_limits(dtype: torch.dtype, runs: int = 5) -> MachineLimits:
+    """The best of `runs` runs and of the ways torch has to read and to multiply; takes about a second."""
+    with torch.inference_mode():
+        return MachineLimits(_read_gb_s(runs), _gemm_gflop_s(dtype, runs))
+
+
+def machine_name() -> str:
+    """Processor and number of cores, as in `AMD EPYC, 2 cores`."""
+    model = platform.processor() or platform.machine()
+    if _CPU_FACTS.exists():
+        lines = _CPU_FACTS.read_text().splitlines()
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
+        )
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def _read_gb_s(runs: int) -> float:
+    buffer = torch.ones(_READ_BYTES // 4)
+    rows = buffer.view(-1, 4096)
+    best_s = min(
+        _best_s(lambda: buffer.sum(), runs),
+        _best_s(lambda: rows.amax(dim=1), runs),
+        _best_s(lambda: buffer.view(torch.int64).sum(), runs),
+    )
+    return _READ_BYTES / best_s / 1e9
+
+
+def _gemm_gflop_s(dtype: torch.dtype, runs: int) -> float:
+    left = torch.randn(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    right = torch.randn(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    ways = [lambda: left @ right, lambda: F.linear(left, right)]
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if onednn is not None:
+        ways.append(lambda: onednn(left, right, None, "none", [], ""))
+    return 2 * _GEMM_SIZE**3 / min(_best_s(way, runs) for way in ways) / 1e9
+
+
+def _best_s(work: Callable[[], object], runs: int) -> float:
+    work()
+    times = []
+    for _ in range(runs):
+        began_s = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began_s)
+    return min(times)
