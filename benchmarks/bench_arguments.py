@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 
@@ -146,5 +147,26 @@ def _run_sim(chosen: argparse.Namespace) -> int:
 
         return run_live(chosen)
     from benchmarks.simulator_speed import run
+
+    return run(chosen)
+
+
+def add_engine(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`tandem bench engine`."""
+    parser = kinds.add_parser(
+        "engine",
+        help="the engine alone, beside this machine's limits",
+        description="Measures decode, prefill, overhead, prefix cache and memory of one engine.",
+    )
+    parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
+    parser.add_argument("--dtype", default="float32", help="as in cluster.yaml (float32)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="(all cores)")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
+    parser.set_defaults(run=_run_engine)
+
+
+def _run_engine(chosen: argparse.Namespace) -> int:
+    from benchmarks.engine import run
 
     return run(chosen)

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.kv_adoption import measured_adoption
 from benchmarks.kv_layouts import SMOLLM2_BLOCKS, Layout, Placement, layouts
 from benchmarks.kv_pulls import measured
-from benchmarks.kv_report import case_json, handoff_json, text
-from benchmarks.kv_times import CaseTimes, Road
+from benchmarks.kv_report import adoption_json, case_json, handoff_json, text
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, Road
 from benchmarks.processes import exchange, running_module
 from tandem.errors import InvalidRequest
 from tandem.logs import configure_logging
@@ -42,7 +43,8 @@ async def _measure(rounds: int, quick: bool) -> dict[str, Any]:
     roads = [Road(transport, checksum) for transport in TRANSPORTS for checksum in (False, True)]
     cases = [case for layout in layouts(quick) for case in await measured(layout, roads, rounds)]
     loaded, busy = await _loaded_handoffs(HANDOFF_PULLS // 3 if quick else HANDOFF_PULLS)
-    return result_json(cases, rounds, loaded, busy)
+    adoptions = await measured_adoption(layouts(quick)[0], rounds)
+    return result_json(cases, rounds, loaded, busy, adoptions)
 
 
 async def _loaded_handoffs(pulls: int) -> tuple[CaseTimes, int]:
@@ -56,7 +58,9 @@ async def _loaded_handoffs(pulls: int) -> tuple[CaseTimes, int]:
     return case, busy
 
 
-def result_json(cases: list[CaseTimes], rounds: int, loaded: CaseTimes, busy: int) -> dict[str, Any]:
+def result_json(
+    cases: list[CaseTimes], rounds: int, loaded: CaseTimes, busy: int, adoptions: list[AdoptionTimes]
+) -> dict[str, Any]:
     """Output of `tandem bench kv --json`; the keys are documented in docs/json-output.md."""
     return {
         "benchmark": "kv",
@@ -64,4 +68,5 @@ def result_json(cases: list[CaseTimes], rounds: int, loaded: CaseTimes, busy: in
         "cores": os.cpu_count(),
         "cases": [case_json(case) for case in cases],
         "handoff": handoff_json(loaded, busy),
+        "adoption": [adoption_json(times) for times in adoptions],
     }

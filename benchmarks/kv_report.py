@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from benchmarks.kv_times import CaseTimes, Road, Timed
-from benchmarks.latency_summary import percentile
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, Road, Timed
+from planner.statistics import percentile
 
 LIMITS: Final = {"shm": "memcpy", "tcp": "loopback_tcp"}
 """What a transport is held against."""
@@ -53,9 +53,30 @@ def handoff_json(case: CaseTimes, busy_processes: int) -> dict[str, Any]:
     }
 
 
+def adoption_json(times: AdoptionTimes) -> dict[str, Any]:
+    """One element of `adoption`."""
+    return {
+        "blocks": times.blocks,
+        "moved_bytes": times.moved_bytes,
+        "prepare_ms": statistics.median(times.prepare_s) * 1e3,
+        "adopt_ms": statistics.median(times.adopt_s) * 1e3,
+        "adopt_max_ms": max(times.adopt_s) * 1e3,
+        "first_read_ms": statistics.median(times.first_read_s) * 1e3,
+        "later_read_ms": statistics.median(times.later_read_s) * 1e3,
+    }
+
+
 def text(result: dict[str, Any]) -> str:
     """The same for a person."""
-    return "\n".join([*_case_lines(result["cases"]), "", *_handoff_lines(result["handoff"])])
+    return "\n".join(
+        [
+            *_case_lines(result["cases"]),
+            "",
+            *_handoff_lines(result["handoff"]),
+            "",
+            *_adoption_lines(result["adoption"]),
+        ]
+    )
 
 
 def _road_json(
@@ -105,6 +126,16 @@ def _handoff_lines(handoff: dict[str, Any]) -> Iterator[str]:
             for name in PARTS
         )
         yield f"  {road['transport']:4} {_hashing(road)}: {parts}"
+
+
+def _adoption_lines(adoptions: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield "pages of contiguous blocks that change hands between two processes, in ms"
+    for times in adoptions:
+        yield (
+            f"  {times['moved_bytes']:,} B: {times['adopt_ms']:.3f} (at most {times['adopt_max_ms']:.3f}) "
+            f"after {times['prepare_ms']:.2f} to prepare; first read {times['first_read_ms']:.2f}, "
+            f"later {times['later_read_ms']:.2f}"
+        )
 
 
 def _hashing(road: dict[str, Any]) -> str:

@@ -40,3 +40,19 @@ class CaseTimes:
     def moved_bytes(self) -> int:
         """Bytes of one pull."""
         return self.blocks * self.layout.shape.block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptionTimes:
+    """Rounds of exchanging contiguous blocks with another process, whose pages both had touched.
+
+    `first_read_s` is reading a number of every page right after, when the page table is filled;
+    `later_read_s` is doing so again.
+    """
+
+    blocks: int
+    moved_bytes: int
+    prepare_s: tuple[float, ...]
+    adopt_s: tuple[float, ...]
+    first_read_s: tuple[float, ...]
+    later_read_s: tuple[float, ...]

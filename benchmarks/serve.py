@@ -18,9 +18,10 @@ from rich.table import Table
 from benchmarks.latency_summary import LoadSummary, Outcome, OutcomeKind, Spread, summarise
 from benchmarks.load_generator import offer
 from benchmarks.targets import GrpcTarget, HttpTarget, Target
-from benchmarks.workload import Arrivals, LengthLimits, PlannedRequest, TokenDraws, fixed_lengths, plan
+from benchmarks.workload import Arrivals, LengthLimits, PlannedRequest, TokenDraws, plan
 from planner.arrivals import ArrivalProcess
 from planner.traces import TraceRow, read_trace
+from planner.workload import fixed_lengths
 from tandem.client import AsyncTandemClient
 from tandem.errors import InvalidRequest, TandemError
 from tandem.slo import SloClass

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import islice
 from typing import Protocol
 
 from planner.arrivals import ArrivalProcess, Draws, arrival_times_s
@@ -60,11 +60,6 @@ class Arrivals:
     process: ArrivalProcess
     rate_rps: float | None
     variation: float = 1.0
-
-
-def fixed_lengths(prompt_tokens: int, output_tokens: int) -> Iterator[TraceRow]:
-    """Endless equal rows, for loads without a trace."""
-    return repeat(TraceRow(None, prompt_tokens, output_tokens))
 
 
 def plan(

@@ -85,6 +85,11 @@ class PrefillPool(PoolSection):
     """Workers that read prompts."""
 
     token_budget: int = Field(default=512, ge=1, le=1_048_576, description="Most prompt tokens of one step.")
+    overlap_min_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = Field(
+        default=256,
+        description="KV of prompts of so many tokens or more moves to a decode worker while they are read; "
+        "null: always afterwards.",
+    )
 
 
 class DecodePool(PoolSection):
@@ -119,6 +124,44 @@ class PoliciesSection(Section):
     dispatch: Literal["round_robin", "least_loaded", "prefix_aware"] = Field(
         default="prefix_aware", description="How a worker is chosen for a request."
     )
+
+
+class SpeculativeSection(Section):
+    """Guessing tokens and verifying several in one step (speculative decoding), on decode workers."""
+
+    method: Literal["none", "ngram", "draft_model", "medusa", "eagle"] = Field(
+        default="none",
+        description="Who guesses: `ngram` looks the last tokens up in the text so far, `draft_model` is a "
+        "smaller model, `medusa` and `eagle` are heads trained for the model.",
+    )
+    tokens: int = Field(default=8, ge=1, le=64, description="Most guesses of a sequence verified in a step.")
+    source: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="The draft model (named as `model.source` is; same tokenizer) or the heads' folder.",
+    )
+    acceptance: Literal["exact", "rejection"] = Field(
+        default="exact",
+        description="`exact` gives the very tokens of a cluster that does not guess; `rejection`, for "
+        "`draft_model`, gives sampled output of the same distribution with more guesses accepted.",
+    )
+    min_ngram: int = Field(default=2, ge=1, le=16, description="Shortest match of `ngram`, in tokens.")
+    max_ngram: int = Field(default=4, ge=1, le=16, description="Longest match of `ngram`, in tokens.")
+    pool_blocks: int = Field(
+        default=1024, ge=1, le=10_000_000, description="KV pool of a draft model or EAGLE head, in blocks."
+    )
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "SpeculativeSection":
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(
+                f"min_ngram: {self.min_ngram} is more than max_ngram; allowed: 1 to {self.max_ngram}"
+            )
+        if self.method in ("draft_model", "medusa", "eagle") and self.source is None:
+            raise ValueError(f"source: method {self.method} needs one; allowed: a model or folder")
+        if self.acceptance == "rejection" and self.method != "draft_model":
+            raise ValueError("acceptance: rejection needs method draft_model; allowed: exact")
+        return self
 
 
 class RouterSection(Section):
@@ -264,6 +307,9 @@ class ClusterConfig(Section):
     )
     policies: PoliciesSection = Field(
         default=PoliciesSection(), description="Which decision makers are used."
+    )
+    speculative: SpeculativeSection = Field(
+        default=SpeculativeSection(), description="Guessing tokens on decode workers."
     )
     router: RouterSection = Field(default=RouterSection(), description="The front door.")
     leases: LeasesSection = Field(default=LeasesSection(), description="How long promises hold.")

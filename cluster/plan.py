@@ -9,7 +9,7 @@ from tandem.errors import ConfigError
 from tandem.ids import Incarnation, WorkerId
 from tandem.slo import SloClass
 from tandem.worker import Role
-from tandem.worker_config import WorkerConfig
+from tandem.worker_config import SpeculativeConfig, WorkerConfig
 
 UNBORN = Incarnation(0)
 """Incarnation in a plan; each start of the worker takes a real one from the registry."""
@@ -123,10 +123,25 @@ def _worker(
         checksum=config.workers.checksum,
     )
     if isinstance(pool, PrefillPool):
-        return replace(worker, token_budget=pool.token_budget)
+        return replace(worker, token_budget=pool.token_budget, overlap_min_tokens=pool.overlap_min_tokens)
     if isinstance(pool, DecodePool):
-        return replace(worker, max_batch=pool.max_batch)
+        return replace(worker, max_batch=pool.max_batch, speculative=_speculative(config))
     return worker
+
+
+def _speculative(config: ClusterConfig) -> SpeculativeConfig | None:
+    section = config.speculative
+    if section.method == "none":
+        return None
+    return SpeculativeConfig(
+        method=section.method,
+        tokens=section.tokens,
+        source=section.source,
+        min_ngram=section.min_ngram,
+        max_ngram=section.max_ngram,
+        acceptance=section.acceptance,
+        pool_blocks=section.pool_blocks,
+    )
 
 
 def _port_of(first: int, index: int) -> int:

@@ -158,7 +158,7 @@ class RunAheadScheduler(DecodeScheduler):
 
     def queue_lengths(self) -> tuple[int, int]:
         """Legs that are not in the batch, and samples that are."""
-        return len(self._waiting) + len(self._pulling), len(self._running)
+        return len(self._arrivals), len(self._running)
 
     def _refuse_in_flight(self) -> None:
         if self._plan is not None or self._run is not None:
@@ -171,9 +171,11 @@ class RunAheadScheduler(DecodeScheduler):
     def _tokens_of(self, record: LegRecord, start: SampleStart) -> GrownTokens:
         return GrownTokens(record.leg.token_ids, len(start.token_ids))
 
-    def _join(self, record: LegRecord) -> None:
-        super()._join(record)
-        self._unsteady += record.samples
+    def _join(self, record: LegRecord | None) -> bool:
+        joined = super()._join(record)
+        if record is not None:
+            self._unsteady += record.samples
+        return joined
 
     def _stop_sample(self, sample: SampleRecord) -> None:
         super()._stop_sample(sample)

@@ -3,6 +3,7 @@
 from bisect import insort
 from collections.abc import Collection, Mapping, Sequence
 
+from decode_worker.arrivals import Arrivals, LostPrefetch
 from decode_worker.decode_leg import (
     LEG_TRANSITIONS,
     SAMPLE_TRANSITIONS,
@@ -19,17 +20,27 @@ from decode_worker.decode_leg import (
     check_leg,
 )
 from decode_worker.grown_tokens import GrownTokens
+from decode_worker.sample_blocks import grow, settle, trim
+from decode_worker.slices import accepted_tokens, leg_token, sample_slice
+from decode_worker.speculation import Speculation
 from engine.blocks import BlockPool, distinct_blocks
-from engine.ending import banned_tokens, ending_after
+from engine.drafting.draft import NO_DRAFT
+from engine.ending import ending_after
 from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
-from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
+from engine.step import SampledToken, StepPlan, StepResult
 from engine.transitions import next_state
-from tandem.errors import OutOfBlocks, Overloaded, ProtocolError
+from tandem.errors import OutOfBlocks, ProtocolError
 from tandem.ids import BlockId, LegId
 
-__all__ = ["DecodeLeg", "DecodeOutcome", "DecodeScheduler", "LegState", "Reservation", "SampleStart"]
-
-_RETRY_AFTER_S = 1.0
+__all__ = [
+    "DecodeLeg",
+    "DecodeOutcome",
+    "DecodeScheduler",
+    "LegState",
+    "LostPrefetch",
+    "Reservation",
+    "SampleStart",
+]
 
 
 class DecodeScheduler:
@@ -49,24 +60,26 @@ class DecodeScheduler:
         eos_ids: Collection[int],
         watermark_blocks: int = 0,
         chunk_tokens: int = 512,
+        speculation: Speculation | None = None,
     ) -> None:
         """Limits: `max_batch` samples in the batch or on their way to it, `max_waiting` legs in the queue.
 
         A reservation leaves `watermark_blocks` and a block for each sample free, so that those that run can
         grow. A sample that comes with several tokens is fed at most `chunk_tokens` of them a step.
+        `speculation` guesses tokens, which take free blocks only and change no output.
         """
         self._pool = pool
         self._max_batch = max_batch
-        self._max_waiting = max_waiting
         self._context_tokens = context_tokens
         self._eos_ids = frozenset(eos_ids)
-        self._watermark_blocks = watermark_blocks
         self._chunk_tokens = chunk_tokens
+        self._watermark_blocks = watermark_blocks
+        self._arrivals = Arrivals(
+            pool, max_batch=max_batch, max_waiting=max_waiting, watermark_blocks=watermark_blocks
+        )
+        self._speculation = speculation
         self._legs: dict[LegId, LegRecord] = {}
-        self._waiting: list[LegRecord] = []
-        self._pulling: list[LegRecord] = []
         self._running: list[SampleRecord] = []
-        self._arrivals = 0
         self._keys = 0
         self._steps = 0
         self._plan: StepPlan | None = None
@@ -80,81 +93,66 @@ class DecodeScheduler:
         Raises PromptTooLong if it can never fit here, InvalidRequest if it is malformed, Overloaded if the
         queue is full, ProtocolError for a leg id that is here already.
         """
-        if leg.leg_id in self._legs:
-            raise ProtocolError(f"leg {leg.leg_id} is here already")
-        check_leg(
-            leg,
-            max_batch=self._max_batch,
-            context_tokens=self._context_tokens,
-            pool_tokens=self._pool.num_blocks * self._pool.block_size,
-        )
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded(f"{self._max_waiting} legs wait already", _RETRY_AFTER_S)
-        self._arrivals += 1
-        record = LegRecord(leg, self._arrivals, now_s, leg.samples)
-        self._legs[leg.leg_id] = record
-        insort(self._waiting, record, key=lambda waiting: waiting.rank)
+        self._check(leg, started=True)
+        self._arrivals.add(leg, now_s, started=True)
+
+    def prefetch(self, leg: DecodeLeg, now_s: float) -> None:
+        """Queues a leg whose KV is to be fetched while its prompt is still read; start makes it go on.
+
+        Raises as add does. It gives way to legs that are started and to those that run; see take_lost.
+        """
+        self._check(leg, started=False)
+        self._arrivals.add(leg, now_s, started=False)
+
+    def start(self, leg: DecodeLeg) -> bool:
+        """A leg that is fetched early goes on; True if its KV is here, so that it joined the batch.
+
+        Raises as add does, ProtocolError also for a leg that is not fetched early.
+        """
+        self._check(leg, started=True)
+        return self._join(self._arrivals.start(leg))
+
+    def fetched_early(self, leg_id: LegId) -> bool:
+        """Whether a leg is here that waits for its start."""
+        record = self._arrivals.get(leg_id)
+        return record is not None and not record.started and record.wanted
+
+    def take_lost(self) -> tuple[LostPrefetch, ...]:
+        """Early fetches that were given up since the last call; the legs may still be started, as others."""
+        return self._arrivals.take_lost()
 
     def reserve(self, now_s: float) -> tuple[Reservation, ...]:
         """Takes blocks for waiting legs, in order and no earlier than there is room for them in the batch.
 
         Each reservation is to be answered by landed or failed.
         """
-        reservations: list[Reservation] = []
-        while self._waiting:
-            record = self._waiting[0]
-            reservation = self._take_blocks(record, now_s)
-            if reservation is None:
-                break
-            self._waiting.pop(0)
-            self._pulling.append(record)
-            record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.RESERVE)
-            reservations.append(reservation)
-        return tuple(reservations)
+        return self._arrivals.reserve(now_s, len(self._running))
 
     def landed(self, leg_id: LegId, now_s: float) -> bool:
-        """The KV is in the reserved blocks, verified: the leg joins the batch.
+        """The KV is in the reserved blocks, verified: the leg joins the batch, when it was started.
 
-        False if nobody wants it any more; its blocks are free then. An unknown leg is ignored.
+        False if it did not; nobody may want it any more, and its blocks are free then. An unknown leg is
+        ignored.
         """
-        record = self._legs.get(leg_id)
-        if record is None:
-            return False
-        record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.LAND)
-        self._pulling.remove(record)
-        self._pool.publish(record.leg.token_ids, record.table)
-        if record.state is LegState.ENDED:
-            self._forget(record)
-            return False
-        self._join(record)
-        return True
+        return self._join(self._arrivals.landed(leg_id))
 
     def failed(self, leg_id: LegId) -> None:
         """The pull ended without success and writes nothing any more: frees its blocks. Unknown: ignored."""
-        record = self._legs.get(leg_id)
-        if record is not None:
-            record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.FAIL)
-            self._pulling.remove(record)
-            self._forget(record)
+        self._arrivals.failed(leg_id)
 
     def cancel(self, leg_id: LegId, sample_indices: Sequence[int] = ()) -> bool:
         """Stops a leg, or some of its samples; idempotent, an unknown leg is ignored.
 
         True means that a pull is in flight that nobody wants: cancel it, then call failed.
         """
+        arriving = self._arrivals.get(leg_id)
+        if arriving is not None:
+            return self._arrivals.cancel(arriving, sample_indices)
         record = self._legs.get(leg_id)
-        if record is None:
-            return False
-        if record.state is LegState.RUNNING:
-            for sample in list(record.samples):
-                if not sample_indices or sample.sample_index in sample_indices:
-                    self._stop_sample(sample)
-            return False
-        if sample_indices:
-            record.starts = tuple(s for s in record.starts if s.sample_index not in sample_indices)
-            if record.starts:
-                return False
-        return self._stop_before_batch(record)
+        for sample in [] if record is None else list(record.samples):
+            if not sample_indices or sample.sample_index in sample_indices:
+                self._stop_sample(sample)
+        return False
 
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, or None if nothing can run now. ProtocolError while a plan is in flight.
@@ -168,43 +166,61 @@ class DecodeScheduler:
         if not self._in_flight:
             return None
         self._steps += 1
+        asked = 0
+        if self._speculation is not None:
+            self._speculation.add_drafts(
+                self._pool, self._in_flight, self._context_tokens, self._watermark_blocks
+            )
+            asked = self._speculation.asked_tokens
         copies = tuple(s.pending_copy for s in self._in_flight if s.pending_copy is not None)
-        self._plan = StepPlan(self._steps, tuple(map(self._slice, self._in_flight)), copies)
+        slices = tuple(sample_slice(sample, self._eos_ids, asked) for sample in self._in_flight)
+        self._plan = StepPlan(self._steps, slices, copies)
         return self._plan
 
     def complete(self, result: StepResult, now_s: float) -> DecodeOutcome:
         """Takes the result of the plan in flight; ProtocolError if it is of another."""
         if self._plan is None or self._plan.step != result.step:
             raise ProtocolError(f"step {result.step} is not in flight")
-        drawn = {token.key: token for token in result.tokens}
+        if self._speculation is not None:
+            self._speculation.step_done(self._plan, result)
+        drawn: dict[int, list[SampledToken]] = {}
+        for token in result.tokens:
+            drawn.setdefault(token.key, []).append(token)
         tokens: list[LegToken] = []
         in_flight, self._in_flight, self._plan = self._in_flight, [], None
+        guesses = sum(len(sample.draft) for sample in in_flight)
+        accepted = 0
         for sample in in_flight:
-            self._settle(sample)
+            settle(self._pool, sample)
             if sample.state is SampleState.LEAVING:
                 self._end_sample(sample, SampleInput.STEP_DONE)
             elif sample.computed < len(sample.tokens):
                 sample.state = next_state(SAMPLE_TRANSITIONS, sample.state, SampleInput.STEP_DONE)
-            elif sample.key in drawn:
-                tokens.append(self._append(sample, drawn[sample.key]))
+            elif news := self._take_drawn(sample, drawn.get(sample.key, ())):
+                accepted += len(news) - 1
+                tokens += news
             else:
                 self._drop(sample, DropReason.INTERNAL, "the step drew no token")
-        return DecodeOutcome(tuple(tokens), self._take_dropped())
+        return DecodeOutcome(tuple(tokens), self._take_dropped(), guesses, accepted)
 
     def expire(self, now_s: float) -> tuple[DroppedLeg, ...]:
         """Drops the legs whose deadline has come, and hands over what schedule dropped.
 
-        A dropped leg whose pull is in flight keeps its blocks until landed or failed.
+        A dropped leg whose pull is in flight keeps its blocks until landed or failed. Early fetches are lost
+        instead.
         """
         message = "the deadline passed before all tokens were written"
-        for record in [r for r in self._legs.values() if r.wanted and r.leg.deadline_s <= now_s]:
+        for record in [r for r in self._records() if r.wanted and r.leg.deadline_s <= now_s]:
+            if not record.started:
+                self._arrivals.lose(record, message)
+                continue
             self._dropped.append(DroppedLeg(record.leg.leg_id, DropReason.DEADLINE, message))
             self.cancel(record.leg.leg_id)
         return self._take_dropped()
 
     def next_deadline_s(self) -> float | None:
         """When expire has something to do (in the past if it has now), or None."""
-        deadlines = [record.leg.deadline_s for record in self._legs.values() if record.wanted]
+        deadlines = [record.leg.deadline_s for record in self._records() if record.wanted]
         if self._dropped:
             deadlines.append(self._dropped_at_s)
         return min(deadlines, default=None)
@@ -213,7 +229,7 @@ class DecodeScheduler:
         """Counts for dispatch and metrics; O(legs + blocks held)."""
         return LoadNumbers(
             waiting_prefill_tokens=0,
-            waiting_legs=len(self._waiting) + len(self._pulling),
+            waiting_legs=len(self._arrivals),
             running_sequences=len(self._running),
             parked_legs=0,
             total_blocks=self._pool.num_blocks,
@@ -224,43 +240,43 @@ class DecodeScheduler:
 
     def legs(self) -> Mapping[LegId, LegState]:
         """The legs here and their states."""
-        return {leg_id: record.state for leg_id, record in self._legs.items()}
+        return {record.leg.leg_id: record.state for record in self._records()}
 
     def leg(self, leg_id: LegId) -> DecodeLeg:
         """A leg that is here; KeyError if it is not."""
-        return self._legs[leg_id].leg
+        return (self._arrivals.get(leg_id) or self._legs[leg_id]).leg
 
     def holds(self, leg_id: LegId) -> bool:
         """Whether a leg is here and somebody still wants one of its samples."""
-        record = self._legs.get(leg_id)
+        record = self._arrivals.get(leg_id) or self._legs.get(leg_id)
         return record is not None and record.wanted
 
     def held_blocks(self) -> list[Sequence[BlockId]]:
         """The block tables of all legs and samples: this owner's side of the account of references."""
-        tables: list[Sequence[BlockId]] = [record.table for record in self._pulling]
+        tables = self._arrivals.tables()
         tables += [sample.table for sample in self._running]
         tables += [sample.pending_copy[:1] for sample in self._running if sample.pending_copy is not None]
         return tables
 
-    def _take_blocks(self, record: LegRecord, now_s: float) -> Reservation | None:
-        """Blocks for all of the leg's shared tokens, or None if there is no room for it yet."""
-        batch = len(self._running) + sum(len(coming.starts) for coming in (*self._pulling, record))
-        if batch > self._max_batch:
-            return None
-        token_ids = record.leg.token_ids
-        cached = self._pool.match(token_ids, whole=True)
-        count = self._pool.blocks_for(len(token_ids)) - len(cached)
-        # Alone it may take all: it need not leave room for others, and none will be freed by waiting.
-        kept_free = batch + self._watermark_blocks if self._running or self._pulling else 0
-        if count + kept_free > self._pool.free_blocks:
-            self._pool.release(cached)
-            return None
-        fresh = self._pool.allocate(count)
-        record.table = (*cached, *fresh)
-        return Reservation(record.leg.leg_id, fresh, len(cached), now_s - record.arrived_s)
+    def _records(self) -> list[LegRecord]:
+        return [*self._legs.values(), *self._arrivals]
 
-    def _join(self, record: LegRecord) -> None:
-        """Makes the leg's samples, which share its blocks, part of the batch."""
+    def _check(self, leg: DecodeLeg, started: bool) -> None:
+        if leg.leg_id in self._legs:
+            raise ProtocolError(f"leg {leg.leg_id} is here already")
+        check_leg(
+            leg,
+            started=started,
+            max_batch=self._max_batch,
+            context_tokens=self._context_tokens,
+            pool_tokens=self._pool.num_blocks * self._pool.block_size,
+        )
+
+    def _join(self, record: LegRecord | None) -> bool:
+        """Makes a leg's samples, which share its blocks, part of the batch; False when there is no leg."""
+        if record is None:
+            return False
+        self._legs[record.leg.leg_id] = record
         for _ in record.starts[1:]:
             self._pool.fork(record.table)
         for start in record.starts:
@@ -270,6 +286,7 @@ class DecodeScheduler:
             record.samples.append(sample)
             insort(self._running, sample, key=lambda running: running.rank)
         record.table = ()
+        return True
 
     def _tokens_of(self, record: LegRecord, start: SampleStart) -> list[int] | GrownTokens:
         return [*record.leg.token_ids, *start.token_ids]
@@ -283,55 +300,38 @@ class DecodeScheduler:
         while ready < len(self._running):
             sample = self._running[ready]
             try:
-                self._grow(sample)
+                grow(self._pool, sample, self._chunk_tokens)
                 ready += 1
             except OutOfBlocks:
+                if self._arrivals.give_way():
+                    continue
+                if self._arrivals.aborting:
+                    break
                 if len(self._running) > 1:
                     message = "blocks ran out and this sample was the last in rank"
                     self._drop(self._running[-1], DropReason.PREEMPTED, message)
-                elif self._pulling:
+                elif self._arrivals.pulling:
                     break
                 else:
                     message = f"{len(sample.tokens)} tokens do not fit into {self._pool.num_blocks} blocks"
                     self._drop(sample, DropReason.TOO_LARGE, message)
         return self._running[:ready]
 
-    def _grow(self, sample: SampleRecord) -> None:
-        """Makes the blocks of the sample's next slice its own; after OutOfBlocks it can be called again."""
-        size = self._pool.block_size
-        sample.slice_tokens = min(len(sample.tokens) - sample.computed, self._chunk_tokens)
-        if sample.computed % size and sample.pending_copy is None:
-            index = sample.computed // size
-            sample.table[index], sample.pending_copy = self._pool.writable(sample.table[index])
-        missing = self._pool.blocks_for(sample.computed + sample.slice_tokens) - len(sample.table)
-        if missing > 0:
-            sample.table += self._pool.allocate(missing)
-
-    def _slice(self, sample: SampleRecord) -> SequenceSlice:
-        """The sample's part of the plan. Its lists are live: they change at complete and schedule only."""
-        start, end = sample.computed, sample.computed + sample.slice_tokens
-        samples = (self._request(sample),) if end == len(sample.tokens) else ()
-        return SequenceSlice(sample.tokens[start:end], start, sample.table, samples)
-
-    def _request(self, sample: SampleRecord) -> SampleRequest:
-        leg = sample.record.leg
-        return SampleRequest(
-            key=sample.key,
-            sample_index=sample.sample_index,
-            output_index=sample.output_index,
-            params=leg.params,
-            history=sample.tokens if leg.params.needs_history else (),
-            prompt_tokens=leg.prompt_tokens,
-            banned=banned_tokens(leg.params, sample.output_index, self._eos_ids),
-        )
-
-    def _settle(self, sample: SampleRecord) -> None:
-        """The step is done: its tokens have KV, and the source of a copy is needed no more."""
-        sample.computed += sample.slice_tokens
-        sample.slice_tokens = 0
-        if sample.pending_copy is not None:
-            self._pool.release(sample.pending_copy[:1])
-            sample.pending_copy = None
+    def _take_drawn(self, sample: SampleRecord, drawn: Sequence[SampledToken]) -> list[LegToken]:
+        """Appends what the step drew, as far as its guesses held and the sample goes on."""
+        draft, sample.draft = sample.draft, NO_DRAFT
+        accepted, in_place = accepted_tokens(draft, drawn)
+        tokens: list[LegToken] = []
+        for place, token in enumerate(accepted):
+            sample.computed += 1 <= place <= in_place
+            tokens.append(self._append(sample, token))
+            if tokens[-1].finish is not None:
+                break
+        if self._speculation is not None and draft:
+            self._speculation.verified(sample, draft, len(accepted) - 1)
+        if sample.state is SampleState.RUNNING:
+            trim(self._pool, sample)
+        return tokens
 
     def _append(self, sample: SampleRecord, drawn: SampledToken) -> LegToken:
         output_index = sample.output_index
@@ -346,15 +346,7 @@ class DecodeScheduler:
         )
         if ending is not None:
             self._end_sample(sample, SampleInput.FINISH)
-        return LegToken(
-            leg_id=sample.record.leg.leg_id,
-            sample_index=sample.sample_index,
-            output_index=output_index,
-            token_id=drawn.token_id,
-            logprob=drawn.logprob,
-            finish=ending.reason if ending is not None else None,
-            stop_token_id=ending.stop_token_id if ending is not None else None,
-        )
+        return leg_token(sample, drawn, output_index, ending)
 
     def _drop(self, sample: SampleRecord, reason: DropReason, message: str) -> None:
         leg_id = sample.record.leg.leg_id
@@ -376,24 +368,13 @@ class DecodeScheduler:
             self._pool.release(sample.pending_copy[:1])
         self._pool.release(sample.table)
         self._running.remove(sample)
+        if self._speculation is not None:
+            self._speculation.forget(sample)
         record = sample.record
         record.samples.remove(sample)
         if not record.samples:
             record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.LAST_SAMPLE_ENDED)
-            self._forget(record)
-
-    def _stop_before_batch(self, record: LegRecord) -> bool:
-        before = record.state
-        record.state = next_state(LEG_TRANSITIONS, before, LegInput.STOP)
-        if before is LegState.WAITING:
-            self._waiting.remove(record)
-            self._forget(record)
-            return False
-        return True
-
-    def _forget(self, record: LegRecord) -> None:
-        self._pool.release(record.table)
-        del self._legs[record.leg.leg_id]
+            del self._legs[record.leg.leg_id]
 
     def _take_dropped(self) -> tuple[DroppedLeg, ...]:
         dropped, self._dropped = tuple(self._dropped), []

@@ -9,7 +9,10 @@ import grpc.aio
 import structlog
 
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, Reservation, SampleStart
+from decode_worker.speculation import speculation_of
+from engine.contract import LayerListener
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
+from engine.step import StepPlan
 from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
 from kvtransfer.contract import BlockRange, HandoffKey, PullReport
@@ -17,6 +20,7 @@ from kvtransfer.settings import transfer_config
 from kvtransfer.sink import HandoffSink
 from tandem.errors import Overloaded, TandemError, TransferError
 from tandem.ids import LegId
+from tandem.sampling import SamplingParams
 from tandem.v1 import worker_pb2 as wpb
 from tandem.wire import address_from_wire, sampling_from_wire
 from tandem.worker import Role, WorkerRecord
@@ -36,6 +40,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
             max_waiting=config.max_waiting,
             context_tokens=parts.engine.context_tokens,
             eos_ids=parts.engine.eos_ids,
+            speculation=speculation_of(config),
         )
         super().__init__(parts, self._scheduler)
         self._sink = HandoffSink(
@@ -48,6 +53,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
         )
         self._sources: dict[LegId, tuple[HandoffKey, WorkerRecord]] = {}
         self._pulls: dict[LegId, asyncio.Task[PullReport]] = {}
+        self._landed_early: dict[LegId, wpb.KvLanded] = {}
         self._committed = 0
 
     @classmethod
@@ -59,28 +65,45 @@ class DecodeWorker(Worker[DecodeOutcome]):
         """Queues a leg for its pull, or drops it with a reason."""
         start = message.start_decode
         leg_id = LegId(start.leg_id or message.start_prefill.leg_id)
-        if not self._take(link, leg_id, start.request_id):
+        early = self._legs.get(leg_id) is link and self._scheduler.fetched_early(leg_id)
+        if not early and not self._take(link, leg_id, start.request_id):
             return
         try:
             if not message.HasField("start_decode"):
                 raise TandemError("A decode worker takes no StartPrefill.")
-            self._scheduler.add(self._leg(start), self._clock())
+            if early:
+                self._go_on(link, self._leg(start))
+            else:
+                self._scheduler.add(self._leg(start), self._clock())
         except Overloaded as error:
             self._drop_all([DroppedLeg(leg_id, DropReason.OVERLOADED, str(error))])
         except TandemError as error:
+            self._stop(leg_id, ())
             self._drop_all([DroppedLeg(leg_id, DropReason.TOO_LARGE, str(error))])
         else:
-            source = address_from_wire(start.source, Role.PREFILL)
-            self._sources[leg_id] = (HandoffKey(leg_id, start.epoch), source)
+            self._note_source(leg_id, start.source, start.epoch)
+            self._pull_what_fits()
+
+    def prefetch(self, link: RouterLink, prefetch: wpb.PrefetchKv) -> None:
+        """Queues the pull of a leg that is still being read; a refused one may be started all the same."""
+        leg_id = LegId(prefetch.leg_id)
+        if self._draining or leg_id in self._legs:
+            link.send_prefetch_lost(leg_id, "The worker drains, or has the leg already.")
+            return
+        self._take(link, leg_id, prefetch.request_id)
+        try:
+            self._scheduler.prefetch(self._early_leg(prefetch), self._clock())
+        except TandemError as error:
+            self._prefetch_lost(leg_id, str(error))
+        else:
+            self._note_source(leg_id, prefetch.source, prefetch.epoch)
             self._pull_what_fits()
 
     def cancel(self, link: RouterLink, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
         """Stops a leg or some of its samples; blocks that a pull writes come back when it has stopped."""
         if self._legs.get(leg_id) is not link:
             return
-        pulling = self._scheduler.cancel(leg_id, sample_indices)
-        if pulling and not sample_indices:
-            self._pulls[leg_id].cancel()
+        self._stop(leg_id, sample_indices)
         if not sample_indices or not self._scheduler.holds(leg_id):
             self._forget(leg_id)
         self._pull_what_fits()
@@ -113,12 +136,19 @@ class DecodeWorker(Worker[DecodeOutcome]):
             await asyncio.gather(*pulls, return_exceptions=True)
             await self._sink.close()
 
+    def scheduled(self, plan: StepPlan | None) -> LayerListener | None:
+        """Ends the early fetches whose blocks the batch needed."""
+        self._end_lost()
+        return None
+
     def after_step(self, outcome: DecodeOutcome) -> None:
         """Blocks may have become free: fetches what fits now."""
+        self.metrics.observe_guesses(outcome.guesses, outcome.accepted)
         self._pull_what_fits()
 
     def blocks_freed(self) -> None:
         """Fetches what fits now."""
+        self._end_lost()
         self._pull_what_fits()
 
     def holds(self, leg_id: LegId) -> bool:
@@ -128,7 +158,39 @@ class DecodeWorker(Worker[DecodeOutcome]):
     def _forget(self, leg_id: LegId) -> None:
         if leg_id not in self._pulls:
             self._sources.pop(leg_id, None)
+        self._landed_early.pop(leg_id, None)
         super()._forget(leg_id)
+
+    def _note_source(self, leg_id: LegId, source: wpb.WorkerAddress, epoch: int) -> None:
+        """A pull that is under way keeps the source that it has."""
+        if leg_id not in self._pulls:
+            self._sources[leg_id] = (HandoffKey(leg_id, epoch), address_from_wire(source, Role.PREFILL))
+
+    def _go_on(self, link: RouterLink, leg: DecodeLeg) -> None:
+        """Starts a leg that is fetched early; when its KV is here it joins at once."""
+        landed = self._scheduler.start(leg)
+        self.metrics.early_fetches.labels("started").inc()
+        if landed:
+            link.send(wpb.WorkerMessage(kv_landed=self._landed_early.pop(leg.leg_id)))
+
+    def _stop(self, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
+        """Stops a leg or samples of it in the scheduler, with the pull that nobody wants any more."""
+        if self._scheduler.cancel(leg_id, sample_indices) and leg_id in self._pulls:
+            self._pulls[leg_id].cancel()
+
+    def _end_lost(self) -> None:
+        for lost in self._scheduler.take_lost():
+            if lost.pulling:
+                self._pulls[lost.leg_id].cancel()
+            self._prefetch_lost(lost.leg_id, lost.message)
+
+    def _prefetch_lost(self, leg_id: LegId, message: str) -> None:
+        """The leg is no more here; it may come back with StartDecode."""
+        self.metrics.early_fetches.labels("lost").inc()
+        link = self._legs.get(leg_id)
+        if link is not None:
+            link.send_prefetch_lost(leg_id, message)
+        self._forget(leg_id)
 
     def _pull_what_fits(self) -> None:
         for reservation in self._scheduler.reserve(self._clock()):
@@ -157,6 +219,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
         del self._pulls[leg_id]
         self._sources.pop(leg_id, None)
         error = None if pull.cancelled() else pull.exception()
+        early = self._scheduler.fetched_early(leg_id)
         if pull.cancelled():
             self._scheduler.failed(leg_id)
         elif error is None:
@@ -172,27 +235,31 @@ class DecodeWorker(Worker[DecodeOutcome]):
                 exc_info=error,
             )
             self.metrics.transfer_faults.labels(fault).inc()
-            self._drop_all([DroppedLeg(leg_id, DropReason.HANDOFF_FAILED, str(error))])
+            if early:
+                self._prefetch_lost(leg_id, str(error))
+            else:
+                self._drop_all([DroppedLeg(leg_id, DropReason.HANDOFF_FAILED, str(error))])
         self._pull_what_fits()
 
     def _landed(self, reservation: Reservation, report: PullReport) -> None:
         self._committed += 1
         self._observe(reservation, report)
-        link = self._legs.get(reservation.leg_id)
-        if self._scheduler.landed(reservation.leg_id, self._clock()) and link is not None:
-            link.send(
-                wpb.WorkerMessage(
-                    kv_landed=wpb.KvLanded(
-                        leg_id=reservation.leg_id,
-                        transport=report.transport,
-                        moved_bytes=report.moved_bytes,
-                        reserve_s=reservation.waited_s,
-                        accept_s=report.accept_s,
-                        move_s=report.move_s,
-                        commit_s=report.verify_s + report.commit_s,
-                    )
-                )
-            )
+        leg_id = reservation.leg_id
+        link = self._legs.get(leg_id)
+        landed = wpb.KvLanded(
+            leg_id=leg_id,
+            transport=report.transport,
+            moved_bytes=report.moved_bytes,
+            reserve_s=reservation.waited_s,
+            accept_s=report.accept_s,
+            move_s=report.move_s,
+            commit_s=report.verify_s + report.commit_s,
+        )
+        if self._scheduler.landed(leg_id, self._clock()):
+            if link is not None:
+                link.send(wpb.WorkerMessage(kv_landed=landed))
+        elif self._scheduler.fetched_early(leg_id):
+            self._landed_early[leg_id] = landed
 
     def _observe(self, reservation: Reservation, report: PullReport) -> None:
         seconds = self.metrics.handoff_seconds
@@ -204,6 +271,17 @@ class DecodeWorker(Worker[DecodeOutcome]):
         seconds.labels("verify").observe(report.verify_s)
         seconds.labels("commit").observe(report.commit_s)
         self.metrics.handoff_bytes.labels(report.transport).inc(report.moved_bytes)
+
+    def _early_leg(self, message: wpb.PrefetchKv) -> DecodeLeg:
+        return DecodeLeg(
+            leg_id=LegId(message.leg_id),
+            token_ids=tuple(message.token_ids),
+            prompt_tokens=message.prompt_tokens,
+            samples=tuple(SampleStart(index, ()) for index in message.sample_indices),
+            params=SamplingParams(),
+            priority=message.priority,
+            deadline_s=self._clock() + message.remaining_s,
+        )
 
     def _leg(self, message: wpb.StartDecode) -> DecodeLeg:
         return DecodeLeg(

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.drafting.draft import NO_DRAFT, Draft
 from tandem.ids import BlockId
 
 
@@ -14,13 +15,21 @@ class Span:
     """Consecutive tokens of one sequence in a flat batch.
 
     They are rows first_row .. first_row+tokens-1 of the batch, at positions start .. start+tokens-1 of their
-    sequence, whose KV lies in `block_table`.
+    sequence, whose KV lies in `block_table`. The last ones may be the guesses of a `tree` with several
+    branches: a guess sees its own branch only, and stands as far into the sequence as it is deep.
     """
 
     first_row: int
     tokens: int
     start: int
     block_table: Sequence[BlockId]
+    tree: Draft = NO_DRAFT
+
+    def positions(self) -> list[int]:
+        """Where each token stands in its sequence; slots of K and V are counted from `start` instead."""
+        known = self.tokens - len(self.tree)
+        last = self.start + known - 1
+        return [*range(self.start, last + 1), *(last + depth for depth in self.tree.depths())]
 
 
 class BatchAttention(Protocol):

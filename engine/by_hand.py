@@ -21,6 +21,7 @@ from tandem.worker_config import WorkerConfig
 OpenWorker = Callable[[WorkerConfig, str | None], AbstractAsyncContextManager[Worker[Any]]]
 
 DRAIN_S = 20.0
+DEFAULT_OVERLAP_MIN_TOKENS = 256
 
 
 def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +45,7 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
             port=options.port,
             metrics_port=options.metrics_port,
             transports=tuple(options.transports.split(",")),
+            overlap_min_tokens=options.overlap_min_tokens or None,
         )
         asyncio.run(_serve(open_worker, config))
     except TandemError as error:
@@ -92,4 +94,12 @@ def _parser(role: Role) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0, help="0 lets the system choose")
     parser.add_argument("--metrics-port", type=int, help="Prometheus; default: none")
     parser.add_argument("--transports", default="shm,tcp", help="best first")
+    parser.add_argument(
+        "--overlap-min-tokens",
+        type=int,
+        default=DEFAULT_OVERLAP_MIN_TOKENS,
+        metavar="N",
+        help=f"prefill: KV of prompts of N tokens or more moves while they are read "
+        f"({DEFAULT_OVERLAP_MIN_TOKENS}); 0: never",
+    )
     return parser

@@ -1,19 +1,23 @@
 """Edge: attention over the paged cache on the CPU.
 
 Sequences that feed one token are gathered into padded rectangles and attended together; longer spans go one
-by one. Query heads of a group share their K/V head inside the kernel: nothing is repeated in memory.
+by one, long ones in tiles. Query heads of a group share their K/V head: nothing is repeated in memory.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import Span
+from engine.drafting.draft import ROOT, Draft
 from engine.kv_cache import KvCache
+from engine.linear import onednn_for
 from engine.model_config import ModelConfig
+from engine.tiled_attention import SHORTEST_SPAN, Tile, attend_tiles, plan_tiles
 
 _MAX_PADDING_BLOCKS = 64
 
@@ -43,7 +47,9 @@ class _Stretch:
     visible: int
     """Tokens whose K and V take part, counted from the first gathered block."""
     mask: Tensor | None
-    """0 or -inf, [tokens, visible]; None for a plain causal triangle."""
+    """0 or -inf, [tokens, visible]; None for a plain causal triangle, or with tiles."""
+    tiles: tuple[Tile, ...] = ()
+    """Not empty when the span is attended in tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,32 @@ class _Plan:
     stretches: tuple[_Stretch, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _LayerRows:
+    """One layer's part of the pool, as rows that start at its first token or block.
+
+    A block's rows are 2 * layers * block_size token rows, or 2 * layers block rows, after the block before.
+    """
+
+    key_tokens: Tensor
+    """[rows, kv_heads * head_dim]"""
+    value_tokens: Tensor
+    key_blocks: Tensor
+    """[rows, block_size * kv_heads * head_dim]"""
+    value_blocks: Tensor
+
+    @staticmethod
+    def of(cache: KvCache, layer: int) -> "_LayerRows":
+        """Views only; they must not outlive the cache."""
+        size, kv_heads, head_dim = cache.pool.shape[-3:]
+        tokens = cache.pool.view(-1, kv_heads * head_dim)
+        blocks = cache.pool.view(-1, size * kv_heads * head_dim)
+        first = 2 * layer
+        return _LayerRows(
+            tokens[first * size :], tokens[(first + 1) * size :], blocks[first:], blocks[first + 1 :]
+        )
+
+
 class CpuAttention:
     """AttentionBackend over a KvCache in host memory."""
 
@@ -62,6 +94,9 @@ class CpuAttention:
         self._windows = config.windows
         self._layers = config.layers
         self._block_size = cache.block_size
+        self._rows = tuple(_LayerRows.of(cache, layer) for layer in range(config.layers))
+        # Its low-precision products would round the probabilities; torch's fused kernel does not.
+        self._onednn = onednn_for(cache.pool) if cache.pool.dtype == torch.float32 else None
         self._scratch = _Scratch(config.kv_heads * config.head_dim * cache.block_size, cache.pool.dtype)
 
     def prepare(self, spans: Sequence[Span]) -> "CpuBatchAttention":
@@ -69,7 +104,7 @@ class CpuAttention:
         slots = torch.tensor([slot for span in spans for slot in self._slots(span)], dtype=torch.int64)
         plans = {window: self._plan(spans, window) for window in dict.fromkeys(self._windows)}
         by_layer = tuple(plans[window] for window in self._windows)
-        return CpuBatchAttention(self._cache, self._scratch, slots, by_layer)
+        return CpuBatchAttention(self._rows, self._scratch, slots, by_layer, self._onednn)
 
     def _slots(self, span: Span) -> list[int]:
         """Row of layer 0's K for each of the span's tokens, among the cache's token rows."""
@@ -114,40 +149,53 @@ class CpuAttention:
         return _Rectangle(rows, torch.tensor(gather, dtype=torch.int64), mask, len(spans), tokens)
 
     def _stretch(self, span: Span, window: int | None) -> _Stretch:
-        if span.start == 0 and (window is None or span.tokens <= window):
-            return _Stretch(span.first_row, span.tokens, None, span.tokens, None)
+        tiled = self._onednn is not None and span.tokens >= SHORTEST_SPAN and not span.tree
+        if span.start == 0 and not span.tree and (tiled or window is None or span.tokens <= window):
+            tiles = plan_tiles(span.tokens, span.tokens, window) if tiled else ()
+            return _Stretch(span.first_row, span.tokens, None, span.tokens, None, tiles)
         size, stride = self._block_size, self._layers * 2
         first, last = self._first_block(span, window), (span.start + span.tokens - 1) // size
-        gather = [block * stride for block in span.block_table[first : last + 1]]
+        gather = torch.tensor([block * stride for block in span.block_table[first : last + 1]])
         visible = span.start + span.tokens - first * size
+        if tiled:
+            tiles = plan_tiles(span.tokens, visible, window)
+            return _Stretch(span.first_row, span.tokens, gather, visible, None, tiles)
         key_at = torch.arange(first * size, first * size + visible)
-        query_at = torch.arange(span.start, span.start + span.tokens)[:, None]
-        hidden = key_at > query_at
+        query_at = torch.tensor(span.positions())
+        if span.tree:
+            key_at[-span.tokens :] = query_at
+        hidden = key_at > query_at[:, None]
         if window is not None:
-            hidden |= key_at <= query_at - window
+            hidden |= key_at <= query_at[:, None] - window
+        if span.tree:
+            hidden[-len(span.tree) :, -len(span.tree) :] |= _off_branch(span.tree)
         mask = _masked(hidden, self._cache.pool.dtype)
-        return _Stretch(span.first_row, span.tokens, torch.tensor(gather, dtype=torch.int64), visible, mask)
+        return _Stretch(span.first_row, span.tokens, gather, visible, mask)
 
 
 class CpuBatchAttention:
     """BatchAttention of one prepared batch."""
 
-    def __init__(self, cache: KvCache, scratch: "_Scratch", slots: Tensor, plans: tuple[_Plan, ...]) -> None:
-        kv_heads, head_dim = cache.pool.shape[-2:]
-        self._block_size = cache.block_size
-        self._token_rows = cache.pool.view(-1, kv_heads * head_dim)
-        self._block_rows = cache.pool.view(-1, cache.block_size * kv_heads * head_dim)
+    def __init__(
+        self,
+        rows: Sequence["_LayerRows"],
+        scratch: "_Scratch",
+        slots: Tensor,
+        plans: tuple[_Plan, ...],
+        onednn: Any,
+    ) -> None:
+        self._rows = rows
         self._scratch = scratch
         self._slots = slots
         self._plans = plans
+        self._onednn = onednn
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See BatchAttention."""
         tokens = queries.shape[0]
-        for offset, given in ((2 * layer, keys), (2 * layer + 1, values)):
-            self._token_rows[offset * self._block_size :].index_copy_(
-                0, self._slots, given.reshape(tokens, -1)
-            )
+        cached = self._rows[layer]
+        cached.key_tokens.index_copy_(0, self._slots, keys.reshape(tokens, -1))
+        cached.value_tokens.index_copy_(0, self._slots, values.reshape(tokens, -1))
         plan = self._plans[layer]
         if len(plan.rectangles) == 1 and plan.rectangles[0].rows is None:
             return self._attend_rectangle(layer, plan.rectangles[0], queries, keys)
@@ -177,6 +225,8 @@ class CpuBatchAttention:
         if part.gather is not None:
             shape = (-1, *keys.shape[1:])
             keys, values = (rows.view(shape)[: part.visible] for rows in self._gather(layer, part.gather))
+        if part.tiles:
+            return attend_tiles(self._onednn, part.tiles, queries, keys, values)
         attended = F.scaled_dot_product_attention(
             queries.transpose(0, 1).unsqueeze(0),
             keys.transpose(0, 1).unsqueeze(0),
@@ -190,8 +240,8 @@ class CpuBatchAttention:
     def _gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of a layer for some blocks, each [blocks, block_size * kv_heads * head_dim], in scratch."""
         keys, values = self._scratch.pair(blocks.shape[0])
-        torch.index_select(self._block_rows[2 * layer :], 0, blocks, out=keys)
-        torch.index_select(self._block_rows[2 * layer + 1 :], 0, blocks, out=values)
+        torch.index_select(self._rows[layer].key_blocks, 0, blocks, out=keys)
+        torch.index_select(self._rows[layer].value_blocks, 0, blocks, out=values)
         return keys, values
 
 
@@ -236,6 +286,17 @@ def group_by_length(blocks: Sequence[int]) -> list[list[int]]:
     if len(groups) == 1:
         groups[0].sort()
     return groups
+
+
+def _off_branch(tree: Draft) -> Tensor:
+    """Which guesses (columns) a guess (row) does not see: bool [guesses, guesses]."""
+    hidden = torch.ones(len(tree), len(tree), dtype=torch.bool)
+    for index in range(len(tree)):
+        parent = tree.parent(index)
+        if parent != ROOT:
+            hidden[index] = hidden[parent]
+        hidden[index, index] = False
+    return hidden
 
 
 def _masked(hidden: Tensor, dtype: torch.dtype) -> Tensor:

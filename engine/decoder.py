@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import BatchAttention
-from engine.linear import Linear
+from engine.contract import LayerListener
+from engine.linear import Linear, onednn_for
 from engine.model_config import ModelConfig
 from engine.rope import inverse_frequencies, rotate, rotation
 
@@ -32,8 +33,11 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], reorder: bool) -> None:
         """`weights` as weights.expected_tensors names them; `reorder` as in Linear."""
         self._config = config
+        if reorder and onednn_for(weights["model.embed_tokens.weight"]) is not None:
+            weights = _unmapped(weights)
         self._embeddings = weights["model.embed_tokens.weight"]
         self._dtype = self._embeddings.dtype
+        self._epsilon = torch.tensor(config.norm_eps, device=self._embeddings.device)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self._embeddings.device)
         self._layers = tuple(_layer(config, weights, index, reorder) for index in range(config.layers))
         self._norm = weights["model.norm.weight"]
@@ -41,28 +45,55 @@ class Decoder:
         self._head = Linear(weights[head], None, reorder)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attention: BatchAttention, logit_rows: Tensor
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: BatchAttention,
+        logit_rows: Tensor,
+        on_layers: LayerListener | None = None,
     ) -> Tensor:
         """Feeds a flat batch; returns float32 logits [logit_rows, vocabulary].
 
         `token_ids` and `positions` are int64 [tokens]; `logit_rows` int64 holds the batch rows whose next
-        token is wanted. Must run under torch.inference_mode.
+        token is wanted. `on_layers` hears of each layer whose K and V were given to the attention. Must run
+        under torch.inference_mode.
         """
-        hidden = F.embedding(token_ids, self._embeddings)  # [tokens, hidden]
+        return self.logits(self.features(token_ids, positions, attention, logit_rows, on_layers))
+
+    def features(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: BatchAttention,
+        rows: Tensor,
+        on_layers: LayerListener | None = None,
+    ) -> Tensor:
+        """Feeds a flat batch as `forward` does; returns the normed last hidden states [rows, hidden]."""
+        hidden = self.embed(token_ids)  # [tokens, hidden]
         cosine, sine = rotation(positions, self._frequencies, self._dtype)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             attended = self._attend(index, layer, hidden, cosine, sine, attention)
+            if on_layers is not None:
+                on_layers(index + 1)
             if index == last:
                 # Past the last K and V only the rows that become logits matter.
-                hidden, attended = hidden[logit_rows], attended[logit_rows]
-                if logit_rows.shape[0] == 0:
+                hidden, attended = hidden[rows], attended[rows]
+                if rows.shape[0] == 0:
                     break
             hidden = hidden + layer.output(attended)
             hidden = hidden + self._mlp(layer, hidden)
-        if logit_rows.shape[0] == 0:
-            return hidden.new_zeros((0, self._config.vocabulary_tokens), dtype=torch.float32)
-        return self._head(self._normed(hidden, self._norm)).float()
+        return self._normed(hidden, self._norm)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Float32 logits [rows, vocabulary] of the token after each row of `features` [rows, hidden]."""
+        if features.shape[0] == 0:
+            return features.new_zeros((0, self._config.vocabulary_tokens), dtype=torch.float32)
+        return self._head(features).float()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The embeddings [tokens, hidden] of int64 [tokens]."""
+        return F.embedding(token_ids, self._embeddings)
 
     def _attend(
         self,
@@ -93,8 +124,16 @@ class Decoder:
         return layer.down(F.silu(gate).mul_(up))
 
     def _normed(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm over the last dimension."""
-        return F.rms_norm(rows, weight.shape, weight, self._config.norm_eps)
+        """RMS norm over the last dimension; as F.rms_norm, in half as many passes."""
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self._epsilon, length, length, value=1 / weight.shape[0]).rsqrt_()
+        return (rows * scale).to(rows.dtype).mul_(weight)
+
+
+def _unmapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Copies what is used as stored, so that nothing holds the mapped file once the rest is reordered."""
+    kept = ("norm.weight", "embed_tokens.weight", ".bias")
+    return {name: tensor.clone() if name.endswith(kept) else tensor for name, tensor in weights.items()}
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, reorder: bool) -> _Layer:

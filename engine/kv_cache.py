@@ -114,7 +114,9 @@ class _SharedMemory:
             # times as much, and a machine without the memory says so here instead of by SIGBUS.
             os.posix_fallocate(self.descriptor, 0, size_bytes)
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self.map = mmap.mmap(self.descriptor, size_bytes)
+            # Populated, or the first step that touches a block would pay for mapping its pages.
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            self.map = mmap.mmap(self.descriptor, size_bytes, flags=flags)
         except OSError as error:
             os.close(self.descriptor)
             raise ModelError(f"No memory for a KV pool of {size_bytes} bytes: {error.strerror}.") from error

@@ -20,7 +20,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None, reorder: bool) -> None:
         """`reorder` makes a private copy in oneDNN's layout; without oneDNN it has no effect."""
         self._bias = bias
-        self._onednn: Any = _onednn_for(weight)
+        self._onednn: Any = onednn_for(weight)
         if self._onednn is not None and reorder:
             weight = self._onednn._reorder_linear_weight(weight.contiguous(), _REORDER_FOR_ROWS)
         self._weight = weight
@@ -33,8 +33,8 @@ class Linear:
         return product
 
 
-def _onednn_for(weight: Tensor) -> Any:
-    """The operator namespace when it can multiply by this weight, else None."""
+def onednn_for(weight: Tensor) -> Any:
+    """Torch's operators over oneDNN when they can multiply by this weight, else None."""
     if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return None
     operators = torch.ops.mkldnn

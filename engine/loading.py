@@ -8,6 +8,8 @@ import torch
 
 from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
+from engine.drafting.loading import Target, load_drafting
+from engine.drafting.runner_drafter import RunnerDrafter
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig, read_model_config
 from engine.progress import Progress
@@ -40,9 +42,13 @@ class LoadedEngine:
     """Compatibility digest: see tandem.digest."""
     context_tokens: int
     """Bound on prompt and output together: the model's, or less if the worker's settings say so."""
+    drafter: RunnerDrafter | None = None
+    """What guesses tokens at the end of the runner's steps."""
 
     def close(self) -> None:
         """Gives the KV pool back; idempotent."""
+        if self.drafter is not None:
+            self.drafter.close()
         self.cache.close()
 
     def __enter__(self) -> Self:
@@ -54,8 +60,14 @@ class LoadedEngine:
         self.close()
 
 
-def load_engine(config: WorkerConfig, progress: Progress | None = None) -> LoadedEngine:
-    """Loads the folder that the settings name; `progress` follows the weights.
+def _load_small(config: WorkerConfig, sampler: Sampler) -> LoadedEngine:
+    return load_engine(config, sampler=sampler)
+
+
+def load_engine(
+    config: WorkerConfig, progress: Progress | None = None, sampler: Sampler | None = None
+) -> LoadedEngine:
+    """Loads the folder that the settings name; `progress` follows the weights, `sampler` draws the tokens.
 
     Raises ModelError for the model and ConfigError for a dtype or device that is not supported.
     """
@@ -71,14 +83,16 @@ def load_engine(config: WorkerConfig, progress: Progress | None = None) -> Loade
     stored_bytes = sum(path.stat().st_size for path in weight_files(folder))
     with torch.inference_mode():
         decoder = Decoder(model, weights, reorder=stored_bytes <= _REORDER_LIMIT_BYTES)
+    drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
     cache = KvCache(model, config.pool_blocks, config.block_size, dtype, device)
     runner = TorchStepRunner(
         decoder,
         cache,
         CpuAttention(cache, model),
-        Sampler(model.vocabulary_tokens),
+        sampler or drafting.sampler,
         device,
         config.threads,
+        drafting.drafter,
     )
     return LoadedEngine(
         model_config=model,
@@ -87,4 +101,5 @@ def load_engine(config: WorkerConfig, progress: Progress | None = None) -> Loade
         eos_ids=model.eos_ids,
         digest=compatibility_digest(folder, config.dtype, config.block_size),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
+        drafter=drafting.drafter,
     )

@@ -34,19 +34,16 @@ def _llama3(plain: Tensor, config: RopeConfig) -> Tensor:
 
 
 def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for each position, both [tokens, 1, head_dim / 2] in `dtype`.
+    """Cosine and signed sine for each position, both [tokens, 1, head_dim] in `dtype`, for `rotate`.
 
     `positions` is an integer tensor [tokens]; `frequencies` float32 [head_dim / 2].
     """
     angles = positions.to(torch.float32).unsqueeze(1) * frequencies  # [tokens, head_dim / 2]
-    return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
+    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cosine, cosine), dim=-1).unsqueeze(1), torch.cat((-sine, sine), dim=-1).unsqueeze(1)
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotates [tokens, heads, head_dim] by the angles of its tokens; first half pairs with second half."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.empty_like(heads, memory_format=torch.contiguous_format)
-    half = heads.shape[-1] // 2
-    torch.mul(first, cosine, out=turned[..., :half]).addcmul_(second, sine, value=-1.0)
-    torch.mul(second, cosine, out=turned[..., half:]).addcmul_(first, sine)
-    return turned
+    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    return torch.mul(heads, cosine).addcmul_(swapped, sine)

@@ -34,13 +34,32 @@ class Sampler:
         if not requests:
             return []
         adjusted = _with_rules(logits, requests)
-        token_ids = _choose(adjusted, requests)
+        token_ids = self.choose(adjusted, requests)
         logprobs = _logprobs(logits, token_ids, requests)
         return [
-            SampledToken(request.key, request.sample_index, token_id, logprobs.get(row))
+            SampledToken(request.key, request.sample_index, token_id, logprobs.get(row), request.row)
             for row, (request, token_id) in enumerate(zip(requests, token_ids, strict=True))
             if token_id != NOTHING
         ]
+
+    def choose(self, logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int]:
+        """The token id of each row of adjusted logits [rows, vocabulary]; NOTHING where none is finite."""
+        best = logits.max(dim=-1)
+        chosen = best.indices
+        finite = best.values.isfinite()
+        drawn = [row for row, request in enumerate(requests) if not request.params.greedy]
+        if drawn:
+            rows = torch.tensor(drawn, device=logits.device)
+            chosen[rows] = draw(
+                filtered_weights(logits[rows].float(), [requests[row].params for row in drawn]),
+                [self.uniform(requests[row]) for row in drawn],
+            )
+        token_ids: list[int] = torch.where(finite, chosen, NOTHING).tolist()
+        return token_ids
+
+    def uniform(self, request: SampleRequest) -> float:
+        """The random number that a token is drawn with."""
+        return uniform(request.params.seed, request.sample_index, request.output_index)
 
 
 def _with_rules(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> torch.Tensor:
@@ -52,24 +71,6 @@ def _with_rules(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> torc
     for row in changed:
         apply_rules(adjusted[row], requests[row])
     return adjusted
-
-
-def _choose(logits: torch.Tensor, requests: Sequence[SampleRequest]) -> list[int]:
-    """The token id of each row, NOTHING where the best logit is not finite; `logits` [rows, vocabulary]."""
-    best = logits.max(dim=-1)
-    chosen = best.indices
-    finite = best.values.isfinite()
-    drawn = [row for row, request in enumerate(requests) if not request.params.greedy]
-    if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
-        params = [requests[row].params for row in drawn]
-        uniforms = [
-            uniform(requests[row].params.seed, requests[row].sample_index, requests[row].output_index)
-            for row in drawn
-        ]
-        chosen[rows] = draw(filtered_weights(logits[rows].float(), params), uniforms)
-    token_ids: list[int] = torch.where(finite, chosen, NOTHING).tolist()
-    return token_ids
 
 
 def _logprobs(

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.drafting.draft import NO_DRAFT, Draft, DraftRequest, Proposal
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One token to draw from a slice's last position.
+    """One token to draw after the last of a slice's tokens, or after the one at index `row` of them.
 
     `key` names the sequence to its scheduler and comes back in the result. `output_index` is the index of the
     drawn token in its sample's output: with (seed, sample_index) it determines the random number.
@@ -25,6 +26,8 @@ class SampleRequest:
     history: Sequence[int] = ()
     prompt_tokens: int = 0
     banned: tuple[int, ...] = ()
+    row: int = -1
+    """Index into the slice's token_ids, negative: counted from their end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,17 @@ class SequenceSlice:
 
     KV of `token_ids` is written at positions start .. start+len-1 through `block_table`, which covers all of
     them; KV of positions < start is in the cache. `samples` is empty for a prompt chunk that is not the last.
+    The last tokens may be a `draft` to verify: then there is one sample after the token before them and one
+    after each guess, in order. Guesses on other branches are no part of a guess's past, and its position is
+    its depth's, whatever its place in the cache. `propose` asks for a new draft.
     """
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[BlockId]
     samples: tuple[SampleRequest, ...]
+    draft: Draft = NO_DRAFT
+    propose: DraftRequest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +61,14 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A token drawn for the SampleRequest of the same key and sample index."""
+    """A token drawn for the SampleRequest of the same key, sample index and row."""
 
     key: int
     sample_index: int
     token_id: int
     logprob: TokenLogprob | None
     """Present when params.logprobs is not None."""
+    row: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +78,4 @@ class StepResult:
     step: int
     tokens: tuple[SampledToken, ...]
     compute_s: float
+    proposals: tuple[Proposal, ...] = ()

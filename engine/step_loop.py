@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Generic, Protocol, TypeVar
 
-from engine.contract import StepRunner
+from engine.contract import LayerListener, StepRunner
 from engine.leg import DroppedLeg
 from engine.step import StepPlan, StepResult
 
@@ -37,7 +37,9 @@ class StepLoop(Generic[OutcomeT]):
     """Schedules, runs and completes steps until cancelled.
 
     The scheduler lives on the event loop; the runner runs on `torch_thread`, which must have one thread only.
-    `on_outcome` and `on_expired` are called on the event loop and must not block.
+    `on_scheduled`, `on_outcome` and `on_expired` are called on the event loop and must not block.
+    `on_scheduled` hears of each plan before it runs (None: there is nothing to compute) and may return who is
+    to be told, on the event loop and before the plan's `on_outcome`, how many layers of it are done.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class StepLoop(Generic[OutcomeT]):
         clock: Callable[[], float],
         on_outcome: Callable[[StepPlan, StepResult, OutcomeT], None],
         on_expired: Callable[[tuple[DroppedLeg, ...]], None],
+        on_scheduled: Callable[[StepPlan | None], LayerListener | None] = lambda _plan: None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -55,6 +58,7 @@ class StepLoop(Generic[OutcomeT]):
         self._clock = clock
         self._on_outcome = on_outcome
         self._on_expired = on_expired
+        self._on_scheduled = on_scheduled
         self._work = asyncio.Event()
         self._running_since_s: float | None = None
         self.steps = 0
@@ -74,11 +78,13 @@ class StepLoop(Generic[OutcomeT]):
             self._expire()
             self._work.clear()
             plan = self._scheduler.schedule(self._clock())
+            listener = self._on_scheduled(plan)
             if plan is None:
                 await self._wait_for_work()
                 continue
+            on_layers = None if listener is None else _on_loop(loop, listener)
             self._running_since_s = self._clock()
-            result = await loop.run_in_executor(self._torch_thread, self._runner.run, plan)
+            result = await loop.run_in_executor(self._torch_thread, self._runner.run, plan, on_layers)
             self._running_since_s = None
             self.steps += 1
             self._on_outcome(plan, result, self._scheduler.complete(result, self._clock()))
@@ -99,3 +105,8 @@ class StepLoop(Generic[OutcomeT]):
                 await self._work.wait()
         except TimeoutError:
             return
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, listener: LayerListener) -> LayerListener:
+    """Told from any thread, tells the listener on the loop."""
+    return lambda layers: loop.call_soon_threadsafe(listener, layers)

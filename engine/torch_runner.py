@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.attention import AttentionBackend, Span
+from engine.contract import LayerListener
 from engine.decoder import Decoder
+from engine.drafting.draft import NO_DRAFT, Proposal
+from engine.drafting.runner_drafter import RunnerDrafter, grown_sequences
 from engine.kv_cache import KvCache
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
 from tandem.errors import ProtocolError
@@ -34,18 +37,20 @@ class TorchStepRunner:
         sampler: TokenSampler,
         device: torch.device,
         threads: int,
+        drafter: RunnerDrafter | None = None,
     ) -> None:
-        """`threads` is the number of cores that a step may use on the CPU."""
+        """`threads` is the number of cores that a step may use on the CPU; `drafter` guesses for who asks."""
         self._decoder = decoder
         self._cache = cache
         self._attention = attention
         self._sampler = sampler
         self._device = device
         self._threads = threads
+        self._drafter = drafter
         self._prepared = threading.local()
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Copies blocks, feeds the slices, draws the tokens.
+    def run(self, plan: StepPlan, on_layers: LayerListener | None = None) -> StepResult:
+        """Copies blocks, feeds the slices, draws the tokens; `on_layers` as StepRunner says.
 
         Raises ProtocolError for a slice without tokens, IndexError for a block table that is too short or a
         token outside the vocabulary.
@@ -54,27 +59,47 @@ class TorchStepRunner:
         began = time.perf_counter()
         with torch.inference_mode():
             self._cache.copy_blocks(plan.copies)
-            tokens = self._tokens(plan.slices) if plan.slices else []
-        return StepResult(plan.step, tuple(tokens), time.perf_counter() - began)
+            # Elsewhere the decoder only queues kernels: a layer of which it tells may not be written yet.
+            heard = on_layers if self._device.type == "cpu" else None
+            tokens, proposals = self._tokens(plan.slices, heard) if plan.slices else ([], [])
+        return StepResult(plan.step, tuple(tokens), time.perf_counter() - began, tuple(proposals))
 
-    def _tokens(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken]:
+    def _tokens(
+        self, slices: tuple[SequenceSlice, ...], on_layers: LayerListener | None
+    ) -> tuple[list[SampledToken], list[Proposal]]:
         spans = _spans(slices)
         token_ids = [token for part in slices for token in part.token_ids]
-        positions = [at for span in spans for at in range(span.start, span.start + span.tokens)]
-        sampling = [(span, part.samples) for span, part in zip(spans, slices, strict=True) if part.samples]
-        logits = self._decoder.forward(
+        positions = [at for span in spans for at in span.positions()]
+        requests = [request for part in slices for request in part.samples]
+        rows = [
+            span.first_row + request.row % span.tokens
+            for span, part in zip(spans, slices, strict=True)
+            for request in part.samples
+        ]
+        places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+        features = self._decoder.features(
             self._indices(token_ids),
             self._indices(positions),
             self._attention.prepare(spans),
-            self._indices([span.first_row + span.tokens - 1 for span, _ in sampling]),
+            self._indices(list(places)),
+            on_layers,
         )
-        requests = [request for _, samples in sampling for request in samples]
         if not requests:
+            return [], []
+        logits = self._decoder.logits(features)
+        if len(places) < len(rows):
+            copies = self._indices([places[row] for row in rows])
+            logits, features = logits[copies], features[copies]
+        tokens = self._sampler.sample(logits, requests)
+        return tokens, self._propose(slices, tokens, features)
+
+    def _propose(
+        self, slices: Sequence[SequenceSlice], tokens: Sequence[SampledToken], features: Tensor
+    ) -> list[Proposal]:
+        """Guesses for the sequences whose slices ask for them; `features` [requests, hidden]."""
+        if self._drafter is None:
             return []
-        if len(requests) > len(sampling):
-            rows = [row for row, (_, samples) in enumerate(sampling) for _ in samples]
-            logits = logits[self._indices(rows)]
-        return self._sampler.sample(logits, requests)
+        return self._drafter.propose(grown_sequences(slices, tokens, features))
 
     def _indices(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self._device)
@@ -92,6 +117,7 @@ def _spans(slices: Sequence[SequenceSlice]) -> list[Span]:
     for part in slices:
         if not part.token_ids:
             raise ProtocolError("A step plan holds a slice without tokens.")
-        spans.append(Span(row, len(part.token_ids), part.start, part.block_table))
+        tree = part.draft if part.draft.parents else NO_DRAFT
+        spans.append(Span(row, len(part.token_ids), part.start, part.block_table, tree))
         row += len(part.token_ids)
     return spans

@@ -14,6 +14,7 @@ import grpc.aio
 import structlog
 
 from engine.blocks import BlockPool
+from engine.contract import LayerListener
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LegToken, LoadNumbers
 from engine.loading import LoadedEngine, load_engine
 from engine.step import StepPlan, StepResult
@@ -90,12 +91,17 @@ class Worker(ABC, Generic[OutcomeT]):
             self._clock,
             self._step_done,
             self._expired,
+            self.scheduled,
         )
         self._attach = AttachServicer(self._welcome(), self)
 
     @abstractmethod
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Takes a leg, or drops it with a reason."""
+
+    def prefetch(self, link: RouterLink, prefetch: wpb.PrefetchKv) -> None:
+        """Fetches the KV of a leg that is still being read, or says that it does not."""
+        link.send_prefetch_lost(LegId(prefetch.leg_id), f"A {self.record.role.value} worker fetches no KV.")
 
     @abstractmethod
     def cancel(self, link: RouterLink, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
@@ -120,6 +126,10 @@ class Worker(ABC, Generic[OutcomeT]):
     @abstractmethod
     def transfers(self) -> AbstractAsyncContextManager[None]:
         """Keeps the KV transfers of this kind of worker running."""
+
+    @abstractmethod
+    def scheduled(self, plan: StepPlan | None) -> LayerListener | None:
+        """Carries out what else the scheduler decided with a plan, or without one; see StepLoop."""
 
     @abstractmethod
     def after_step(self, outcome: OutcomeT) -> None:

@@ -51,6 +51,12 @@ class WorkerMetrics:
             ["kind"],
             registry=self.registry,
         )
+        self._guesses = Counter(
+            "tandem_worker_guessed_tokens",
+            "Guesses of speculative decoding by outcome: accepted, rejected.",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.dropped = Counter(
             "tandem_worker_dropped_legs",
             "Legs that ended unfinished, by reason.",
@@ -68,6 +74,12 @@ class WorkerMetrics:
             "tandem_worker_handoff_bytes",
             "KV bytes pulled, by transport.",
             ["transport"],
+            registry=self.registry,
+        )
+        self.early_fetches = Counter(
+            "tandem_worker_early_fetches",
+            "Pulls that were to begin before the prompt was read, by outcome: started, lost.",
+            ["outcome"],
             registry=self.registry,
         )
         self.transfer_faults = Counter(
@@ -112,6 +124,11 @@ class WorkerMetrics:
         self._batch.observe(len(plan.slices))
         self._tokens.labels("fed").inc(sum(len(piece.token_ids) for piece in plan.slices))
         self._tokens.labels("drawn").inc(len(result.tokens))
+
+    def observe_guesses(self, guesses: int, accepted: int) -> None:
+        """Counts the guesses that a step verified, and how many of them held."""
+        self._guesses.labels("accepted").inc(accepted)
+        self._guesses.labels("rejected").inc(guesses - accepted)
 
     @classmethod
     @contextmanager

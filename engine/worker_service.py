@@ -55,6 +55,10 @@ class RouterLink:
             )
         )
 
+    def send_prefetch_lost(self, leg_id: LegId, message: str) -> None:
+        """Queues the news that a leg's KV is not fetched early."""
+        self.send(wpb.WorkerMessage(prefetch_lost=wpb.PrefetchLost(leg_id=leg_id, message=message)))
+
     async def next(self) -> wpb.WorkerMessage:
         """The oldest unsent message; waits for one (load snapshots come at least every LOAD_INTERVAL_S)."""
         while not self._unsent:
@@ -68,6 +72,10 @@ class LegHandler(Protocol):
 
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Takes a StartPrefill or StartDecode, or drops the leg with a reason."""
+        ...
+
+    def prefetch(self, link: RouterLink, prefetch: wpb.PrefetchKv) -> None:
+        """Fetches the KV of a leg that is still being read, or says that it does not."""
         ...
 
     def cancel(self, link: RouterLink, leg_id: LegId, sample_indices: tuple[int, ...]) -> None:
@@ -92,22 +100,25 @@ class LegHandler(Protocol):
 
 
 def step_message(step: int, tokens: Sequence[LegToken], batch_size: int, step_s: float) -> wpb.WorkerMessage:
-    """One message for all tokens that a step gave to one router."""
-    sequences = []
+    """One message for all tokens that a step gave to one router; those of a sample stand together."""
+    sequences: list[wpb.SequenceTokens] = []
+    before: LegToken | None = None
     for token in tokens:
-        entry = wpb.SequenceTokens(
-            leg_id=token.leg_id,
-            sample_index=token.sample_index,
-            first_index=token.output_index,
-            token_ids=(token.token_id,),
-        )
+        if before is None or (before.leg_id, before.sample_index) != (token.leg_id, token.sample_index):
+            sequences.append(
+                wpb.SequenceTokens(
+                    leg_id=token.leg_id, sample_index=token.sample_index, first_index=token.output_index
+                )
+            )
+        before = token
+        entry = sequences[-1]
+        entry.token_ids.append(token.token_id)
         if token.logprob is not None:
             entry.logprobs.append(logprob_to_wire(token.logprob))
         if token.finish is not None:
             entry.finish_reason = FINISH_TO_WIRE[token.finish]
         if token.stop_token_id is not None:
             entry.stop_token_id = token.stop_token_id
-        sequences.append(entry)
     return wpb.WorkerMessage(
         step=wpb.StepOutput(step=step, sequences=sequences, batch_size=batch_size, step_s=step_s)
     )
@@ -177,6 +188,7 @@ class AttachServicer(worker_pb2_grpc.WorkerServiceServicer):
         actions: dict[str, Callable[[wpb.RouterMessage], None]] = {
             "start_prefill": lambda message: self._handler.start(link, message),
             "start_decode": lambda message: self._handler.start(link, message),
+            "prefetch_kv": lambda message: self._handler.prefetch(link, message.prefetch_kv),
             "cancel": lambda message: self._handler.cancel(
                 link, LegId(message.cancel.leg_id), tuple(message.cancel.sample_indices)
             ),

@@ -77,18 +77,23 @@ def shares_of(count: int, most: int) -> list[tuple[int, int]]:
 
 
 def copy_parts(
-    source: Bytes, given: Parts, target: Bytes, taken: Parts, landed: Callable[[int, int], None]
+    source: Bytes,
+    given: Parts,
+    target: Bytes,
+    taken: Parts,
+    landed: Callable[[int, int], None],
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> None:
     """Copies each given part into the taken part at its place; both have the same offset, length and number.
 
-    `landed(first, count)` is called after about every megabyte with the blocks that are there now; it may
-    raise, which ends the copy. Parts must have been checked.
+    `landed(first, count)` is called after every batch, or every `chunk_bytes` of a long run, with the blocks
+    that are there now; it may raise, which ends the copy. Parts must have been checked.
     """
     bounds = _run_bounds(given, taken)
     unit = math.gcd(given.block_bytes, given.offset, given.length)
     long_runs = len(given.blocks) * given.length >= DIRECT_BYTES * (len(bounds) - 1)
     if long_runs or unit < SMALLEST_UNIT_BYTES:
-        _copy_runs(source, given, target, taken, bounds.tolist(), landed)
+        _copy_runs(source, given, target, taken, bounds.tolist(), landed, chunk_bytes)
     else:
         _copy_units(source, given, target, taken, unit, landed)
 
@@ -106,10 +111,11 @@ def _copy_runs(
     taken: Parts,
     bounds: Sequence[int],
     landed: Callable[[int, int], None],
+    chunk_bytes: int,
 ) -> None:
     reads, writes = given.begins() + source.ctypes.data, taken.begins() + target.ctypes.data
     for first, after in itertools.pairwise(bounds):
-        for begin, number in _batches(first, after - first, given.length, CHUNK_BYTES):
+        for begin, number in _batches(first, after - first, given.length, chunk_bytes):
             ctypes.memmove(int(writes[begin]), int(reads[begin]), number * given.length)
             landed(begin, number)
 

@@ -319,7 +319,7 @@ class TransferConfig:
     max_pulls: int = 4
     fence_margin_s: float = 0.25
     regrasp_s: float = 1.0
-    settle_s: float = 1.0
+    settle_s: float = 2.0
     forget_s: float = 10.0
     stall_s: float = 1.5
     slowest_bytes_per_s: float = 16e6

@@ -6,6 +6,7 @@ the checksums must catch those.
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -126,12 +127,11 @@ class FaultySink:
         await self._inner.close()
 
 
-class FaultySource:
-    """A giving side around another one; only transports that send feel its faults."""
+class SourceAround:
+    """A giving side that is another one in all but what a subclass says."""
 
-    def __init__(self, inner: SourceTransport, schedule: FaultSchedule) -> None:
+    def __init__(self, inner: SourceTransport) -> None:
         self._inner = inner
-        self._schedule = schedule
 
     @property
     def name(self) -> str:
@@ -149,12 +149,30 @@ class FaultySource:
         return self._inner.same_host
 
     async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
-        """Never fails by schedule."""
+        """As what is inside."""
         await self._inner.start(on_link_lost)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
-        """Never fails by schedule."""
+        """As what is inside."""
         return self._inner.endpoint(sink, ticket)
+
+    async def send(
+        self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
+    ) -> None:
+        """As what is inside."""
+        await self._inner.send(sink, transfer, blocks, part_offset, part_bytes)
+
+    async def close(self) -> None:
+        """As what is inside."""
+        await self._inner.close()
+
+
+class FaultySource(SourceAround):
+    """A giving side around another one; only transports that send feel its faults."""
+
+    def __init__(self, inner: SourceTransport, schedule: FaultSchedule) -> None:
+        super().__init__(inner)
+        self._schedule = schedule
 
     async def send(
         self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
@@ -174,6 +192,37 @@ class FaultySource:
             blocks = [*blocks[:first], blocks[first + 1], blocks[first], *blocks[first + 2 :]]
         await self._inner.send(sink, transfer, blocks, part_offset, part_bytes)
 
-    async def close(self) -> None:
-        """Never fails by schedule."""
-        await self._inner.close()
+
+class ThrottledSource(SourceAround):
+    """A giving side behind one slow link: `bytes_per_s` for all sinks together, one transfer after the other.
+
+    Each transfer takes up to `jitter` of its time more or less, drawn by the seed. Only transports that send
+    feel it. `clock` is monotonic, in seconds.
+    """
+
+    def __init__(
+        self,
+        inner: SourceTransport,
+        bytes_per_s: float,
+        *,
+        seed: int = 0,
+        jitter: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(inner)
+        self._bytes_per_s = bytes_per_s
+        self._jitter = jitter
+        self._random = random.Random(seed)
+        self._clock = clock
+        self._busy_until_s = clock()
+
+    async def send(
+        self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
+    ) -> None:
+        """Sends when the link would have carried the last byte."""
+        now_s = self._clock()
+        slower = 1.0 + self._jitter * self._random.uniform(-1.0, 1.0)
+        took_s = len(blocks) * part_bytes / self._bytes_per_s * slower
+        self._busy_until_s = max(now_s, self._busy_until_s) + took_s
+        await asyncio.sleep(self._busy_until_s - now_s)
+        await super().send(sink, transfer, blocks, part_offset, part_bytes)

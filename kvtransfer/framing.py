@@ -13,13 +13,13 @@ from kvtransfer.tickets import TICKET_BYTES
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import LegId
 
-VERSION = 1
+VERSION = 2
 MAX_LEG_BYTES = 512
 """Longest leg id in UTF-8; a longer one is refused."""
 
 _GREETING = struct.Struct(f"!4sHH{TICKET_BYTES}s")
 _WELCOME = struct.Struct("!4sHH")
-_HEADER = struct.Struct("!4sHHQIIIIIQH")
+_HEADER = struct.Struct("!4sHHQIIIIIQQH")
 _GREETING_MAGIC = b"TKVg"
 _WELCOME_MAGIC = b"TKVw"
 _HEADER_MAGIC = b"TKVt"
@@ -43,11 +43,15 @@ class HeaderKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Names a transfer on the wire; `length_bytes` of KV follow a BYTES header."""
+    """Names a share of a transfer on the wire; `length_bytes` of KV follow a BYTES header.
+
+    The share begins `offset_bytes` into the transfer, whose parts of blocks are counted one after the other.
+    """
 
     kind: HeaderKind
     transfer: Transfer
     length_bytes: int
+    offset_bytes: int = 0
 
 
 def encode_greeting(ticket: bytes) -> bytes:
@@ -85,7 +89,7 @@ def encode_header(header: Header) -> bytes:
     fixed = _HEADER.pack(
         *(_HEADER_MAGIC, VERSION, header.kind, header.transfer.number, header.transfer.key.epoch),
         *(part.first_block, part.num_blocks, part.first_layer, part.num_layers),
-        *(header.length_bytes, len(leg)),
+        *(header.length_bytes, header.offset_bytes, len(leg)),
     )
     return fixed + leg
 
@@ -101,19 +105,17 @@ def leg_bytes(fixed: bytes) -> int:
 
 def decode_header(fixed: bytes, leg: bytes) -> Header:
     """Raises TransferError (UNSUPPORTED) for what no peer of ours would send."""
-    _, _, kind, number, epoch, first_block, num_blocks, first_layer, num_layers, length, _ = _HEADER.unpack(
-        fixed
-    )
+    _, _, kind, number, epoch, *numbers, length, offset, _ = _HEADER.unpack(fixed)
     try:
         leg_id = LegId(leg.decode())
         known_kind = HeaderKind(kind)
     except ValueError as error:
         raise TransferError(TransferFault.UNSUPPORTED, "A transfer header makes no sense.") from error
-    part = BlockRange(first_block, num_blocks, first_layer, num_layers)
-    return Header(known_kind, Transfer(HandoffKey(leg_id, epoch), number, part), length)
+    transfer = Transfer(HandoffKey(leg_id, epoch), number, BlockRange(*numbers))
+    return Header(known_kind, transfer, length, offset)
 
 
-def check_header(header: Header, expected: Transfer, length_bytes: int) -> None:
+def check_header(header: Header, expected: Transfer, length_bytes: int, offset_bytes: int = 0) -> None:
     """Raises TransferError unless exactly the expected bytes follow."""
     if header.kind is HeaderKind.REFUSED:
         raise TransferError(TransferFault.REFUSED, "The source refused the transfer on the data connection.")
@@ -126,6 +128,9 @@ def check_header(header: Header, expected: Transfer, length_bytes: int) -> None:
         raise TransferError(TransferFault.REFUSED, "The bytes on the connection belong to another transfer.")
     if header.length_bytes != length_bytes:
         message = f"{header.length_bytes} bytes were announced; {length_bytes} were granted."
+        raise TransferError(TransferFault.LENGTH, message)
+    if header.offset_bytes != offset_bytes:
+        message = f"Bytes from {header.offset_bytes} on were announced; {offset_bytes} was asked for."
         raise TransferError(TransferFault.LENGTH, message)
 
 

@@ -130,37 +130,45 @@ class Pulling:
             self._costs.queue_s += self._tools.clock() - queued_s
             road = self._choose_road()
             try:
-                if road and not self._machine.state.terminal:
-                    await self._connect(road)
-                grant = await self._ask(road)
-                if grant is not None:
-                    await self._fetch(grant, road)
-                return grant is not None
+                await self._connect(road)
+            except TransferError as error:
+                self._note_failure(road, error)
+                return True
+            grant = await self._ask(road)
+            if grant is None:
+                return False
+            try:
+                await self._fetch(grant, road)
             except TransferError as error:
                 self._note_failure(road, error)
                 if self._machine.state.terminal or not road:
                     raise
-                return True
+            return True
 
     def _choose_road(self) -> str:
         """The best transport that has not failed in this pull; empty when nothing has to move."""
         if not self._wanted[0].num_blocks:
             return ""
-        names = [endpoint.transport for endpoint in self._order.source.endpoints]
-        for name in self._tools.roads.order(self._order.source.peer, names):
-            if name not in self._failures:
-                return name
+        source = self._order.source
+        names = [found.transport for found in source.endpoints if found.transport not in self._failures]
+        if names:
+            return self._tools.roads.order(source.peer, names)[0]
         none = TransferError(TransferFault.UNSUPPORTED, "No transport was left to try.")
         raise next(reversed(self._failures.values()), none)
 
     async def _connect(self, road: str) -> None:
-        """Makes the pair usable; an address that is used up is asked for anew, once."""
+        """Makes the pair usable; an address that is used up or refused is asked for anew, once.
+
+        Refused is, too, what an earlier attempt used up without knowing, since it was cancelled half way.
+        """
+        if not road:
+            return
         source, transport = self._order.source, self._tools.transports[road]
         told = source.endpoint(road)
         try:
             await transport.connect(source.peer, told.address, told.ticket, source.block_bytes)
         except TransferError as error:
-            if error.fault is not TransferFault.STALE_EPOCH:
+            if error.fault not in (TransferFault.STALE_EPOCH, TransferFault.REFUSED):
                 raise
             told = (await self._tools.sources.renew(source)).endpoint(road)
             await transport.connect(source.peer, told.address, told.ticket, source.block_bytes)
@@ -307,6 +315,7 @@ class Pulling:
         began_s = tools.clock()
         sums = {number: held.checksum for number, held in self._held.items()}
         number, lost = machine.number or 0, 0
+        failure = TransferError(TransferFault.LEASE, "The source had taken its offer back before the commit.")
         while not machine.state.terminal:
             try:
                 status = await self._order.source.client.commit(machine.key, number, sums, COMMIT_CALL_S)
@@ -314,6 +323,7 @@ class Pulling:
                 if error.fault is TransferFault.REFUSED:
                     machine.cancel()
                     raise
+                failure = error
                 lost += error.fault is TransferFault.DISCONNECTED
                 if lost > 1:
                     machine.source_lost()
@@ -328,7 +338,7 @@ class Pulling:
             machine.tick(tools.clock())
         self._costs.commit_s += tools.clock() - began_s
         if machine.state.terminal and not machine.may_use:
-            raise TransferError(TransferFault.LEASE, "The source did not agree to the commit.")
+            raise failure
 
     def _take_back(self, status: CommitStatus) -> None:
         """Wants the pieces again that are not as the source has them, over other transports."""

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from kvtransfer import framing
-from kvtransfer.block_copy import Parts, copy_parts, shares_of
+from kvtransfer.block_copy import BATCH_BYTES, CHUNK_BYTES, Parts, copy_parts, shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, Transfer, TransferConfig
 from kvtransfer.listener import LinkListener, is_quiet
 from kvtransfer.threads import outlast, run_beside, run_to_end
@@ -34,8 +34,8 @@ COPY_THREADS: Final = 2
 SHARED_BYTES: Final = 2 * 1024 * 1024
 """From so many bytes on the threads share the work."""
 
-INLINE_BYTES: Final = 256 * 1024
-"""Up to so many bytes are copied on the event loop: some tens of microseconds, less than a thread costs."""
+INLINE_BYTES: Final = 1024 * 1024
+"""Up to so many bytes are copied on the event loop: a tenth of a millisecond, less than a thread costs."""
 
 _CREDENTIALS = struct.Struct("3i")
 
@@ -178,7 +178,10 @@ class ShmSink:
 
             read = np.frombuffer(mapping.pages, dtype=np.uint8)
             written = np.frombuffer(self._memory.window(0, self._memory.num_blocks * size), dtype=np.uint8)
-            copy_parts(read, given.share(first, count), written, taken.share(first, count), landed)
+            # What is hashed when it has landed should still be in the cache then.
+            chunk_bytes = CHUNK_BYTES if on_landed is None else BATCH_BYTES
+            mine, ours = given.share(first, count), taken.share(first, count)
+            copy_parts(read, mine, written, ours, landed, chunk_bytes)
 
         if grant.length_bytes <= INLINE_BYTES:
             copy(0, len(target))

@@ -126,6 +126,7 @@ class SinkHandoff:
         self._answer_until_s = deadline_s
         self._lease_until_s = deadline_s
         self._settle_until_s = deadline_s
+        self._answered = False
         self._moved = False
         self._io_running = False
         self._abort_wanted = False
@@ -161,29 +162,30 @@ class SinkHandoff:
         if self.number is not None and number <= self.number:
             raise ProtocolError(f"Transfer number {number} does not follow {self.number}.")
         self._apply(SinkInput.ASK)
-        self.number, self._moved = number, False
+        self.number, self._answered, self._moved = number, False, False
         self._answer_until_s = now_s + self._times.answer_s
 
     def granted(self, number: int, lease_until_s: float) -> None:
         """The source granted a lease, counted on our clock from when the pull was sent."""
-        if number != self.number:
-            self._apply(SinkInput.STALE_ANSWER)
-            return
-        fresh = self.state is HandoffState.OFFERED
-        self._apply(SinkInput.GRANTED)
+        fresh = self._awaits(number)
+        # A copy of the answer while the blocks still move; later it is one to a pull that is over.
+        again = number == self.number and self.state is not HandoffState.OFFERED
+        self._apply(SinkInput.GRANTED if fresh or again else SinkInput.STALE_ANSWER)
         if fresh:
+            self._answered = True
             self._lease_until_s = lease_until_s
 
     def refused(self, number: int) -> None:
         """The source refused a pull."""
-        current = number == self.number and self.state is HandoffState.OFFERED
-        self._apply(SinkInput.REFUSED if current else SinkInput.STALE_ANSWER)
+        self._apply(SinkInput.REFUSED if self._awaits(number) else SinkInput.STALE_ANSWER)
 
     def not_ready(self, number: int) -> None:
         """The source keeps the hand-off for us and has nothing (more) to grant yet."""
-        current = number == self.number and self.state is HandoffState.OFFERED
-        self._apply(SinkInput.NOT_READY if current else SinkInput.STALE_ANSWER)
-        self._answer_until_s = self._deadline_s
+        awaited = self._awaits(number)
+        self._apply(SinkInput.NOT_READY if awaited else SinkInput.STALE_ANSWER)
+        if awaited:
+            self._answered = True
+            self._answer_until_s = self._deadline_s
 
     def move_started(self) -> None:
         """Something here begins to touch the blocks."""
@@ -255,6 +257,10 @@ class SinkHandoff:
                 HandoffState.LANDED: SinkInput.COMMIT_UNANSWERED,
             }.get(self.state, SinkInput.LEASE_PASSED)
         )
+
+    def _awaits(self, number: int) -> bool:
+        """Whether a pull with this number is out and has no answer yet."""
+        return number == self.number and self.state is HandoffState.OFFERED and not self._answered
 
     def _apply(self, given: SinkInput) -> SinkAction:
         action, self.state = lookup(TRANSITIONS, self.state, given)

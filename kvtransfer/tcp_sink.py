@@ -10,15 +10,39 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NoReturn
+from functools import partial
+from typing import Final, NoReturn
 
 from kvtransfer import framing, vectors
+from kvtransfer.block_copy import shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, TransferConfig
 from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.listener import is_quiet
-from kvtransfer.threads import outlast, run_to_end
+from kvtransfer.threads import outlast, run_beside, run_to_end
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
+
+STREAMS: Final = 2
+"""Connections that a large transfer is spread over: one keeps neither core of its ends busy all the time."""
+
+STREAMED_BYTES: Final = 4 * 1024 * 1024
+"""From so many bytes on a transfer is spread."""
+
+STREAMED_PART_BYTES: Final = 256 * 1024
+"""Only parts of at least so many bytes are spread: with smaller ones two threads contend for the GIL."""
+
+LANDED_BYTES: Final = 4 * 1024 * 1024
+"""Bytes after which the blocks that came are told of: they are in the CPU's cache still."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Blocks of a grant from `first` on that come over one connection."""
+
+    grant: PullGrant
+    first: int
+    views: Sequence[memoryview]
+    on_landed: OnLanded | None
 
 
 class _Line:
@@ -57,19 +81,26 @@ class _Line:
         vectors.scatter_receive(made, [memoryview(welcome)], self.check)
         framing.check_welcome(bytes(welcome))
 
-    def fetch(self, grant: PullGrant, views: Sequence[memoryview], check: Callable[[], None]) -> None:
-        """Asks for a transfer and receives it into the views; blocks. Raises TransferError."""
+    def fetch(self, share: "_Share", check: Callable[[], None]) -> None:
+        """Asks for a share of a transfer and receives it; blocks. Raises TransferError."""
         self.open()
         if self._socket is None:
             raise TransferError(TransferFault.DISCONNECTED, "The data connection is closed.")
-        ask = Header(HeaderKind.ASK, grant.transfer, grant.length_bytes)
+        size = share.grant.part_bytes
+        length, offset = len(share.views) * size, share.first * size
+        ask = Header(HeaderKind.ASK, share.grant.transfer, length, offset)
         try:
             self._socket.sendall(framing.encode_header(ask))
         except OSError as error:
             self._fail(f"The data connection broke: {error}.", error)
         header = self._read_header(self._socket)
-        framing.check_header(header, grant.transfer, grant.length_bytes)
-        vectors.scatter_receive(self._socket, views, check)
+        framing.check_header(header, share.grant.transfer, length, offset)
+        step = max(LANDED_BYTES // size, 1)
+        for begin in range(0, len(share.views), step):
+            batch = share.views[begin : begin + step]
+            vectors.scatter_receive(self._socket, batch, check)
+            if share.on_landed is not None:
+                share.on_landed(share.first + begin, len(batch))
 
     def stop(self) -> None:
         """Makes whatever blocks on the connection fail soon; it cannot be used any more."""
@@ -127,6 +158,7 @@ class TcpSink:
         self._clock = clock
         self._pairs: dict[PeerId, _Pair] = {}
         self._executor = ThreadPoolExecutor(max(1, config.max_pulls), "kv-tcp-sink")
+        self._helpers = ThreadPoolExecutor((STREAMS - 1) * max(1, config.max_pulls), "kv-tcp-helper")
 
     async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
         """Opens a first connection, whose end will tell the source that we are gone, unless one is open."""
@@ -163,19 +195,35 @@ class TcpSink:
             message = f"{grant.length_bytes} bytes were granted for {len(target)} blocks."
             raise TransferError(TransferFault.LENGTH, message)
         _drop_unusable(pair)
-        line = pair.idle.pop() if pair.idle else self._new_line(pair)
+        large = grant.length_bytes >= STREAMED_BYTES and grant.part_bytes >= STREAMED_PART_BYTES
+        shares = shares_of(len(target), STREAMS if large else 1)
+        lines = [pair.idle.pop() if pair.idle else self._new_line(pair) for _ in shares]
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        pair.active[line] = ended
+        pair.active.update(dict.fromkeys(lines, ended))
+
+        def stop() -> None:
+            for line in lines:
+                line.stop()
+
+        def fetch() -> None:
+            works = [
+                partial(self._fetch, line, grant, target, share, on_landed)
+                for line, share in zip(lines, shares, strict=True)
+            ]
+            run_beside(self._helpers, works, stop)
+
         succeeded = False
         try:
-            await run_to_end(self._executor, lambda: self._fetch(line, grant, target), line.stop)
+            await run_to_end(self._executor, fetch, stop)
             succeeded = True
         finally:
-            del pair.active[line]
             ended.set_result(None)
-            if not succeeded:
-                line.close()
-        self._give_back(source, pair, line)
+            for line in lines:
+                del pair.active[line]
+                if not succeeded:
+                    line.close()
+        for line in lines:
+            self._give_back(source, pair, line)
 
     async def disconnect(self, source: PeerId) -> None:
         """Stops what runs with a source, waits until it stopped, and closes its connections."""
@@ -193,15 +241,25 @@ class TcpSink:
         for source in tuple(self._pairs):
             await self.disconnect(source)
         self._executor.shutdown(wait=True)
+        self._helpers.shutdown(wait=True)
 
-    def _fetch(self, line: _Line, grant: PullGrant, target: Sequence[BlockId]) -> None:
+    def _fetch(
+        self,
+        line: _Line,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        share: tuple[int, int],
+        on_landed: OnLanded | None,
+    ) -> None:
         def check() -> None:
             line.check()
             if self._clock() >= grant.lease_until_s:
                 raise TransferError(TransferFault.LEASE, "The lease ended before all blocks had come.")
 
+        first, count = share
         part = slice(grant.part_offset, grant.part_offset + grant.part_bytes)
-        line.fetch(grant, [self._memory.view(block)[part] for block in target], check)
+        views = [self._memory.view(block)[part] for block in target[first : first + count]]
+        line.fetch(_Share(grant, first, views, on_landed), check)
 
     def _new_line(self, pair: _Pair) -> _Line:
         return _Line(pair.address, pair.ticket, self._config.connect_timeout_s)

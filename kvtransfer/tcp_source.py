@@ -5,12 +5,13 @@ connection waits on the event loop and sends in a thread.
 """
 
 import asyncio
+import contextlib
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvtransfer import framing, vectors
 from kvtransfer.contract import BlockMemory, PeerId, Transfer, TransferConfig
@@ -32,32 +33,58 @@ PAST_KEPT = 256
 
 @dataclass(slots=True)
 class _Post:
-    """A granted transfer that waits for its sink, or is being sent to it."""
+    """A granted transfer that waits for its sink, or is being sent to it in shares, each on a connection."""
 
     transfer: Transfer
     blocks: tuple[BlockId, ...]
     part: slice
     ended: asyncio.Future[TransferError | None]
-    connection: socket.socket | None = None
+    connections: set[socket.socket] = field(default_factory=set)
+    given: set[int] = field(default_factory=set)
+    failure: TransferError | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
+    def take(self, asked: Header, connection: socket.socket) -> range | None:
+        """What there is of a share, which this connection now sends; None when it is not to be had."""
+        size = self.part.stop - self.part.start
+        first, count = asked.offset_bytes // size, asked.length_bytes // size
+        blocks = range(first, min(first + count, len(self.blocks)))
+        whole = asked.offset_bytes % size == 0 and asked.length_bytes % size == 0
+        if not whole or self.stop.is_set() or asked.transfer != self.transfer:
+            return None
+        if not self.given.isdisjoint(blocks):
+            return None
+        self.given.update(blocks)
+        self.connections.add(connection)
+        return blocks
+
+    def share_ended(self, connection: socket.socket, error: TransferError | None) -> None:
+        """A connection sends no more; the transfer is over when all shares were given, or one failed."""
+        self.connections.discard(connection)
+        if error is not None:
+            self.failure = self.failure or error
+            self.cancel()
+        elif not self.connections and len(self.given) == len(self.blocks):
+            self._end()
+
     def cancel(self) -> None:
-        """Makes a send in progress fail at once, and keeps a later one from starting."""
+        """Makes sends in progress fail at once, and keeps later ones from starting."""
         self.stop.set()
-        if self.connection is None:
-            if not self.ended.done():
-                self.ended.set_result(None)
-            return
-        try:
-            self.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            # It broke by itself; the sending thread notices in the same way.
-            return
+        if not self.connections:
+            self._end()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                # One that broke by itself is noticed by its thread in the same way.
+                connection.shutdown(socket.SHUT_RDWR)
 
     def check(self) -> None:
         """Raises TransferError when the send should end."""
         if self.stop.is_set():
             raise TransferError(TransferFault.REFUSED, "The source ended the transfer.")
+
+    def _end(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(self.failure)
 
 
 class TcpSource:
@@ -133,11 +160,12 @@ class TcpSource:
             async with asyncio.timeout(self._config.connect_timeout_s):
                 asked = await self._read_request(connection, first)
             post = await self._meet(sink, asked)
-            if post is None:
+            share = None if post is None else post.take(asked, connection)
+            if post is None or share is None:
                 refusal = Header(HeaderKind.REFUSED, asked.transfer, 0)
                 await loop.sock_sendall(connection, framing.encode_header(refusal))
                 continue
-            await self._give(connection, post)
+            await self._give(connection, post, asked, share)
 
     async def _read_request(self, connection: socket.socket, first: bytes) -> Header:
         fixed = first + await read_exactly(connection, framing.HEADER_BYTES - len(first))
@@ -154,19 +182,14 @@ class TcpSource:
                 await self._posted.wait_for(lambda: place in self._posts)
         except TimeoutError:
             return None
-        post = self._posts.get(place)
-        if post is None or post.connection is not None or post.stop.is_set():
-            return None
-        return post if post.transfer == asked.transfer else None
+        return self._posts.get(place)
 
-    async def _give(self, connection: socket.socket, post: _Post) -> None:
-        post.connection = connection
-
+    async def _give(self, connection: socket.socket, post: _Post, asked: Header, share: range) -> None:
         def work() -> None:
             vectors.prepare(connection, self._config.connect_timeout_s)
-            views = [self._memory.view(block)[post.part] for block in post.blocks]
+            views = [self._memory.view(post.blocks[index])[post.part] for index in share]
             length = sum(view.nbytes for view in views)
-            header = framing.encode_header(Header(HeaderKind.BYTES, post.transfer, length))
+            header = framing.encode_header(replace(asked, kind=HeaderKind.BYTES, length_bytes=length))
             vectors.gather_send(connection, [memoryview(header), *views], post.check)
 
         error: TransferError | None = TransferError(TransferFault.DISCONNECTED, "The connection was closed.")
@@ -177,7 +200,7 @@ class TcpSource:
             error = failure
             raise
         finally:
-            post.ended.set_result(error)
+            post.share_ended(connection, error)
         connection.setblocking(False)
 
 

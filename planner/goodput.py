@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from planner.placement import Candidate, Evaluate, Objective, Reached
 
-_FIRST_SHARE = 0.02
+_STARTS = (0.5, 0.1, 0.02)
+"""Shares of the bound that are tried first, until one passes."""
 _DOUBLINGS = 4
 
 
@@ -45,12 +46,13 @@ class Goodput:
 def find_goodput(evaluate: Evaluate, probe: Probe, attainment: float, tolerance: float) -> Goodput:
     """Bisects until the rate is known within `tolerance` (relative). At least one run, about ten."""
     search = _Search(evaluate, probe, attainment)
-    least = probe.at_least_rps or probe.bound_rps * _FIRST_SHARE
-    if not search.passes(least):
+    starts = (probe.at_least_rps,) if probe.at_least_rps else (share * probe.bound_rps for share in _STARTS)
+    least = next((rate for rate in starts if search.passes(rate)), None)
+    if least is None:
         return search.found(0.0, given_up=True)
-    high = max(probe.bound_rps, least * (1 + tolerance))
+    high = search.failing_rps or max(probe.bound_rps, least * (1 + tolerance))
     for _ in range(_DOUBLINGS):
-        if not search.passes(high):
+        if high == search.failing_rps or not search.passes(high):
             break
         least, high = high, 2 * high
     while high > least * (1 + tolerance):
@@ -68,7 +70,7 @@ class _Search:
     def __init__(self, evaluate: Evaluate, probe: Probe, attainment: float) -> None:
         self._evaluate, self._probe, self._asked = evaluate, probe, attainment
         self._failing: Reached | None = None
-        self._failing_rps = 0.0
+        self.failing_rps = 0.0
         self._runs = 0
 
     def passes(self, rate_rps: float) -> bool:
@@ -77,8 +79,8 @@ class _Search:
         reached = self._evaluate(self._probe.candidate, rate_rps, self._probe.bucket)
         if reached.share >= self._asked:
             return True
-        if self._failing is None or rate_rps < self._failing_rps:
-            self._failing, self._failing_rps = reached, rate_rps
+        if self._failing is None or rate_rps < self.failing_rps:
+            self._failing, self.failing_rps = reached, rate_rps
         return False
 
     def found(self, rate_rps: float, given_up: bool) -> Goodput:
@@ -88,7 +90,7 @@ class _Search:
             rate_rps,
             self._probe.bucket,
             given_up,
-            self._failing_rps,
+            self.failing_rps,
             self._failing,
             self._runs,
         )

@@ -52,6 +52,9 @@ class PlainDecode:
         self._run_steps = 0
         self._ends_after = 0
         self._taken = 0
+        # The step of the run whose end was asked for last, and that end.
+        self._ahead = 0
+        self._ahead_s = 0.0
         self._start_s = 0.0
         self._last_end_s = 0.0
 
@@ -140,7 +143,7 @@ class PlainDecode:
             raise NotPlainError
         self._free -= self._sums.growth_next()
         self._start_s = self._events.now_s
-        self._taken = 0
+        self._taken = self._ahead = 0
         self._run_batch, self._run_context, self._run_steps = (
             self._sums.count,
             self._sums.context_tokens,
@@ -151,7 +154,8 @@ class PlainDecode:
     def _end_after(self, steps: int) -> None:
         self._runs += 1
         self._ends_after = steps
-        self._events.at(self._end_of(steps), STEP_END, self._run_ended, self._runs)
+        end_s = self._ahead_s if steps == self._ahead else self._end_of(steps)
+        self._events.at(end_s, STEP_END, self._run_ended, self._runs)
 
     def _run_ended(self, run: int) -> None:
         if run == self._runs and self._run_batch:
@@ -201,17 +205,18 @@ class PlainDecode:
         """Steps of the run up to the `taken`th, which ended then, are over; the next one has its blocks."""
         clock, batch = self._sums.clock, self._run_batch
         if self._taken == 0 and (self._beginning or self._start_s > self._last_end_s):
-            first_s = self._end_of(1)
+            first_s = end_s if taken == 1 else self._end_of(1)
             self._gaps.note(clock + 1, first_s - self._last_end_s)
             for request in self._beginning:
                 request.first_step, request.first_s = clock + 1, first_s
         steps = taken - self._taken
         self._free -= self._sums.growth(steps + 1) - self._sums.growth_next()
         self._sums.take(steps)
-        latency = self.spec.latency
-        self._gaps.note(
-            self._sums.clock, latency.decode_run_s(batch, self._run_context + (taken - 1) * batch, 1)
-        )
+        longest_s = end_s - max(self._last_end_s, self._start_s)
+        if steps > 1:
+            context = self._run_context + (taken - 1) * batch
+            longest_s = self.spec.latency.decode_run_s(batch, context, 1)
+        self._gaps.note(self._sums.clock, longest_s)
         self._taken = taken
         self._last_end_s = end_s
 
@@ -229,6 +234,9 @@ class PlainDecode:
         while taken > self._taken and end_s > now_s:
             taken -= 1
             end_s = self._end_of(taken)
-        while taken + 1 < self._ends_after and (next_s := self._end_of(taken + 1)) <= now_s:
-            taken, end_s = taken + 1, next_s
+        while taken + 1 < self._ends_after:
+            self._ahead, self._ahead_s = taken + 1, self._end_of(taken + 1)
+            if self._ahead_s > now_s:
+                break
+            taken, end_s = self._ahead, self._ahead_s
         return taken, end_s

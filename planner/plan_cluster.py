@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from planner.placement import Candidate, Mode
+from planner.placement import Candidate, Mode, WorkerKind
 from planner.placement_mix import Mix
 from planner.placement_space import Workers
 from planner.plan_file import PlanFile
@@ -23,28 +23,20 @@ def cluster_yaml(
     role, all workers of a role alike.
     """
     candidate, count = _runnable(mix)
-    on_cpu = candidate.prefill.device.startswith("cpu")
     if candidate.decode is None:
         raise ConfigError(_CANNOT.format("colocated workers"))
-    pool = {"device": "cpu" if on_cpu else "cuda", "num_gpus": 0 if on_cpu else 1}
-
-    def memory(kind_tokens: int) -> int:
-        return kind_tokens * kv_bytes_per_token
-
     document: dict[str, Any] = {
         "model": {"source": model_source},
         "block_size": plan.block_size,
         "pools": {
             "prefill": {
                 "replicas": count * candidate.prefill_workers,
-                **pool,
-                "memory": memory(workers.kv_tokens(candidate.prefill)),
+                **_pool(candidate.prefill, workers, kv_bytes_per_token),
                 "token_budget": plan.token_budget,
             },
             "decode": {
                 "replicas": count * candidate.decode_workers,
-                **pool,
-                "memory": memory(workers.kv_tokens(candidate.decode)),
+                **_pool(candidate.decode, workers, kv_bytes_per_token),
                 "max_batch": plan.max_batch,
             },
         },
@@ -59,6 +51,15 @@ def cluster_yaml(
     }
     said = f"# tandem plan: {mix.rate_rps:.4g} req/s at {plan.slo.attainment:.0%} attainment, simulated\n"
     return said + yaml.safe_dump(document, sort_keys=False)
+
+
+def _pool(kind: WorkerKind, workers: Workers, kv_bytes_per_token: int) -> dict[str, Any]:
+    on_cpu = kind.device.startswith("cpu")
+    return {
+        "device": "cpu" if on_cpu else "cuda",
+        "num_gpus": 0 if on_cpu else 1,
+        "memory": workers.kv_tokens(kind) * kv_bytes_per_token,
+    }
 
 
 _CANNOT = (

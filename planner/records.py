@@ -2,10 +2,9 @@
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from statistics import NormalDist
 
 from planner.workload import SimRequest
 from router.timeline import Timeline
@@ -154,40 +153,3 @@ class Records:
             code = self._name_codes[name] = len(self._known_names)
             self._known_names.append(name)
         return code
-
-
-@dataclass(frozen=True, slots=True)
-class Attainment:
-    """Share of offered requests that were good, with the Wilson score interval of the confidence asked."""
-
-    good: int
-    offered: int
-    low: float
-    high: float
-
-    @property
-    def share(self) -> float:
-        """Good over offered; 0 when none was offered."""
-        return self.good / self.offered if self.offered else 0.0
-
-
-def attainment(good: int, offered: int, confidence: float = 0.95) -> Attainment:
-    """With Wilson's interval (Wilson 1927), which holds near 0 and 1, too."""
-    if offered == 0:
-        return Attainment(0, 0, 0.0, 1.0)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, weight = good / offered, z * z / offered
-    middle = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / offered + weight / (4 * offered)) / (1 + weight)
-    return Attainment(good, offered, max(0.0, middle - half), min(1.0, middle + half))
-
-
-def quantile(values: Iterable[float], share: float) -> float:
-    """The value that this share of the values doesn't exceed, interpolated; nan without values."""
-    ordered = sorted(values)
-    if not ordered:
-        return math.nan
-    at = share * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)

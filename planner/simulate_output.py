@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from planner.records import COLUMNS, Records, attainment, quantile
+from planner.records import COLUMNS, Records
 from planner.simulator import SimulationResult
+from planner.statistics import percentile, wilson_interval
 from planner.utilisation import Utilisation
 from tandem.errors import ConfigError
 from tandem.ids import WorkerId
@@ -38,21 +39,22 @@ def simulation_json(result: SimulationResult) -> dict[str, Any]:
 
 
 def _class_json(records: Records, name: str, span_s: float) -> dict[str, Any]:
-    reached = attainment(*records.good(name))
+    good, offered = records.good(name)
+    low, high = wilson_interval(good, offered)
     found: dict[str, Any] = {
         "name": name,
-        "offered": reached.offered,
-        "good": reached.good,
-        "attainment": reached.share,
-        "attainment_low": reached.low,
-        "attainment_high": reached.high,
-        "goodput_rps": reached.good / span_s if span_s else 0.0,
+        "offered": offered,
+        "good": good,
+        "attainment": good / offered if offered else 0.0,
+        "attainment_low": low,
+        "attainment_high": high,
+        "goodput_rps": good / span_s if span_s else 0.0,
     }
     for metric in ("ttft_s", "tpot_s", "longest_gap_s"):
-        values = records.times_of(metric, name)
+        values = sorted(records.times_of(metric, name))
         found[metric] = {
             "mean": sum(values) / len(values) if values else None,
-            **{f"p{share * 100:g}": quantile(values, share) if values else None for share in QUANTILES},
+            **{f"p{share * 100:g}": percentile(values, share) if values else None for share in QUANTILES},
         }
     return found
 

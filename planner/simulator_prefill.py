@@ -119,8 +119,9 @@ class PrefillSite:
                 self._events.at(offer.source.next_deadline_s, NEWS, self._offer_due, leg_id)
             return
         del self.offers[leg_id]
-        self._scheduler.release(leg_id)
-        if offer.source.reason is not ReleaseReason.COMMITTED:
+        committed = offer.source.reason is ReleaseReason.COMMITTED
+        self._scheduler.release(leg_id, committed)
+        if not committed:
             self._router.dropped(self.key, leg_id, DropReason.OFFER_EXPIRED, "The offer ended.")
         self.kick()
 

@@ -11,14 +11,15 @@ from planner.events import NEWS, EventQueue
 from planner.simulator_setup import RouterRules
 from planner.workload import SimRequest
 from router.admission import Admission, fit_context
+from router.commands import Cancel, Command, PlaceDecode, PlacePrefill
 from router.leg import Leg
 from router.placement import Placement, WaitingLeg, Windows
 from router.request import GenerationRequest
-from router.session import Cancel, Command, PlaceDecode, PlacePrefill, Session, SessionRules
+from router.session import Session, SessionRules
 from router.timeline import Pace
 from router.worker_key import WorkerKey
 from router.worker_load import ReportedLoad, WorkerLoad
-from tandem.errors import DeadlineExceeded, NotReady, TandemError
+from tandem.errors import DeadlineExceeded, NotReady, ProtocolError, TandemError
 from tandem.ids import LegId, RequestId
 from tandem.sampling import FinishReason, SamplingParams
 from tandem.worker import Role
@@ -207,8 +208,10 @@ class SimulatedRouter:
                     site.cancel(command.leg_id)
             elif isinstance(command, PlaceDecode):
                 self.placement.wait_for_decode(self._waiting(live, command.leg_id))
-            else:
+            elif isinstance(command, PlacePrefill):
                 self._place_prefill(live, command)
+            else:
+                raise ProtocolError("Early fetches are not simulated; nobody offers KV before it is whole.")
         if session.ended:
             self._close(live)
         self._pump()

@@ -206,16 +206,20 @@ class DecodeSteps:
 
     def _note(self, run: DecodeRun, taken: int) -> None:
         """Steps of the run up to the `taken`th are over: their ends and gaps."""
+        end_s = self._end_of(run, taken)
+        longest_s = end_s - max(self._last_end_s, self._start_s)
+        if taken - self._taken > 1:
+            context = run.context_tokens + (taken - 1) * run.batch
+            longest_s = self._latency.decode_run_s(run.batch, context, 1)
         if self._taken == 0 and (self._beginning or self._start_s > self._last_end_s):
             first_s = self._end_of(run, 1)
             self._gaps.note(self._steps + 1, first_s - self._last_end_s)
             for writing in self._beginning:
                 writing.first_step, writing.first_s = self._steps + 1, first_s
-        last_s = self._latency.decode_run_s(run.batch, run.context_tokens + (taken - 1) * run.batch, 1)
         self._steps += taken - self._taken
-        self._gaps.note(self._steps, last_s)
+        self._gaps.note(self._steps, longest_s)
         self._taken = taken
-        self._last_end_s = self._end_of(run, taken)
+        self._last_end_s = end_s
 
     def _pace(self, writing: Writing) -> Pace | None:
         if writing.first_s is None:

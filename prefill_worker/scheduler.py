@@ -1,7 +1,8 @@
 """Pure: which prompts a prefill worker reads next, in chunks (after Sarathi-Serve), and who holds what.
 
 A leg takes the blocks of all its tokens when it starts, so a started leg never waits for blocks. What it has
-read is parked until the decode worker has it.
+read is parked until the decode worker has it; a long leg is offered when it starts, so that its KV can be
+pulled while it is read.
 """
 
 from bisect import insort
@@ -14,6 +15,10 @@ from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, St
 from engine.transitions import next_state
 from prefill_worker.prefill_leg import (
     LEG_TRANSITIONS,
+    OFFERED,
+    READING,
+    STARTED,
+    GrownLeg,
     LegInput,
     LegRecord,
     LegState,
@@ -25,7 +30,7 @@ from prefill_worker.prefill_leg import (
 from tandem.errors import InvalidRequest, OutOfBlocks, Overloaded, PromptTooLong, ProtocolError
 from tandem.ids import BlockId, LegId
 
-__all__ = ["LegState", "OfferedLeg", "PrefillLeg", "PrefillOutcome", "PrefillScheduler"]
+__all__ = ["GrownLeg", "LegState", "OfferedLeg", "PrefillLeg", "PrefillOutcome", "PrefillScheduler"]
 
 _RETRY_AFTER_S = 1.0
 
@@ -47,9 +52,11 @@ class PrefillScheduler:
         max_parked_fraction: float = 0.9,
         max_passed_by: int = 8,
         whole_prompts: bool = False,
+        overlap_min_tokens: int | None = None,
     ) -> None:
         """Limits: `token_budget` tokens a step, `max_waiting` legs in the queue.
 
+        Legs of at least `overlap_min_tokens` tokens are offered when they start; None: no leg is.
         No leg starts while parked ones hold more than `max_parked_fraction` of the pool. A leg that lacks
         blocks lets at most `max_passed_by` later ones start before it. With `whole_prompts` none is split
         (DistServe's batching): one that is longer than the budget is read alone.
@@ -62,6 +69,7 @@ class PrefillScheduler:
         self._max_parked_blocks = max_parked_fraction * pool.num_blocks
         self._max_passed_by = max_passed_by
         self._whole_prompts = whole_prompts
+        self._overlap_min_tokens = overlap_min_tokens
         self._legs: dict[LegId, LegRecord] = {}
         self._waiting: list[LegRecord] = []
         self._running: list[LegRecord] = []
@@ -70,6 +78,7 @@ class PrefillScheduler:
         self._steps = 0
         self._plan: StepPlan | None = None
         self._in_flight: list[LegRecord] = []
+        self._opened: list[OfferedLeg] = []
 
     def add(self, leg: PrefillLeg, now_s: float) -> None:
         """Queues a leg.
@@ -90,7 +99,7 @@ class PrefillScheduler:
     def cancel(self, leg_id: LegId, sample_indices: Sequence[int] = ()) -> bool:
         """Stops a leg, or some of its samples; idempotent, an unknown leg is ignored.
 
-        True means that the leg's KV is parked and nobody wants it: withdraw the offer, then call release.
+        True means that an offer stands that nobody wants: withdraw it, then call release.
         """
         record = self._legs.get(leg_id)
         if record is None:
@@ -99,17 +108,19 @@ class PrefillScheduler:
             record.live = tuple(index for index in record.live if index not in sample_indices)
             if record.live:
                 return False
-        if record.state is LegState.PARKED:
-            return True
-        self._stop(record)
-        return False
+        if record.state is not LegState.PARKED:
+            self._stop(record)
+        return record.state in OFFERED
 
-    def release(self, leg_id: LegId) -> None:
-        """Frees the blocks of a parked leg that was handed over, expired or withdrawn; idempotent."""
+    def release(self, leg_id: LegId, committed: bool = False) -> None:
+        """A leg's offer is over, and nobody reads its blocks: they are free once no step touches them.
+
+        `committed` says that they were handed over; a leg that is still being read is offered anew at its end
+        otherwise. An unknown leg is ignored.
+        """
         record = self._legs.get(leg_id)
         if record is not None:
-            self._end(record, LegInput.RELEASE)
-            self._parked_blocks -= record.fresh_blocks
+            self._apply(record, LegInput.COMMIT if committed else LegInput.RELEASE)
 
     def schedule(self, now_s: float) -> StepPlan | None:
         """The next step, or None if nothing can run now. ProtocolError while a plan is in flight."""
@@ -123,8 +134,7 @@ class PrefillScheduler:
             slices.append(self._slice(record, budget))
             budget -= record.slice_tokens
         while budget > 0:
-            room = budget if slices and self._whole_prompts else None
-            started = self._start_next(now_s, room)
+            started = self._start_next(now_s, budget if slices and self._whole_prompts else None)
             if started is None:
                 break
             slices.append(self._slice(started, budget))
@@ -134,6 +144,20 @@ class PrefillScheduler:
         self._steps += 1
         self._plan = StepPlan(self._steps, tuple(slices))
         return self._plan
+
+    def take_opened(self) -> tuple[OfferedLeg, ...]:
+        """The growing offers of legs that schedule started since the last call."""
+        opened, self._opened = tuple(self._opened), []
+        return opened
+
+    def finishing(self) -> tuple[GrownLeg, ...]:
+        """Growing legs whose last tokens are in the plan in flight: its layers make them whole one by one."""
+        return tuple(
+            self._grown(record)
+            for record in self._in_flight
+            if record.state is LegState.GROWING
+            and record.computed + record.slice_tokens == len(record.leg.token_ids)
+        )
 
     def complete(self, result: StepResult, now_s: float) -> PrefillOutcome:
         """Takes the result of the plan in flight; ProtocolError if it is of another."""
@@ -149,20 +173,19 @@ class PrefillScheduler:
             record.slice_tokens = 0
             if self._pool.caches:
                 self._pool.publish(record.leg.token_ids[: record.computed], record.table)
-            if record.state is LegState.LEAVING:
-                self._end(record, LegInput.STEP_DONE)
-            elif record.computed < len(record.leg.token_ids):
-                record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.STEP_DONE)
+            if record.state not in READING or record.computed < len(record.leg.token_ids):
+                self._apply(record, LegInput.STEP_DONE)
             elif any((record.number, index) not in drawn for index in record.live):
-                self._end(record, LegInput.STOP)
+                self._apply(record, LegInput.STOP)
                 dropped.append(DroppedLeg(record.leg.leg_id, DropReason.INTERNAL, "the step drew no token"))
             else:
                 tokens += self._first_tokens(record, drawn)
                 offered += self._park(record, now_s)
-        return PrefillOutcome(tuple(tokens), tuple(offered), tuple(dropped))
+        grown = [self._grown(record) for record in in_flight if record.state is LegState.GROWING]
+        return PrefillOutcome(tuple(tokens), tuple(offered), tuple(dropped), tuple(grown))
 
     def expire(self, now_s: float) -> tuple[DroppedLeg, ...]:
-        """Drops the legs, parked ones excepted, whose deadline has come."""
+        """Drops the legs, parked ones excepted, whose deadline has come; their offers are to be withdrawn."""
         late = [record for record in self._expirable() if record.leg.deadline_s <= now_s]
         for record in late:
             self._stop(record)
@@ -198,9 +221,11 @@ class PrefillScheduler:
         return {leg_id: record.state for leg_id, record in self._legs.items()}
 
     def holds(self, leg_id: LegId) -> bool:
-        """Whether a leg is here and somebody still wants it: it waits, runs or is parked."""
+        """Whether a leg is here and somebody still wants it: it waits, is being read or is parked."""
         record = self._legs.get(leg_id)
-        return record is not None and record.state is not LegState.LEAVING
+        return record is not None and (
+            record.state in READING or record.state in (LegState.WAITING, LegState.PARKED)
+        )
 
     def held_blocks(self) -> list[tuple[BlockId, ...]]:
         """The block table of each leg: this owner's side of the account of references."""
@@ -219,8 +244,7 @@ class PrefillScheduler:
             raise PromptTooLong(f"{tokens} tokens are more than the {capacity} that this worker's pool holds")
 
     def _expirable(self) -> list[LegRecord]:
-        running = [record for record in self._running if record.state is LegState.RUNNING]
-        return [*self._waiting, *running]
+        return [*self._waiting, *(record for record in self._running if record.state in READING)]
 
     def _start_next(self, now_s: float, room: int | None) -> LegRecord | None:
         """Starts the first waiting leg whose blocks can be had, unless one ahead was passed by too often.
@@ -236,15 +260,32 @@ class PrefillScheduler:
             if self._take_blocks(record):
                 for ahead in blocked:
                     ahead.passed_by += 1
-                record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.START)
-                record.started_s = now_s
-                self._waiting.remove(record)
-                self._running.append(record)
+                self._start(record, now_s)
                 return record
             blocked.append(record)
             if record.passed_by >= self._max_passed_by or len(blocked) > self._max_passed_by:
                 return None
         return None
+
+    def _start(self, record: LegRecord, now_s: float) -> None:
+        """Begins to read a leg, and offers it if that pays."""
+        record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.START)
+        record.started_s = now_s
+        self._waiting.remove(record)
+        self._running.append(record)
+        if self._overlaps(record.leg, record.output_index):
+            record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.OFFER)
+            record.epoch += 1
+            self._opened.append(self._offer(record, now_s, stands=False))
+
+    def _overlaps(self, leg: PrefillLeg, output_index: int) -> bool:
+        """Whether a leg is worth offering early: long, and not sure to end with its first token."""
+        ends_at_once = leg.params.max_tokens is not None and output_index + 1 >= leg.params.max_tokens
+        return (
+            self._overlap_min_tokens is not None
+            and len(leg.token_ids) >= self._overlap_min_tokens
+            and not ends_at_once
+        )
 
     def _take_blocks(self, record: LegRecord) -> bool:
         token_ids = record.leg.token_ids
@@ -310,38 +351,49 @@ class PrefillScheduler:
         return tokens
 
     def _park(self, record: LegRecord, now_s: float) -> list[OfferedLeg]:
-        """Parks and offers the leg if a sample goes on, else frees it."""
+        """Parks and offers the leg if a sample goes on, else its blocks are needed no more."""
         if not record.live:
-            self._end(record, LegInput.FINISH)
+            self._apply(record, LegInput.FINISH)
             return []
-        record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.PARK)
-        self._running.remove(record)
-        self._parked_blocks += record.fresh_blocks
-        offer = OfferedLeg(
+        stands = record.state is not LegState.RUNNING
+        record.epoch += not stands
+        offer = self._offer(record, now_s, stands)
+        self._apply(record, LegInput.PARK)
+        return [offer]
+
+    def _offer(self, record: LegRecord, now_s: float, stands: bool) -> OfferedLeg:
+        return OfferedLeg(
             leg_id=record.leg.leg_id,
             blocks=record.table,
+            ready_blocks=record.ready_blocks(self._pool.block_size),
+            epoch=record.epoch,
+            stands=stands,
             kv_tokens=len(record.leg.token_ids),
             cached_tokens=record.cached_tokens,
             queue_s=record.started_s - record.arrived_s,
             compute_s=now_s - record.started_s,
         )
-        return [offer]
+
+    def _grown(self, record: LegRecord) -> GrownLeg:
+        return GrownLeg(record.leg.leg_id, record.epoch, record.ready_blocks(self._pool.block_size))
 
     def _stop(self, record: LegRecord) -> None:
-        """Ends a leg that is not parked: at once, or at complete if the step in flight touches its blocks."""
-        if record.state is LegState.LEAVING:
-            return
-        if record.slice_tokens > 0:
-            record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.STOP_IN_FLIGHT)
-        else:
-            self._end(record, LegInput.STOP)
+        """Ends a leg that is not parked: at once, or when neither step nor pull touches its blocks."""
+        if record.state is LegState.WAITING or record.state in READING:
+            self._apply(record, LegInput.STOP_IN_FLIGHT if record.slice_tokens else LegInput.STOP)
 
-    def _end(self, record: LegRecord, happened: LegInput) -> None:
+    def _apply(self, record: LegRecord, happened: LegInput) -> None:
+        """Takes a step of the table; a leg that leaves a list or ends is booked out here."""
         before = record.state
         record.state = next_state(LEG_TRANSITIONS, before, happened)
         if before is LegState.WAITING:
             self._waiting.remove(record)
-        elif before is not LegState.PARKED:
+        elif before in STARTED and record.state not in STARTED:
             self._running.remove(record)
-        self._pool.release(record.table)
-        del self._legs[record.leg.leg_id]
+        if record.state is LegState.PARKED:
+            self._parked_blocks += record.fresh_blocks
+        elif before is LegState.PARKED:
+            self._parked_blocks -= record.fresh_blocks
+        if record.state is LegState.ENDED:
+            self._pool.release(record.table)
+            del self._legs[record.leg.leg_id]

@@ -1,19 +1,23 @@
 """Edge: the prefill worker: prompt in; first tokens to the router at once, KV parked for a pull."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 import grpc.aio
 
+from engine.contract import LayerListener
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
+from engine.step import StepPlan
 from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
-from kvtransfer.contract import HandoffKey
+from kvtransfer.contract import BlockMemory, HandoffKey, KvReady, SourceTransport, TransferConfig
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.handoff_service import HandoffServicer
 from kvtransfer.settings import transfer_config
 from kvtransfer.source import HandoffSource
-from prefill_worker.scheduler import OfferedLeg, PrefillLeg, PrefillOutcome, PrefillScheduler
+from kvtransfer.transports import source_transports
+from prefill_worker.scheduler import GrownLeg, OfferedLeg, PrefillLeg, PrefillOutcome, PrefillScheduler
 from tandem.errors import Overloaded, TandemError
 from tandem.ids import LegId
 from tandem.v1 import worker_pb2 as wpb
@@ -21,12 +25,12 @@ from tandem.v1 import worker_pb2_grpc
 from tandem.wire import sampling_from_wire
 from tandem.worker_config import WorkerConfig
 
-OFFER_EPOCH = 1
-"""A leg is offered once; when its hand-off fails it is placed anew under another leg id."""
-
 
 class PrefillWorker(Worker[PrefillOutcome]):
-    """Reads prompts in chunks, samples token 0, and keeps the KV until a decode worker has pulled it."""
+    """Reads prompts in chunks, samples token 0, and keeps the KV until a decode worker has pulled it.
+
+    KV of long prompts can be pulled while they are read: by blocks, and in the last chunk by layers.
+    """
 
     def __init__(self, parts: WorkerParts) -> None:
         config = parts.config
@@ -36,7 +40,9 @@ class PrefillWorker(Worker[PrefillOutcome]):
             max_waiting=config.max_waiting,
             context_tokens=parts.engine.context_tokens,
             eos_ids=parts.engine.eos_ids,
+            overlap_min_tokens=config.overlap_min_tokens,
         )
+        self._layers = parts.engine.model_config.layers
         super().__init__(parts, self._scheduler)
         self._source = HandoffSource(
             parts.record,
@@ -44,6 +50,7 @@ class PrefillWorker(Worker[PrefillOutcome]):
             transfer_config(config),
             self._clock,
             self._released,
+            self.source_transports(parts.engine.cache, transfer_config(config)),
             observer=self.metrics.transfers,
         )
 
@@ -51,6 +58,10 @@ class PrefillWorker(Worker[PrefillOutcome]):
     def open(cls, config: WorkerConfig, token: str | None) -> AbstractAsyncContextManager["PrefillWorker"]:
         """Loads the model and serves until the block ends."""
         return open_worker(cls, config, token)
+
+    def source_transports(self, memory: BlockMemory, config: TransferConfig) -> Sequence[SourceTransport]:
+        """The giving sides of the transports; a drill may put others around them. Raises ConfigError."""
+        return source_transports(memory, config)
 
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Queues a prompt, or drops the leg with a reason."""
@@ -71,12 +82,9 @@ class PrefillWorker(Worker[PrefillOutcome]):
         """Stops a leg: its blocks come back within one step, or at the fence when a pull is in flight."""
         if self._legs.get(leg_id) is not link:
             return
-        parked_for_nobody = self._scheduler.cancel(leg_id, sample_indices)
-        if parked_for_nobody or not sample_indices or not self._scheduler.holds(leg_id):
-            # Forgotten before the withdrawal: its router wants no news of a leg that it cancelled.
+        offered_to_nobody = self._scheduler.cancel(leg_id, sample_indices)
+        if offered_to_nobody or not sample_indices or not self._scheduler.holds(leg_id):
             self._forget(leg_id)
-        if parked_for_nobody:
-            self._source.withdraw(leg_id)
         self._steps.wake()
 
     def scheduler_load(self) -> LoadNumbers:
@@ -86,6 +94,10 @@ class PrefillWorker(Worker[PrefillOutcome]):
     def handoffs_committed(self) -> int:
         """Hand-offs committed since the start."""
         return self._source.counts().committed
+
+    def handoffs_in_flight(self) -> int:
+        """Hand-offs that a sink pulls now."""
+        return self._source.counts().in_flight
 
     def communicators(self) -> CommunicatorNumbers:
         """The NCCL communicators of its transfers."""
@@ -105,15 +117,19 @@ class PrefillWorker(Worker[PrefillOutcome]):
         finally:
             await self._source.close()
 
+    def scheduled(self, plan: StepPlan | None) -> LayerListener | None:
+        """Offers the KV of the long prompts that were begun; follows the layers of those that end."""
+        for opened in self._scheduler.take_opened():
+            self._offer(opened)
+        finishing = self._scheduler.finishing()
+        return partial(self._layers_done, finishing) if finishing else None
+
     def after_step(self, outcome: PrefillOutcome) -> None:
-        """Offers the KV of the prompts that are read."""
+        """Offers the KV of the prompts that are read, and more of those that are offered already."""
+        for grown in outcome.grown:
+            self._source.advance(HandoffKey(grown.leg_id, grown.epoch), KvReady(grown.ready_blocks, 0))
         for offered in outcome.offered:
-            link = self._legs.get(offered.leg_id)
-            if link is None:
-                self._scheduler.release(offered.leg_id)
-                continue
-            self._source.offer(HandoffKey(offered.leg_id, OFFER_EPOCH), offered.blocks)
-            link.send(wpb.WorkerMessage(kv_offered=self._offer_message(offered)))
+            self._offer(offered)
 
     def blocks_freed(self) -> None:
         """The next step takes what is free."""
@@ -123,6 +139,32 @@ class PrefillWorker(Worker[PrefillOutcome]):
         """Whether the scheduler still has this leg."""
         return self._scheduler.holds(leg_id)
 
+    def _forget(self, leg_id: LegId) -> None:
+        """Before the withdrawal: a router wants no news of a leg that it cancelled, or that is dropped."""
+        super()._forget(leg_id)
+        self._source.withdraw(leg_id)
+
+    def _offer(self, offered: OfferedLeg) -> None:
+        """Lets the KV be pulled, as far as it is there, and tells the router."""
+        link = self._legs.get(offered.leg_id)
+        if link is None:
+            (self._source.withdraw if offered.stands else self._scheduler.release)(offered.leg_id)
+            return
+        key = HandoffKey(offered.leg_id, offered.epoch)
+        ready = KvReady(offered.ready_blocks, 0 if offered.growing else self._layers)
+        if offered.stands:
+            self._source.advance(key, ready)
+        else:
+            self._source.offer(key, offered.blocks, ready)
+        link.send(wpb.WorkerMessage(kv_offered=self._offer_message(offered)))
+        if not self._scheduler.holds(offered.leg_id):
+            # Its KV was pulled to the last block before its token was drawn.
+            self._forget(offered.leg_id)
+
+    def _layers_done(self, finishing: tuple[GrownLeg, ...], layers: int) -> None:
+        for grown in finishing:
+            self._source.advance(HandoffKey(grown.leg_id, grown.epoch), KvReady(grown.ready_blocks, layers))
+
     def _offer_message(self, offered: OfferedLeg) -> wpb.KvOffered:
         return wpb.KvOffered(
             leg_id=offered.leg_id,
@@ -131,7 +173,8 @@ class PrefillWorker(Worker[PrefillOutcome]):
             queue_s=offered.queue_s,
             compute_s=offered.compute_s,
             park_s=self.config.park_s,
-            epoch=OFFER_EPOCH,
+            epoch=offered.epoch,
+            growing=offered.growing,
         )
 
     def _leg(self, message: wpb.StartPrefill) -> PrefillLeg:
@@ -146,11 +189,15 @@ class PrefillWorker(Worker[PrefillOutcome]):
         )
 
     def _released(self, key: HandoffKey, reason: ReleaseReason) -> None:
-        """The pull ended or never came: frees the blocks; unless it was committed, the leg lost its KV."""
-        self._scheduler.release(key.leg_id)
-        if reason is not ReleaseReason.COMMITTED:
-            self._drop_all(
-                [DroppedLeg(key.leg_id, DropReason.OFFER_EXPIRED, f"The offer ended: {reason.value}.")]
-            )
-        self._forget(key.leg_id)
+        """The offer is over: frees the blocks. Unless they were handed over, a leg that is read lost its KV.
+
+        A leg that is still being read goes on.
+        """
+        committed = reason is ReleaseReason.COMMITTED
+        self._scheduler.release(key.leg_id, committed)
+        if not self._scheduler.holds(key.leg_id):
+            if not committed:
+                message = f"The offer ended: {reason.value}."
+                self._drop_all([DroppedLeg(key.leg_id, DropReason.OFFER_EXPIRED, message)])
+            self._forget(key.leg_id)
         self._steps.wake()

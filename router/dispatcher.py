@@ -8,20 +8,21 @@ import structlog
 
 from engine.leg import DropReason
 from router.admission import Admission
+from router.commands import Cancel, Command, PlaceDecode, PlacePrefetch, PlacePrefill, SendDecode
 from router.config import RouterConfig
 from router.fleet import Fleet
+from router.leg_messages import prefetch_kv, start_decode, start_prefill
 from router.live import LiveRequest
 from router.metrics import RouterMetrics
 from router.pacing import Pacer
 from router.placement import Placement, WaitingLeg, Windows
 from router.readiness import Readiness
-from router.session import Cancel, Command, PlaceDecode, PlacePrefill
 from router.worker_key import WorkerKey
 from router.worker_load import ReportedLoad, WorkerLoad
 from tandem.errors import ProtocolError
 from tandem.ids import BlockHash, LegId
 from tandem.v1 import worker_pb2 as wpb
-from tandem.wire import FINISH_FROM_WIRE, ROLE_FROM_WIRE, address_to_wire, logprob_from_wire
+from tandem.wire import FINISH_FROM_WIRE, ROLE_FROM_WIRE, logprob_from_wire
 from tandem.worker import WorkerRecord
 
 log = structlog.get_logger(__name__)
@@ -67,6 +68,7 @@ class Dispatcher:
                 "kv_offered": self._kv_offered,
                 "kv_landed": self._kv_landed,
                 "leg_dropped": self._leg_dropped,
+                "prefetch_lost": self._prefetch_lost,
                 "load": self._load,
                 "cache": self._cache,
             }
@@ -80,6 +82,11 @@ class Dispatcher:
                 self._fleet.send(command.worker, wpb.RouterMessage(cancel=cancel))
             elif isinstance(command, PlaceDecode):
                 self.placement.wait_for_decode(self._waiting(live, command.leg_id))
+            elif isinstance(command, PlacePrefetch):
+                self._place_prefetch(live, command.leg_id)
+            elif isinstance(command, SendDecode):
+                self.placement.start_prefetched(command.leg_id, command.worker)
+                self._send_decode(command.leg_id, command.worker, self._clock())
             else:
                 self._place_prefill(live, command)
         gone = [leg_id for leg_id in live.leg_ids if leg_id not in live.session.legs]
@@ -190,6 +197,9 @@ class Dispatcher:
         if live is None:
             return
         try:
+            if offer.growing:
+                self.carry_out(live, live.session.kv_growing(key, leg_id, offer.epoch))
+                return
             commands = live.session.kv_offered(key, leg_id, offer.epoch, offer.cached_tokens)
         except ProtocolError as error:
             self._violated(live, leg_id, key, error)
@@ -229,6 +239,14 @@ class Dispatcher:
         if commands or live.session.ended:
             self._note_replacement(live, reason.value, key, dropped.message)
             self.carry_out(live, commands)
+
+    def _prefetch_lost(self, key: WorkerKey, message: wpb.WorkerMessage) -> None:
+        lost = message.prefetch_lost
+        leg_id = LegId(lost.leg_id)
+        live = self._by_leg.get(leg_id)
+        if live is not None and live.session.prefetch_lost(key, leg_id):
+            self.placement.prefetch_lost(leg_id, key)
+            log.info("early fetch lost", leg_id=leg_id, worker_id=key.worker_id, message=lost.message)
 
     def _load(self, key: WorkerKey, message: wpb.WorkerMessage) -> None:
         load = message.load
@@ -324,41 +342,25 @@ class Dispatcher:
             if not session.request.internal:
                 self._admission.started()
         session.prefill_sent(leg_id, key, now_s)
-        leg = session.legs[leg_id]
-        start = wpb.StartPrefill(
-            leg_id=leg_id,
-            request_id=session.request.request_id,
-            token_ids=leg.token_ids,
-            prompt_tokens=len(session.request.token_ids),
-            sample_indices=leg.samples,
-            sampling=live.sampling,
-            priority=session.request.priority,
-            remaining_s=max(0.0, session.rules.deadline_s - now_s),
-        )
-        self._fleet.send(key, wpb.RouterMessage(start_prefill=start))
+        self._fleet.send(key, start_prefill(session, live.sampling, leg_id, now_s))
+
+    def _place_prefetch(self, live: LiveRequest, leg_id: LegId) -> None:
+        """Lets a decode worker with room fetch the KV early; else the leg is placed once it is read."""
+        key = self.placement.place_prefetch(self._waiting(live, leg_id))
+        if key is not None:
+            live.session.prefetch_sent(leg_id, key)
+            self._fleet.send(
+                key, prefetch_kv(live.session, leg_id, self._source(live, leg_id), self._clock())
+            )
 
     def _send_decode(self, leg_id: LegId, key: WorkerKey, now_s: float) -> None:
         live = self._by_leg[leg_id]
-        session = live.session
-        session.decode_sent(leg_id, key)
-        leg = session.legs[leg_id]
-        source = self._fleet.links.get(leg.prefill) if leg.prefill is not None else None
-        prompt_tokens = len(session.request.token_ids)
-        known = len(leg.token_ids) - prompt_tokens
-        samples = [
-            wpb.SampleStart(sample_index=index, token_ids=session.samples[index].tokens[known:])
-            for index in leg.samples
-        ]
-        start = wpb.StartDecode(
-            leg_id=leg_id,
-            request_id=session.request.request_id,
-            token_ids=leg.token_ids,
-            prompt_tokens=prompt_tokens,
-            samples=samples,
-            sampling=live.sampling,
-            priority=session.request.priority,
-            remaining_s=max(0.0, session.rules.deadline_s - now_s),
-            source=None if source is None else address_to_wire(source.record),
-            epoch=leg.epoch,
-        )
-        self._fleet.send(key, wpb.RouterMessage(start_decode=start))
+        live.session.decode_sent(leg_id, key)
+        source = self._source(live, leg_id)
+        self._fleet.send(key, start_decode(live.session, live.sampling, leg_id, source, now_s))
+
+    def _source(self, live: LiveRequest, leg_id: LegId) -> WorkerRecord | None:
+        """The worker that reads the leg."""
+        prefill = live.session.legs[leg_id].prefill
+        link = None if prefill is None else self._fleet.links.get(prefill)
+        return None if link is None else link.record

@@ -39,6 +39,9 @@ class Input(Enum):
     ADMIT = "admit"
     PREFILL_SENT = "prefill sent"
     TOKENS = "tokens"
+    KV_GROWING = "kv growing"
+    PREFETCH_SENT = "prefetch sent"
+    PREFETCH_LOST = "prefetch lost"
     KV_OFFERED = "kv offered"
     DECODE_SENT = "decode sent"
     KV_LANDED = "kv landed"
@@ -60,6 +63,9 @@ def _table() -> Mapping[tuple[State, Input], State]:
         (State.RECEIVED, Input.ADMIT): State.ADMITTED,
         (State.ADMITTED, Input.PREFILL_SENT): State.PREFILLING,
         (State.PREFILLING, Input.TOKENS): State.PREFILLING,
+        (State.PREFILLING, Input.KV_GROWING): State.PREFILLING,
+        (State.PREFILLING, Input.PREFETCH_SENT): State.PREFILLING,
+        (State.PREFILLING, Input.PREFETCH_LOST): State.PREFILLING,
         (State.PREFILLING, Input.KV_OFFERED): State.HANDOFF,
         (State.HANDOFF, Input.DECODE_SENT): State.HANDOFF,
         (State.HANDOFF, Input.KV_LANDED): State.DECODING,
@@ -91,7 +97,8 @@ class Leg:
 
     `token_ids` is the prompt and, in a leg that was placed anew, the tokens its one sample had by then.
     `samples` are those still unfinished. `avoid` are workers that failed it before; `not_before_s` delays the
-    next placement. `epoch` and `cached_tokens` come with the offer.
+    next placement. `epoch` and `cached_tokens` come with the offer. While the leg is read, `decode` is the
+    worker that fetches its KV early.
     """
 
     leg_id: LegId
@@ -121,7 +128,7 @@ class Leg:
     def workers(self) -> tuple[WorkerKey, ...]:
         """Workers that may hold blocks of this leg now."""
         holding = {
-            State.PREFILLING: {self.prefill},
+            State.PREFILLING: {self.prefill, self.decode},
             State.HANDOFF: {self.prefill, self.decode},
             State.DECODING: {self.decode},
         }

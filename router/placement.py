@@ -9,7 +9,7 @@ from router.dispatch import POLICIES, DecodeNeed, PrefillNeed, without_avoided
 from router.prefix_index import PrefixIndex
 from router.readiness import takes_legs
 from router.worker_key import WorkerKey
-from router.worker_load import WorkerLoad
+from router.worker_load import WorkerLoad, WorkerView
 from tandem.errors import ConfigError
 from tandem.ids import BlockHash, LegId
 from tandem.worker import Role
@@ -91,6 +91,35 @@ class Placement:
         if key in self._loads:
             self._loads[key].forget(leg_id)
 
+    def place_prefetch(self, leg: WaitingLeg) -> WorkerKey | None:
+        """The decode worker that fetches a leg while it is read; None when none has room to spare for it.
+
+        Legs that are read go first, and what runs must be able to grow: nobody waits for an early fetch.
+        """
+        blocks = self._decode_blocks(leg)
+        views = [
+            view
+            for load in self._serving(Role.DECODE)
+            if load.fetching_legs + load.prefetching_legs < max(1, self._windows.decode_legs)
+            and (view := load.view()).free_blocks >= blocks + view.batch
+        ]
+        if not views or len(self._decode):
+            return None
+        key = self._choose_decode(leg, blocks, views)
+        self._loads[key].prefetch_sent(leg.leg_id, blocks, leg.sequences)
+        return key
+
+    def start_prefetched(self, leg_id: LegId, key: WorkerKey) -> None:
+        """The leg goes on at the worker that fetches it early."""
+        self._hashes.pop(leg_id, None)
+        if key in self._loads:
+            self._loads[key].prefetch_started(leg_id)
+
+    def prefetch_lost(self, leg_id: LegId, key: WorkerKey) -> None:
+        """The worker does not fetch the leg early any more."""
+        if key in self._loads:
+            self._loads[key].forget(leg_id)
+
     def landed(self, leg_id: LegId, key: WorkerKey) -> None:
         """The leg's KV is at the decode worker."""
         if key in self._loads:
@@ -141,11 +170,8 @@ class Placement:
         ]
         if not views:
             return None
-        views = list(without_avoided(views, leg.avoid))
-        blocks = len(leg.token_ids) // self._block_size + leg.sequences
-        key = views[0].key
-        if len(views) > 1:
-            key = self._policy.decode(DecodeNeed(blocks, leg.sequences, self._hashes_of(leg)), views)
+        blocks = self._decode_blocks(leg)
+        key = self._choose_decode(leg, blocks, views)
         self._leave_queues(leg_id)
         self._hashes.pop(leg_id, None)
         self._loads[key].decode_sent(leg_id, blocks, leg.sequences)
@@ -159,6 +185,16 @@ class Placement:
         """Legs that wait for a worker of that role."""
         queues = (self._decode,) if role is Role.DECODE else (self._prefill_new, self._prefill_anew)
         return tuple([self._waiting[leg_id] for queue in queues for leg_id in queue.items()])
+
+    def _decode_blocks(self, leg: WaitingLeg) -> int:
+        """Blocks that a leg needs to begin decoding."""
+        return len(leg.token_ids) // self._block_size + leg.sequences
+
+    def _choose_decode(self, leg: WaitingLeg, blocks: int, views: Sequence[WorkerView]) -> WorkerKey:
+        views = without_avoided(views, leg.avoid)
+        if len(views) == 1:
+            return views[0].key
+        return self._policy.decode(DecodeNeed(blocks, leg.sequences, self._hashes_of(leg)), views)
 
     def _leave_queues(self, leg_id: LegId) -> None:
         if self._waiting.pop(leg_id, None) is not None:

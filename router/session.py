@@ -13,9 +13,18 @@ failure: these are bounded by the request's deadline, and a full worker by a gro
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from engine.leg import DropReason
+from router.commands import (
+    DROP_RULES,
+    Cancel,
+    Command,
+    DropRule,
+    PlaceDecode,
+    PlacePrefetch,
+    PlacePrefill,
+    SendDecode,
+)
 from router.leg import ENDED, TRANSITIONS, WAY, Input, Leg, State, after
 from router.request import GenerationRequest, GenerationUpdate, TokenUsage
 from router.sample import Sample
@@ -29,53 +38,6 @@ from tandem.slo import SloClass
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class PlacePrefill:
-    """Choose a prefill worker for this leg, not before its `not_before_s`."""
-
-    leg_id: LegId
-
-
-@dataclass(frozen=True, slots=True)
-class PlaceDecode:
-    """Choose a decode worker for this leg now: its KV is offered."""
-
-    leg_id: LegId
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Tell a worker to stop a leg, or only some of its samples (empty: all)."""
-
-    worker: WorkerKey
-    leg_id: LegId
-    samples: tuple[int, ...] = ()
-
-
-Command = PlacePrefill | PlaceDecode | Cancel
-
-
-@dataclass(frozen=True, slots=True)
-class DropRule:
-    """What a drop means: whether it counts as a failure, and whether a pause comes before the next try."""
-
-    counts: bool
-    pauses: bool = False
-
-
-DROP_RULES: Mapping[DropReason, DropRule] = MappingProxyType(
-    {
-        DropReason.OVERLOADED: DropRule(counts=False, pauses=True),
-        DropReason.HANDOFF_FAILED: DropRule(counts=True),
-        DropReason.PREEMPTED: DropRule(counts=False),
-        DropReason.OFFER_EXPIRED: DropRule(counts=False),
-        DropReason.DRAINING: DropRule(counts=False, pauses=True),
-        DropReason.TOO_LARGE: DropRule(counts=True),
-        DropReason.INTERNAL: DropRule(counts=True, pauses=True),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +147,35 @@ class Session:
             return self._stopped_by_us(leg, sample)
         if finish is not None and first_index + len(token_ids) == len(sample.tokens):
             sample.end(finish, stop_token_id)
-            self._sample_ended(leg, sample)
+            return self._ended_by_worker(leg, sample)
         return ()
+
+    def kv_growing(self, worker: WorkerKey, leg_id: LegId, epoch: int) -> Sequence[Command]:
+        """A prefill worker reads the leg and lets its KV be pulled meanwhile: the earliest time to choose."""
+        leg = self._legs.get(leg_id)
+        if leg is None or not leg.speaks(worker):
+            return ()
+        leg.moved(Input.KV_GROWING)
+        leg.epoch = epoch
+        return (PlacePrefetch(leg_id),)
+
+    def prefetch_sent(self, leg_id: LegId, worker: WorkerKey) -> None:
+        """A decode worker was asked to fetch the leg's KV while it is read."""
+        leg = self._legs[leg_id]
+        leg.moved(Input.PREFETCH_SENT)
+        leg.decode = worker
+
+    def prefetch_lost(self, worker: WorkerKey, leg_id: LegId) -> bool:
+        """A decode worker does not fetch the leg early any more; whether the leg must do without it.
+
+        No matter once the leg was sent there: StartDecode stands by itself.
+        """
+        leg = self._legs.get(leg_id)
+        if leg is None or leg.state is not State.PREFILLING or leg.decode != worker:
+            return False
+        leg.moved(Input.PREFETCH_LOST)
+        leg.decode = None
+        return True
 
     def kv_offered(
         self, worker: WorkerKey, leg_id: LegId, epoch: int, cached_tokens: int
@@ -199,11 +188,16 @@ class Session:
         if any(len(self.samples[i].tokens) <= output_so_far for i in leg.samples):
             raise ProtocolError("KV was offered before its token came.")
         leg.moved(Input.KV_OFFERED)
-        leg.epoch = epoch
+        fetching, leg.decode = leg.decode, None
+        same_offer, leg.epoch = epoch == leg.epoch, epoch
         leg.cached_tokens = cached_tokens
         if output_so_far == 0:
             self.usage_cached_tokens = max(self.usage_cached_tokens, cached_tokens)
-        return (PlaceDecode(leg_id),)
+        if fetching is None:
+            return (PlaceDecode(leg_id),)
+        if same_offer:
+            return (SendDecode(leg_id, fetching),)
+        return (Cancel(fetching, leg_id), PlaceDecode(leg_id))
 
     def decode_sent(self, leg_id: LegId, worker: WorkerKey) -> None:
         """The leg was sent to a decode worker, which will fetch the KV."""
@@ -247,10 +241,11 @@ class Session:
         return self._place_anew(leg, named, worker, DROP_RULES[reason], now_s) if named else ()
 
     def worker_lost(self, worker: WorkerKey, now_s: float) -> list[Command]:
-        """A worker died or went out of reach: its legs are placed anew."""
+        """A worker died or went out of reach: its legs are placed anew, unless it only fetched them early."""
         commands: list[Command] = []
         for leg in [leg for leg in self._legs.values() if worker in leg.workers()]:
-            if leg.leg_id in self._legs:
+            lost_early = worker != leg.prefill and self.prefetch_lost(worker, leg.leg_id)
+            if leg.leg_id in self._legs and not lost_early:
                 commands += self._place_anew(leg, list(leg.samples), worker, DropRule(counts=True), now_s)
         return commands
 
@@ -336,6 +331,12 @@ class Session:
         self._sample_ended(leg, sample)
         named = (sample.index,) if leg.samples else ()
         return [Cancel(worker, leg.leg_id, named) for worker in workers]
+
+    def _ended_by_worker(self, leg: Leg, sample: Sample) -> Sequence[Command]:
+        """Who wrote the last token knows; who fetches the leg early does not."""
+        fetching = leg.decode if leg.state is State.PREFILLING else None
+        self._sample_ended(leg, sample)
+        return () if fetching is None or leg.samples else (Cancel(fetching, leg.leg_id),)
 
     def _sample_ended(self, leg: Leg, sample: Sample) -> None:
         sample.leg_id = None

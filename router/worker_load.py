@@ -50,12 +50,13 @@ class WorkerLoad:
     heard_s: float | None = None
     _prefilling: dict[LegId, int] = field(default_factory=dict)
     _fetching: dict[LegId, tuple[int, int]] = field(default_factory=dict)
+    _prefetching: dict[LegId, tuple[int, int]] = field(default_factory=dict)
     _decoding: dict[LegId, int] = field(default_factory=dict)
     _prefill_tokens: int = 0
     _prefill_tokens_since: int = 0
-    _fetching_blocks: int = 0
+    _expected_blocks: int = 0
     _own_batch: int = 0
-    """Sequences of this router's legs that it fetches or decodes."""
+    """Sequences of this router's legs that it fetches, early ones too, or decodes."""
     _view: WorkerView | None = None
     """The estimate, until something changes."""
 
@@ -76,16 +77,26 @@ class WorkerLoad:
     def decode_sent(self, leg_id: LegId, blocks: int, sequences: int) -> None:
         """A leg was sent there that will need so many blocks."""
         self._fetching[leg_id] = (blocks, sequences)
-        self._fetching_blocks += blocks
-        self._own_batch += sequences
-        self._view = None
+        self._expect(blocks, sequences)
+
+    def prefetch_sent(self, leg_id: LegId, blocks: int, sequences: int) -> None:
+        """A leg is fetched there while it is read; it will need so many blocks."""
+        self._prefetching[leg_id] = (blocks, sequences)
+        self._expect(blocks, sequences)
+
+    def prefetch_started(self, leg_id: LegId) -> None:
+        """A leg that was fetched early goes on there."""
+        needs = self._prefetching.pop(leg_id, None)
+        if needs is not None:
+            self._fetching[leg_id] = needs
+            self._view = None
 
     def landed(self, leg_id: LegId) -> None:
         """The leg's KV is there; its blocks are counted by the worker from now on."""
         fetched = self._fetching.pop(leg_id, None)
         if fetched is not None:
             self._decoding[leg_id] = fetched[1]
-            self._fetching_blocks -= fetched[0]
+            self._expected_blocks -= fetched[0]
             self._view = None
 
     def forget(self, leg_id: LegId) -> None:
@@ -94,10 +105,9 @@ class WorkerLoad:
             self._prefill_tokens -= self._prefilling.pop(leg_id)
             self._view = None
         if leg_id in self._fetching:
-            blocks, sequences = self._fetching.pop(leg_id)
-            self._fetching_blocks -= blocks
-            self._own_batch -= sequences
-            self._view = None
+            self._leave_expected(*self._fetching.pop(leg_id))
+        if leg_id in self._prefetching:
+            self._leave_expected(*self._prefetching.pop(leg_id))
         if leg_id in self._decoding:
             self._own_batch -= self._decoding.pop(leg_id)
             self._view = None
@@ -117,11 +127,24 @@ class WorkerLoad:
         """Legs of this router whose KV has not landed there."""
         return len(self._fetching)
 
+    @property
+    def prefetching_legs(self) -> int:
+        """Legs of this router that are fetched there while they are read."""
+        return len(self._prefetching)
+
     def view(self) -> WorkerView:
         """The estimate now."""
         if self._view is None:
             self._view = self._estimate()
         return self._view
+
+    def _expect(self, blocks: int, sequences: int) -> None:
+        self._expected_blocks += blocks
+        self._own_batch += sequences
+        self._view = None
+
+    def _leave_expected(self, blocks: int, sequences: int) -> None:
+        self._expect(-blocks, -sequences)
 
     def _estimate(self) -> WorkerView:
         reported = self.reported
@@ -134,6 +157,6 @@ class WorkerLoad:
             ),
             batch=max(self._own_batch, reported.running_sequences + reported.waiting_legs),
             waiting_legs=len(self._fetching),
-            free_blocks=free - self._fetching_blocks,
+            free_blocks=free - self._expected_blocks,
             total_blocks=total,
         )

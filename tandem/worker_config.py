@@ -8,12 +8,33 @@ from tandem.worker import Role
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """How a decode worker guesses tokens.
+
+    `method` is ngram, draft_model, medusa or eagle; at most `tokens` guesses of a sequence are verified in a
+    step. `source` is the draft model, named as a model is, or the folder of the heads (not for ngram).
+    `acceptance` is exact (the output is the one without guesses) or rejection (draft_model only: drawn output
+    has the same distribution, and more guesses hold). `pool_blocks` is the size of a draft model's or EAGLE
+    head's own KV pool.
+    """
+
+    method: str
+    tokens: int = 8
+    source: str | None = None
+    min_ngram: int = 2
+    max_ngram: int = 4
+    acceptance: str = "exact"
+    pool_blocks: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """One worker's settings.
 
     `model_folder` is a Hugging Face folder (a GGUF file is converted into one first).
     `pool_blocks` is the size of the KV pool. `token_budget` bounds the tokens of one prefill step,
-    `max_batch` the sequences of one decode step, `max_waiting` the legs queued at the worker.
+    `max_batch` the sequences of one decode step, `max_waiting` the legs queued at the worker. KV of prompts
+    of at least `overlap_min_tokens` can be pulled while they are read (None: of none).
     `port` 0 lets the system choose; `metrics_port` None serves no metrics. The cluster token comes from the
     environment variable TANDEM_CLUSTER_TOKEN, never from here.
     """
@@ -30,6 +51,7 @@ class WorkerConfig:
     threads: int = 1
     context_tokens: int | None = None
     token_budget: int = 512
+    overlap_min_tokens: int | None = 256
     max_batch: int = 64
     max_waiting: int = 256
     prefix_cache: bool = True
@@ -41,3 +63,4 @@ class WorkerConfig:
     lease_s: float = 5.0
     park_s: float = 30.0
     checksum: bool = True
+    speculative: SpeculativeConfig | None = None

@@ -13,5 +13,6 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     kinds = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     bench_arguments.add_serve(kinds)
     bench_arguments.add_router(kinds)
-    bench_arguments.add_kv(kinds)
     bench_arguments.add_sim(kinds)
+    bench_arguments.add_kv(kinds)
+    bench_arguments.add_engine(kinds)

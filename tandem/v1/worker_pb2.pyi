@@ -149,6 +149,7 @@ class RouterMessage(_message.Message):
     CACHE_SNAPSHOT_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
+    PREFETCH_KV_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """First message of a stream."""
@@ -177,6 +178,10 @@ class RouterMessage(_message.Message):
     def ping(self) -> Global___Ping:
         """Answered by Pong at once."""
 
+    @_builtins.property
+    def prefetch_kv(self) -> Global___PrefetchKv:
+        """Fetch KV while its prompt is still read; StartDecode follows."""
+
     def __init__(
         self,
         *,
@@ -187,12 +192,13 @@ class RouterMessage(_message.Message):
         cache_snapshot: Global___CacheSnapshotRequest | None = ...,
         drain: Global___Drain | None = ...,
         ping: Global___Ping | None = ...,
+        prefetch_kv: Global___PrefetchKv | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_snapshot", b"cache_snapshot", "cancel", b"cancel", "drain", b"drain", "hello", b"hello", "ping", b"ping", "start_decode", b"start_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_snapshot", b"cache_snapshot", "cancel", b"cancel", "drain", b"drain", "hello", b"hello", "ping", b"ping", "prefetch_kv", b"prefetch_kv", "start_decode", b"start_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_snapshot", b"cache_snapshot", "cancel", b"cancel", "drain", b"drain", "hello", b"hello", "ping", b"ping", "start_decode", b"start_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache_snapshot", b"cache_snapshot", "cancel", b"cancel", "drain", b"drain", "hello", b"hello", "ping", b"ping", "prefetch_kv", b"prefetch_kv", "start_decode", b"start_decode", "start_prefill", b"start_prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "start_prefill", "start_decode", "cancel", "cache_snapshot", "drain", "ping"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "start_prefill", "start_decode", "cancel", "cache_snapshot", "drain", "ping", "prefetch_kv"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -212,6 +218,7 @@ class WorkerMessage(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
+    PREFETCH_LOST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___WorkerWelcome:
         """First message of a stream."""
@@ -222,7 +229,7 @@ class WorkerMessage(_message.Message):
 
     @_builtins.property
     def kv_offered(self) -> Global___KvOffered:
-        """The prompt is read and its KV can be pulled."""
+        """The prompt is read, or is being read, and its KV can be pulled."""
 
     @_builtins.property
     def kv_landed(self) -> Global___KvLanded:
@@ -244,6 +251,10 @@ class WorkerMessage(_message.Message):
     def pong(self) -> Global___Pong:
         """Answer to Ping."""
 
+    @_builtins.property
+    def prefetch_lost(self) -> Global___PrefetchLost:
+        """A leg's KV is not fetched early after all."""
+
     def __init__(
         self,
         *,
@@ -255,12 +266,13 @@ class WorkerMessage(_message.Message):
         load: Global___LoadSnapshot | None = ...,
         cache: Global___CacheEvents | None = ...,
         pong: Global___Pong | None = ...,
+        prefetch_lost: Global___PrefetchLost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache", b"cache", "kv_landed", b"kv_landed", "kv_offered", b"kv_offered", "leg_dropped", b"leg_dropped", "load", b"load", "pong", b"pong", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache", b"cache", "kv_landed", b"kv_landed", "kv_offered", b"kv_offered", "leg_dropped", b"leg_dropped", "load", b"load", "pong", b"pong", "prefetch_lost", b"prefetch_lost", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache", b"cache", "kv_landed", b"kv_landed", "kv_offered", b"kv_offered", "leg_dropped", b"leg_dropped", "load", b"load", "pong", b"pong", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cache", b"cache", "kv_landed", b"kv_landed", "kv_offered", b"kv_offered", "leg_dropped", b"leg_dropped", "load", b"load", "pong", b"pong", "prefetch_lost", b"prefetch_lost", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "step", "kv_offered", "kv_landed", "leg_dropped", "load", "cache", "pong"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "step", "kv_offered", "kv_landed", "leg_dropped", "load", "cache", "pong", "prefetch_lost"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -497,6 +509,94 @@ class StartDecode(_message.Message):
 Global___StartDecode: _TypeAlias = StartDecode  # noqa: Y015
 
 @_typing.final
+class PrefetchKv(_message.Message):
+    """PrefetchKv asks a decode worker to fetch the KV of a leg while its prompt is read. StartDecode of the same leg
+    follows when its first tokens are known, or CancelLeg. StartDecode stands by itself: this message may be lost.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLE_INDICES_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    REMAINING_S_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    leg_id: _builtins.str
+    """The leg, as at the prefill worker."""
+    request_id: _builtins.str
+    """The request's id, for logs."""
+    prompt_tokens: _builtins.int
+    """How many of token_ids are the prompt."""
+    priority: _builtins.int
+    """Scheduling priority; higher goes first."""
+    remaining_s: _builtins.float
+    """Seconds left until the request's deadline."""
+    epoch: _builtins.int
+    """Epoch of the hand-off."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens whose KV is to be pulled."""
+
+    @_builtins.property
+    def sample_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The samples that will go on, 0-based."""
+
+    @_builtins.property
+    def source(self) -> Global___WorkerAddress:
+        """Where the KV is."""
+
+    def __init__(
+        self,
+        *,
+        leg_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        sample_indices: _abc.Iterable[_builtins.int] | None = ...,
+        priority: _builtins.int = ...,
+        remaining_s: _builtins.float = ...,
+        source: Global___WorkerAddress | None = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "leg_id", b"leg_id", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "remaining_s", b"remaining_s", "request_id", b"request_id", "sample_indices", b"sample_indices", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchKv: _TypeAlias = PrefetchKv  # noqa: Y015
+
+@_typing.final
+class PrefetchLost(_message.Message):
+    """PrefetchLost says that a decode worker does not fetch a leg's KV early, or not any more. The leg lives on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    leg_id: _builtins.str
+    """The leg."""
+    message: _builtins.str
+    """One sentence for the log."""
+    def __init__(
+        self,
+        *,
+        leg_id: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg_id", b"leg_id", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchLost: _TypeAlias = PrefetchLost  # noqa: Y015
+
+@_typing.final
 class SampleStart(_message.Message):
     """SampleStart is where one sample goes on."""
 
@@ -731,6 +831,7 @@ class KvOffered(_message.Message):
     COMPUTE_S_FIELD_NUMBER: _builtins.int
     PARK_S_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    GROWING_FIELD_NUMBER: _builtins.int
     leg_id: _builtins.str
     """The leg."""
     kv_tokens: _builtins.int
@@ -745,6 +846,8 @@ class KvOffered(_message.Message):
     """Seconds for which the offer holds."""
     epoch: _builtins.int
     """Epoch to pull with."""
+    growing: _builtins.bool
+    """Whether the prompt is still being read: the KV can be pulled as it grows. Another KvOffered follows the first tokens."""
     def __init__(
         self,
         *,
@@ -755,10 +858,11 @@ class KvOffered(_message.Message):
         compute_s: _builtins.float = ...,
         park_s: _builtins.float = ...,
         epoch: _builtins.int = ...,
+        growing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "compute_s", b"compute_s", "epoch", b"epoch", "kv_tokens", b"kv_tokens", "leg_id", b"leg_id", "park_s", b"park_s", "queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "compute_s", b"compute_s", "epoch", b"epoch", "growing", b"growing", "kv_tokens", b"kv_tokens", "leg_id", b"leg_id", "park_s", b"park_s", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -42,7 +42,7 @@ def test_rates_are_medians_beside_the_limit_of_the_same_rounds() -> None:
     )
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
     case = CaseTimes(layout, 4, (0.001, 0.0005, 0.002), (0.01,), {Road("shm", True): pulls})
-    result = result_json([case], 3, case, 2)
+    result = result_json([case], 3, case, 2, [])
     (road,) = result["cases"][0]["roads"]
     assert road["gbps"] == pytest.approx(98_304 / 0.002 / 1e9)
     assert (road["limit"], road["ratio"]) == ("memcpy", pytest.approx(0.5))

@@ -9,11 +9,10 @@ from benchmarks.latency_summary import (
     OutcomeKind,
     Spread,
     TokenArrival,
-    percentile,
     spread,
     summarise,
-    wilson_interval,
 )
+from planner.statistics import percentile, wilson_interval
 from tandem.slo import SloClass
 
 SLO = SloClass("a", ttft_s=1.0, tpot_s=0.1, longest_gap_s=0.5)

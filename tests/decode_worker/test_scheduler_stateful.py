@@ -3,7 +3,8 @@
 Preempted samples come back as legs of their own, as the router sends them: no token is lost or repeated.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,9 +14,11 @@ from decode_worker.scheduler import (
     DecodeLeg,
     DecodeOutcome,
     DecodeScheduler,
+    LegState,
     Reservation,
     SampleStart,
 )
+from decode_worker.speculation import Speculation
 from engine.blocks import BlockPool
 from engine.leg import DroppedLeg, DropReason
 from engine.step import StepPlan
@@ -39,7 +42,10 @@ class Client:
 
 
 class DecodeMachine(RuleBasedStateMachine):
-    """`readers` maps (leg, sample) to who reads it; removed when it finished, was cancelled or given up."""
+    """`readers` maps (leg, sample) to who reads it; removed when it finished, was cancelled or given up.
+
+    `early` are legs whose fetch began before their first tokens are known; they start later, come what may.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,15 +57,21 @@ class DecodeMachine(RuleBasedStateMachine):
             context_tokens=CONTEXT,
             eos_ids=(EOS,),
             chunk_tokens=3,
+            speculation=self.speculation(),
         )
         self.runner = ToyRunner(BLOCKS, SIZE, VOCABULARY)
         self.now_s = 0.0
         self.number = 0
         self.readers: dict[tuple[LegId, int], Client] = {}
         self.preempted: list[Client] = []
+        self.early: dict[LegId, tuple[DecodeLeg, list[Client]]] = {}
         self.pulls: dict[LegId, tuple[Reservation, tuple[int, ...]]] = {}
         self.token_ids: dict[LegId, tuple[int, ...]] = {}
         self.plan: StepPlan | None = None
+
+    def speculation(self) -> Speculation | None:
+        """What guesses tokens for the scheduler: nobody."""
+        return None
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=CONTEXT),
@@ -109,21 +121,85 @@ class DecodeMachine(RuleBasedStateMachine):
         deadline_s: float,
     ) -> None:
         """Adds a leg, if it is taken."""
+        leg = self.leg(token_ids, starts, clients, priority, deadline_s)
+        if self.taken(leg, self.legs.add):
+            self.readers.update({(leg.leg_id, client.sample_index): client for client in clients})
+
+    def leg(
+        self,
+        token_ids: tuple[int, ...],
+        starts: tuple[SampleStart, ...],
+        clients: list[Client],
+        priority: int,
+        deadline_s: float,
+    ) -> DecodeLeg:
+        """A leg with an id of its own."""
         self.number += 1
         leg_id = LegId(f"leg {self.number}")
-        leg = DecodeLeg(
+        return DecodeLeg(
             leg_id, token_ids, len(clients[0].prompt), starts, clients[0].params, priority, deadline_s
         )
-        longest = len(token_ids) + max(len(start.token_ids) for start in starts)
+
+    def taken(self, leg: DecodeLeg, give: Callable[[DecodeLeg, float], None]) -> bool:
+        """Whether the scheduler takes a leg that is given to it."""
+        longest = len(leg.token_ids) + max(len(start.token_ids) or 1 for start in leg.samples)
         try:
-            self.legs.add(leg, self.now_s)
+            give(leg, self.now_s)
         except Overloaded:
-            return
+            return False
         except PromptTooLong:
             assert longest >= CONTEXT or longest > BLOCKS * SIZE
-            return
-        self.token_ids[leg_id] = token_ids
+            return False
+        self.token_ids[leg.leg_id] = tuple(leg.token_ids)
+        return True
+
+    @rule(
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=CONTEXT - 2),
+        samples=st.integers(1, 2),
+        priority=st.integers(-1, 1),
+        patience_s=st.sampled_from([1.0, 1e9, 1e9]),
+    )
+    def prefetch(self, prompt: list[int], samples: int, priority: int, patience_s: float) -> None:
+        params = SamplingParams(max_tokens=6, ignore_eos=True, presence_penalty=0.1)
+        clients = [Client(tuple(prompt), index, params) for index in range(samples)]
+        starts = tuple(SampleStart(index, ()) for index in range(samples))
+        leg = self.leg(tuple(prompt), starts, clients, priority, self.now_s + patience_s)
+        if self.taken(leg, self.legs.prefetch):
+            self.early[leg.leg_id] = (leg, clients)
+
+    @precondition(lambda self: self.early)
+    @rule(data=st.data())
+    def start_early(self, data: st.DataObject) -> None:
+        self.start(data.draw(st.sampled_from(sorted(self.early))))
+
+    def start(self, leg_id: LegId) -> None:
+        """The first tokens are known; a leg whose fetch was lost comes as any other."""
+        leg, clients = self.early.pop(leg_id)
+        for client in clients:
+            client.output = toy_output(client.prompt, client.sample_index, 1, VOCABULARY)
+        starts = tuple(SampleStart(client.sample_index, tuple(client.output)) for client in clients)
+        leg = replace(leg, samples=starts, deadline_s=1e9)
+        if not self.legs.fetched_early(leg_id):
+            if not self.taken(leg, self.legs.add):
+                return
+        else:
+            here = self.legs.legs()[leg_id] is LegState.LANDED
+            assert self.legs.start(leg) is here
         self.readers.update({(leg_id, client.sample_index): client for client in clients})
+
+    @precondition(lambda self: self.early)
+    @rule(data=st.data())
+    def cancel_early(self, data: st.DataObject) -> None:
+        leg_id = data.draw(st.sampled_from(sorted(self.early)))
+        del self.early[leg_id]
+        assert self.legs.cancel(leg_id) is (leg_id in self.pulls)
+
+    def take_lost(self) -> None:
+        """Early fetches that are lost do not come back by themselves."""
+        for lost in self.legs.take_lost():
+            assert lost.leg_id in self.early
+            assert lost.pulling is (lost.leg_id in self.pulls)
+            assert not self.legs.fetched_early(lost.leg_id)
 
     @rule()
     def reserve(self) -> None:
@@ -166,6 +242,7 @@ class DecodeMachine(RuleBasedStateMachine):
     @rule()
     def begin_step(self) -> None:
         self.plan = self.legs.schedule(self.now_s)
+        self.take_lost()
         if self.plan is None:
             return
         assert len(self.plan.slices) <= BATCH
@@ -211,6 +288,7 @@ class DecodeMachine(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         self.now_s += seconds
         self.take_drops(self.legs.expire(self.now_s))
+        self.take_lost()
         deadline_s = self.legs.next_deadline_s()
         assert deadline_s is None or deadline_s > self.now_s
 
@@ -236,6 +314,8 @@ class DecodeMachine(RuleBasedStateMachine):
             self.reserve()
             for leg_id in sorted(self.pulls):
                 self.answer_pull(leg_id, True)
+            if self.early:
+                self.start(min(self.early))
             if self.preempted:
                 self.come_back()
         assert self.readers == {}

@@ -12,6 +12,7 @@ from tandem import grpc_edge
 from tandem.sampling import SamplingParams
 from tandem.v1 import worker_pb2 as wpb
 from tandem.v1 import worker_pb2_grpc
+from tandem.worker_config import SpeculativeConfig
 from tests.e2e.worker_pair import Pair, save_tiny_model, start_decode, start_prefill, worker_pair
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19, 71]
@@ -54,6 +55,18 @@ async def test_tokens_of_the_pair_are_those_of_one_model(folder: Path, transport
         (landed,) = await pair.decode.until("kv_landed")
         assert landed.kv_landed.transport == transport
         assert landed.kv_landed.moved_bytes > 0
+        await pair.settled()
+
+
+async def test_a_decode_worker_that_guesses_writes_the_same_tokens_in_fewer_steps(folder: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
+    async with worker_pair(folder, "shm", speculative=SpeculativeConfig("ngram", tokens=4)) as pair:
+        tokens = await _run(pair, PROMPT, params, samples=1)
+        assert tokens == {0: _reference(folder, PROMPT, 80)}
+        guessed = pair.decode.worker.metrics.registry.get_sample_value
+        accepted = guessed("tandem_worker_guessed_tokens_total", {"outcome": "accepted"})
+        assert accepted
+        assert pair.decode.worker.load().steps == 79 - accepted
         await pair.settled()
 
 

@@ -121,11 +121,14 @@ class Pair:
 
 
 @asynccontextmanager
-async def worker_pair(folder: Path, transport: str, **decode_changes: object) -> AsyncIterator[Pair]:
+async def worker_pair(
+    folder: Path, transport: str, *, overlap_min_tokens: int | None = None, **decode_changes: object
+) -> AsyncIterator[Pair]:
     """Both workers, attached."""
     async with AsyncExitStack() as stack:
         hands = []
-        changes: dict[Role, dict[str, object]] = {Role.PREFILL: {}, Role.DECODE: decode_changes}
+        prefill_changes: dict[str, object] = {"overlap_min_tokens": overlap_min_tokens}
+        changes: dict[Role, dict[str, object]] = {Role.PREFILL: prefill_changes, Role.DECODE: decode_changes}
         for role, kind in ((Role.PREFILL, PrefillWorker), (Role.DECODE, DecodeWorker)):
             config = worker_config(folder, role, transports=(transport,), **changes[role])
             worker: Worker[Any] = await stack.enter_async_context(kind.open(config, TOKEN))
@@ -150,6 +153,22 @@ def start_prefill(
             sample_indices=samples,
             sampling=sampling_to_wire(params),
             remaining_s=60.0,
+        )
+    )
+
+
+def prefetch_kv(pair: Pair, prompt: list[int], leg_id: str = "leg", epoch: int = 1) -> wpb.RouterMessage:
+    """The instruction to fetch the KV of one sample while the prompt is read."""
+    return wpb.RouterMessage(
+        prefetch_kv=wpb.PrefetchKv(
+            leg_id=leg_id,
+            request_id="request",
+            token_ids=prompt,
+            prompt_tokens=len(prompt),
+            sample_indices=[0],
+            remaining_s=60.0,
+            source=address_to_wire(pair.prefill.worker.record),
+            epoch=epoch,
         )
     )
 

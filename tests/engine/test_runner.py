@@ -66,6 +66,19 @@ def test_tokens_come_in_the_order_of_slices_and_samples(engine: Engine) -> None:
     assert len({token.token_id for token in result.tokens[:3]}) == 1
 
 
+def test_a_layer_that_is_reported_is_in_the_cache_and_later_ones_are_not(engine: Engine) -> None:
+    engine.cache.pool.zero_()
+    written: list[tuple[int, list[bool]]] = []
+
+    def note(layers: int) -> None:
+        block = engine.cache.pool[3]
+        written.append((layers, [bool(block[layer].any()) for layer in range(block.shape[0])]))
+
+    engine.runner.run(StepPlan(1, (slice_of([5, 6, 7], 0, [3]),)), note)
+    layers = engine.cache.pool.shape[1]
+    assert written == [(n, [layer < n for layer in range(layers)]) for n in range(1, layers + 1)]
+
+
 def test_copied_block_continues_the_same_sequence(folder: Path) -> None:
     """Copy-on-write: after the copy both sequences go their own ways over a shared first block."""
     prompt = [5, 6, 7, 8, 9, 10]

@@ -9,13 +9,20 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.decode_alone import decode_alone
+from benchmarks.speculative import repetitive_prompt
+from decode_worker.speculation import Speculation
+from engine.blocks import BlockPool
+from engine.drafting.ngram import NgramDrafter
 from engine.loading import LoadedEngine, load_engine
 from engine.model_source import resolve_model
 from engine.step import SampleRequest, SequenceSlice, StepPlan
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from tandem.ids import BlockId, Incarnation, WorkerId
+from tandem.sampling import SamplingParams
 from tandem.worker import Role
 from tandem.worker_config import WorkerConfig
+from tests.engine.drafting.always import Always
 from tests.engine.tiny_models import GREEDY, reference_logits
 
 NEW_TOKENS = 20
@@ -129,6 +136,24 @@ def test_greedy_tokens_equal_transformers(
         assert len(output) == NEW_TOKENS
         assert output == greedy_choices(reference, prompt, output)
     assert "Paris" in tokenizer.decode(outputs[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_guessing_changes_no_token(engine: LoadedEngine, tokenizer: Tokenizer, temperature: float) -> None:
+    """Prompts that repeat themselves and prompts that do not, as one batch."""
+    prompts = [tokenizer.encode_rendered(tokenizer.render_chat(chat)) for chat in CHATS]
+    prompts.append(repetitive_prompt(tokenizer)[:120])
+    params = SamplingParams(temperature=temperature, seed=8, max_tokens=NEW_TOKENS, ignore_eos=True)
+    speculations = (None, Speculation(NgramDrafter(), Always(), max_tokens=6))
+    plain, guessed = (
+        decode_alone(
+            engine.runner, BlockPool(256, 16), prompts, params, context_tokens=512, speculation=speculation
+        )
+        for speculation in speculations
+    )
+    assert guessed.outputs == plain.outputs
+    assert guessed.accepted > 0
+    assert guessed.steps <= plain.steps
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -1,6 +1,7 @@
 """The step loop runs plans one at a time, wakes for work and deadlines, and stops where a step fails."""
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +9,7 @@ import pytest
 
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, SampleStart
 from engine.blocks import BlockPool
+from engine.contract import LayerListener
 from engine.leg import DroppedLeg, DropReason
 from engine.step import StepPlan, StepResult
 from engine.step_loop import StepLoop
@@ -86,6 +88,31 @@ async def test_a_deadline_wakes_it_though_nothing_else_happens() -> None:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     assert [(drop.leg_id, drop.reason) for drop in bench.dropped] == [("late", DropReason.DEADLINE)]
+
+
+async def test_layers_are_told_on_the_loop_and_before_the_steps_outcome() -> None:
+    with ThreadPoolExecutor(1) as thread:
+        bench = Bench(thread)
+        said: list[tuple[str, int]] = []
+        home = threading.get_ident()
+
+        def scheduled(plan: StepPlan | None) -> LayerListener | None:
+            return None if plan is None else lambda layers: said.append(("layers", threading.get_ident()))
+
+        def outcome(plan: StepPlan, result: StepResult, outcome: DecodeOutcome) -> None:
+            said.append(("outcome", threading.get_ident()))
+            bench.ended.set()
+
+        loop = StepLoop(
+            bench.scheduler, bench.runner, thread, time.monotonic, outcome, bench._expired, scheduled
+        )
+        bench.start(time.monotonic() + 60.0, max_tokens=2)
+        running = asyncio.create_task(loop.run())
+        async with asyncio.timeout(10.0):
+            await bench.ended.wait()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert said == [("layers", home), ("outcome", home)]
 
 
 async def test_a_step_that_fails_ends_the_loop_with_its_error() -> None:

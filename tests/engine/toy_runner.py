@@ -7,6 +7,7 @@ computed from other tokens breaks the chain.
 
 from collections.abc import Sequence
 
+from engine.contract import LayerListener
 from engine.step import SampledToken, SequenceSlice, StepPlan, StepResult
 from tandem.ids import BlockId
 
@@ -47,13 +48,15 @@ class ToyRunner:
         self._vocabulary = vocabulary
         self._slots: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Carries out a plan, checking the KV that it reads."""
+    def run(self, plan: StepPlan, on_layers: LayerListener | None = None) -> StepResult:
+        """Carries out a plan, checking the KV that it reads; its one layer is done at the end."""
         for source, target in plan.copies:
             self._slots[target] = list(self._slots[source])
         drawn: list[SampledToken] = []
         for part in plan.slices:
             drawn += self._feed(part)
+        if on_layers is not None:
+            on_layers(1)
         return StepResult(plan.step, tuple(drawn), 0.001)
 
     def pull(self, token_ids: Sequence[int], targets: Sequence[BlockId], first_block: int) -> None:
@@ -79,15 +82,19 @@ class ToyRunner:
         return chain
 
     def _feed(self, part: SequenceSlice) -> list[SampledToken]:
-        chain = self._chain_before(part)
+        chains = [self._chain_before(part)]
+        known = len(part.token_ids) - len(part.draft)
         for offset, token_id in enumerate(part.token_ids):
-            chain = self._write(part.start + offset, part.block_table, chain, token_id)
+            # A guess of a tree goes on from its parent, wherever that lies.
+            parent = offset if offset < known else known + part.draft.parent(offset - known) + 1
+            chains.append(self._write(part.start + offset, part.block_table, chains[parent], token_id))
         return [
             SampledToken(
                 request.key,
                 request.sample_index,
-                _draw(chain, request.sample_index, request.output_index, self._vocabulary),
+                _draw(chains[request.row], request.sample_index, request.output_index, self._vocabulary),
                 None,
+                request.row,
             )
             for request in part.samples
         ]

@@ -90,6 +90,21 @@ def config(*transports: str, **changes: float | bool) -> TransferConfig:
     return TransferConfig(transports=transports, **changes)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, slots=True)
+class Roads:
+    """What makes the pools of a pair, and the transports between them."""
+
+    pool: Callable[[int, int], Pool]
+    giving: Callable[[Pool, TransferConfig], Sequence[SourceTransport]]
+    taking: Callable[[Pool, TransferConfig], Sequence[SinkTransport]]
+
+
+HOST_ROADS = Roads(
+    Pool, source_transports, lambda pool, settings: sink_transports(pool, settings, time.monotonic)
+)
+"""Pools in shared memory and the transports that the settings name."""
+
+
 @dataclass(slots=True)
 class Pair:
     """A source and a sink in this process; what the source gave back is in `released`."""
@@ -127,7 +142,7 @@ async def served_source(
     transports: Sequence[SourceTransport] | None = None,
     observer: TransferObserver | None = None,
 ) -> AsyncIterator[tuple[HandoffSource, WorkerRecord]]:
-    """A source behind a gRPC server on loopback."""
+    """A source behind a gRPC server on the host of its data connections."""
     me = record("prefill-0", Role.PREFILL)
     source = HandoffSource(
         *(me, pool, settings, time.monotonic, lambda *end: released.append(end), transports, observer)
@@ -135,10 +150,10 @@ async def served_source(
     await source.start()
     server = grpc_edge.server(TOKEN)
     add_HandoffServiceServicer_to_server(HandoffServicer(source), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"{settings.bind_host}:0")
     await server.start()
     try:
-        yield source, record("prefill-0", Role.PREFILL, f"127.0.0.1:{port}")
+        yield source, record("prefill-0", Role.PREFILL, f"{settings.advertise_host}:{port}")
     finally:
         await source.close()
         await server.stop(grace=0)
@@ -154,13 +169,14 @@ async def connected_pair(
     sink_settings: TransferConfig | None = None,
     sink_digest: str = "d",
     observer: TransferObserver | None = None,
+    roads: Roads = HOST_ROADS,
 ) -> AsyncIterator[Pair]:
     """A source and a sink over real sockets, closed at the end, sink first."""
-    source_pool, sink_pool = Pool(num_blocks, block_bytes), Pool(num_blocks, block_bytes)
+    source_pool, sink_pool = roads.pool(num_blocks, block_bytes), roads.pool(num_blocks, block_bytes)
     source_pool.fill(1)
     sink_pool.fill(2)
-    giving = source_transports(source_pool, settings)
-    taking = sink_transports(sink_pool, sink_settings or settings, time.monotonic)
+    giving = roads.giving(source_pool, settings)
+    taking = roads.taking(sink_pool, sink_settings or settings)
     if wrap_source is not None:
         giving = tuple(wrap_source(transport) for transport in giving)
     if wrap_sink is not None:

@@ -1,45 +1,26 @@
 """Whole hand-offs over the roads of device memory, beside tcp: fallback, return, and what dies."""
 
 import asyncio
-import ctypes
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
-from kvtransfer import weighted_sum
-from kvtransfer.contract import BlockRange, SinkTransport, SourceTransport, TransferConfig
-from kvtransfer.cuda_ipc import CudaIpcSink, CudaIpcSource, IpcKit
-from kvtransfer.device import DevicePool
+from kvtransfer.contract import BlockRange, TransferConfig
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.hashing import hashers
-from kvtransfer.nccl_sink import NcclSink
-from kvtransfer.nccl_source import NcclSource
 from kvtransfer.sink import HandoffSink
 from kvtransfer.tcp_sink import TcpSink
 from kvtransfer.tcp_source import TcpSource
 from tandem.errors import TransferError
 from tandem.worker import Role
-from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, HostDevice, host_kit
+from tests.kvtransfer.device_roads import Makers, checksums_in_host, ipc_makers, nccl_makers
+from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl
 from tests.kvtransfer.pair import TOKEN, Pair, Pool, blocks, config, key, record, served_source
-from tests.kvtransfer.test_cuda_ipc import HostSharing
 
-Makers = tuple[
-    Callable[[DevicePoolInHost, TransferConfig], SourceTransport],
-    Callable[[DevicePoolInHost, TransferConfig], SinkTransport],
-]
 GIVEN, TARGETS = blocks(7, 8, 9, 3, 30, 0), blocks(1, 2, 3, 20, 5, 11)
-
-
-def checksums_in_host(
-    pool: DevicePool, some: Sequence[int], offset_bytes: int, size_bytes: int
-) -> tuple[int, ...]:
-    """What the kernel computes, of a device that lies in host memory."""
-    pieces = pool.pieces(offset_bytes)
-    parts = [ctypes.string_at(pieces.address + block * pieces.stride_bytes, size_bytes) for block in some]
-    return tuple(weighted_sum.weighted_sum(memoryview(part)) for part in parts)
 
 
 @pytest.fixture(autouse=True)
@@ -66,23 +47,6 @@ async def device_pair(makers: Makers, settings: TransferConfig) -> AsyncIterator
             await sink.close()
     source_pool.close()
     sink_pool.close()
-
-
-def nccl_makers(source: FakeNccl, sink: FakeNccl) -> Makers:
-    """Both sides over fakes."""
-    return (
-        lambda pool, settings: NcclSource(pool, settings, host_kit(source)),
-        lambda pool, settings: NcclSink(pool, settings, time.monotonic, host_kit(sink)),
-    )
-
-
-def ipc_makers() -> Makers:
-    """Both sides over fakes."""
-    kit = IpcKit(lambda _index: HostDevice(), lambda _index: HostSharing())
-    return (
-        lambda pool, settings: CudaIpcSource(pool, settings, kit),
-        lambda pool, settings: CudaIpcSink(pool, settings, time.monotonic, kit),
-    )
 
 
 @pytest.mark.parametrize("name", ["nccl", "cuda_ipc"])

@@ -71,9 +71,15 @@ def test_another_length_is_not_taken() -> None:
     assert caught.value.fault is TransferFault.LENGTH
 
 
+def test_another_share_is_not_taken() -> None:
+    with pytest.raises(TransferError) as caught:
+        framing.check_header(Header(HeaderKind.BYTES, EXPECTED, 64, 128), EXPECTED, 64, 64)
+    assert caught.value.fault is TransferFault.LENGTH
+
+
 def test_greeting_of_another_version_is_refused() -> None:
     greeting = bytearray(framing.encode_greeting(b"t" * 32))
     assert framing.decode_greeting(bytes(greeting)) == b"t" * 32
     greeting[5] += 1
-    with pytest.raises(TransferError, match="version 2"):
+    with pytest.raises(TransferError, match=f"version {framing.VERSION + 1}"):
         framing.decode_greeting(bytes(greeting))

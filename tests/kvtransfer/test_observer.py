@@ -107,3 +107,14 @@ def test_prometheus_shows_one_road_for_each_source() -> None:
     assert roads == {"tcp": 1.0}
     changes = {"before": "shm", "now": "tcp"}
     assert registry.get_sample_value("tandem_worker_transport_changes_total", changes) == 1.0
+
+
+async def test_refused_handoff_is_no_failure_of_its_transport() -> None:
+    heard = Heard()
+    async with connected_pair(config("shm", "tcp"), observer=heard) as pair:
+        with pytest.raises(TransferError):
+            await pair.pull(key("unknown"), BlockRange(0, 1), blocks(1))
+        pair.source.offer(key("a"), blocks(4))
+        assert (await pair.pull(key("a"), BlockRange(0, 1), blocks(1))).transport == "shm"
+    assert heard.failures == []
+    assert heard.refusals == [TransferFault.REFUSED]

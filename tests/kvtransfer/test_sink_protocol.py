@@ -173,3 +173,13 @@ def test_deadline_of_the_request_ends_every_wait() -> None:
         ]
         handoff.tick(60.0)
         assert handoff.state is HandoffState.ABORTED
+
+
+def test_second_answer_to_a_pull_that_is_over_changes_nothing() -> None:
+    handoff = moving()
+    assert handoff.moved(2.0)
+    handoff.held(False, 2.0)
+    handoff.granted(1, 9.0)
+    handoff.refused(1)
+    handoff.not_ready(1)
+    assert handoff.state is HandoffState.OFFERED

@@ -1,242 +1,17 @@
-"""What every transport must hold, each test over each of them, with real sockets and real gRPC."""
+"""What only a transport that sends can get wrong, and the way from one transport to the next."""
 
 import asyncio
 import time
-from collections.abc import Callable
 
 import pytest
 
 from kvtransfer.contract import BlockRange, PeerId, SinkTransport, SourceTransport
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
-from kvtransfer.handoff import HandoffState, ReleaseReason
+from kvtransfer.handoff import ReleaseReason
+from kvtransfer.tcp_sink import TcpSink
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import Incarnation
 from tests.kvtransfer.pair import Pool, blocks, config, connected_pair, eventually, key, outcome_of
-
-
-def faulty_sink(fault: Fault, delay_s: float = 0.05) -> Callable[[SinkTransport, Pool], SinkTransport]:
-    """Wraps a taking side so that every transfer has one fault."""
-
-    def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
-        return FaultySink(inner, pool, FaultSchedule(1, {fault: 1.0}, delay_s))
-
-    return wrap
-
-
-@pytest.fixture(params=["shm", "tcp"])
-def transport(request: pytest.FixtureRequest) -> str:
-    """Name of the transport under test."""
-    name = request.param
-    assert isinstance(name, str)
-    return name
-
-
-class TestTransfer:
-    """The contract of SourceTransport and SinkTransport, as seen through a source and a sink."""
-
-    async def test_scattered_blocks_arrive_in_order(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            given, targets = blocks(7, 8, 9, 3, 30, 0, 1), blocks(1, 2, 3, 20, 5, 11, 12)
-            pair.source.offer(key("a"), given)
-            before = pair.sink_pool.read(blocks(0, 4, 31))
-            report = await pair.pull(key("a"), BlockRange(0, 7), targets)
-            assert pair.sink_pool.read(targets) == pair.source_pool.read(given)
-            assert pair.sink_pool.read(blocks(0, 4, 31)) == before
-            assert (report.transport, report.moved_bytes) == (transport, 7 * 8192)
-            assert pair.released == [(key("a"), ReleaseReason.COMMITTED)]
-
-    async def test_part_of_a_leg_is_pulled(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            given = blocks(7, 8, 9, 3, 30)
-            pair.source.offer(key("a"), given)
-            await pair.pull(key("a"), BlockRange(2, 3), blocks(4, 5, 6))
-            assert pair.sink_pool.read(blocks(4, 5, 6)) == pair.source_pool.read(given[2:])
-
-    async def test_nothing_needs_to_move_when_the_sink_has_it_all(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            pair.source.offer(key("a"), blocks(7, 8))
-            report = await pair.pull(key("a"), BlockRange(2, 0), ())
-            assert (report.transport, report.moved_bytes) == ("", 0)
-            assert pair.released == [(key("a"), ReleaseReason.COMMITTED)]
-
-    async def test_many_pulls_at_once_do_not_mix(self, transport: str) -> None:
-        async with connected_pair(config(transport, max_pulls=3), block_bytes=300_000) as pair:
-            legs = [(key(f"leg-{i}"), blocks(4 * i, 4 * i + 2), blocks(2 * i, 2 * i + 1)) for i in range(7)]
-            for name, given, _ in legs:
-                pair.source.offer(name, given)
-            async with asyncio.TaskGroup() as group:
-                for name, _, targets in legs:
-                    group.create_task(pair.pull(name, BlockRange(0, 2), targets))
-            for _, given, targets in legs:
-                assert pair.sink_pool.read(targets) == pair.source_pool.read(given)
-            assert len(pair.released) == 7
-
-    async def test_wrong_ticket_is_refused(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            pair.source.offer(key("a"), blocks(1))
-            await pair.pull(key("a"), BlockRange(0, 1), blocks(1))
-            inner = pair.sink._transports[transport]
-            known = (await pair.sink._sources.get(pair.source_record)).endpoints[0]
-            stranger = PeerId(pair.source_record.worker_id, pair.source_record.incarnation)
-            await inner.disconnect(stranger)
-            with pytest.raises(TransferError) as caught:
-                await inner.connect(stranger, known.address, b"?" * 32, 8192)
-            assert caught.value.fault is TransferFault.REFUSED
-
-    async def test_wrong_digest_is_refused(self, transport: str) -> None:
-        async with connected_pair(config(transport), sink_digest="another model") as pair:
-            pair.source.offer(key("a"), blocks(1))
-            with pytest.raises(TransferError) as caught:
-                await pair.pull(key("a"), BlockRange(0, 1), blocks(1))
-            assert caught.value.fault is TransferFault.DIGEST
-            assert pair.source.counts().refused[TransferFault.DIGEST] >= 1
-
-    async def test_stale_epoch_is_refused_and_the_new_one_served(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            pair.source.offer(key("a", 1), blocks(1))
-            pair.source.offer(key("a", 2), blocks(2))
-            assert pair.released == [(key("a", 1), ReleaseReason.SUPERSEDED)]
-            with pytest.raises(TransferError) as caught:
-                await pair.pull(key("a", 1), BlockRange(0, 1), blocks(1))
-            assert caught.value.fault is TransferFault.STALE_EPOCH
-            await pair.pull(key("a", 2), BlockRange(0, 1), blocks(1))
-            assert pair.sink_pool.read(blocks(1)) == pair.source_pool.read(blocks(2))
-
-    async def test_range_outside_of_the_leg_is_refused(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            pair.source.offer(key("a"), blocks(1, 2))
-            with pytest.raises(TransferError) as caught:
-                await pair.pull(key("a"), BlockRange(1, 2), blocks(1, 2))
-            assert caught.value.fault is TransferFault.LENGTH
-
-    async def test_some_layers_only_are_pulled(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            pair.source.offer(key("a"), blocks(1, 2))
-            before = pair.sink_pool.read(blocks(1, 2))
-            await pair.pull(key("a"), BlockRange(0, 2, first_layer=1, num_layers=2), blocks(1, 2))
-            for block, old in zip(blocks(1, 2), before, strict=True):
-                given = bytes(pair.source_pool.view(block))
-                expected = old[:2048] + given[2048:6144] + old[6144:]
-                assert bytes(pair.sink_pool.view(block)) == expected
-
-    async def test_layers_that_there_are_not_are_refused(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            pair.source.offer(key("a"), blocks(1, 2))
-            with pytest.raises(TransferError) as caught:
-                await pair.pull(key("a"), BlockRange(0, 2, first_layer=3, num_layers=2), blocks(1, 2))
-            assert caught.value.fault is TransferFault.LENGTH
-
-    @pytest.mark.parametrize("fault", [Fault.CORRUPT, Fault.TRUNCATE])
-    async def test_wrong_bytes_never_land(self, transport: str, fault: Fault) -> None:
-        async with connected_pair(config(transport), wrap_sink=faulty_sink(fault)) as pair:
-            pair.source.offer(key("a"), blocks(1, 2))
-            with pytest.raises(TransferError) as caught:
-                await pair.pull(key("a"), BlockRange(0, 2), blocks(1, 2))
-            assert caught.value.fault is TransferFault.CHECKSUM
-            await pair.wait_released(1, within_s=1.0)
-            assert pair.released == [(key("a"), ReleaseReason.ABORTED_BY_SINK)]
-
-    async def test_lease_overrun_fails_closed(self, transport: str) -> None:
-        settings = config(transport, lease_s=0.3)
-        slow = faulty_sink(Fault.DELAY, delay_s=2.0)
-        async with connected_pair(settings, wrap_sink=slow) as pair:
-            pair.source.offer(key("a"), blocks(1, 2))
-            before = pair.sink_pool.read(blocks(1, 2))
-            with pytest.raises(TransferError) as caught:
-                await pair.pull(key("a"), BlockRange(0, 2), blocks(1, 2))
-            assert caught.value.fault is TransferFault.LEASE
-            assert pair.sink_pool.read(blocks(1, 2)) == before
-            await pair.wait_released(1, within_s=1.0)
-
-    async def test_cancelled_pull_leaves_nothing_that_writes(self, transport: str) -> None:
-        async with connected_pair(config(transport), num_blocks=64, block_bytes=1 << 20) as pair:
-            given, targets = blocks(*range(0, 64, 2)), blocks(*range(1, 64, 2))
-            for round_number in range(6):
-                name = key(f"leg-{round_number}")
-                pair.source.offer(name, given)
-                pulling = asyncio.create_task(pair.pull(name, BlockRange(0, 32), targets))
-                await asyncio.sleep(0.004 * round_number)
-                pulling.cancel()
-                await asyncio.wait((pulling,))
-                marks = [bytes(8)] * len(targets)
-                for target in targets:
-                    pair.sink_pool.view(target)[-8:] = bytes(8)
-                    pair.sink_pool.view(target)[:8] = bytes(8)
-                await asyncio.sleep(0.02)
-                assert [bytes(pair.sink_pool.view(target)[:8]) for target in targets] == marks
-                assert [bytes(pair.sink_pool.view(target)[-8:]) for target in targets] == marks
-            await pair.wait_released(6, within_s=2.0)
-            pair.source.offer(key("after"), given)
-            await pair.pull(key("after"), BlockRange(0, 32), targets)
-            assert pair.sink_pool.read(targets) == pair.source_pool.read(given)
-
-    async def test_withdrawn_offer_is_free_at_once(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            pair.source.offer(key("a"), blocks(1, 2))
-            pair.source.withdraw(key("a").leg_id)
-            assert pair.released == [(key("a"), ReleaseReason.WITHDRAWN)]
-            with pytest.raises(TransferError) as caught:
-                await pair.pull(key("a"), BlockRange(0, 2), blocks(1, 2))
-            assert caught.value.fault is TransferFault.REFUSED
-
-    async def test_withdrawn_offer_is_kept_while_it_is_read(self, transport: str) -> None:
-        slow = faulty_sink(Fault.DELAY, delay_s=0.3)
-        async with connected_pair(config(transport), wrap_sink=slow) as pair:
-            pair.source.offer(key("a"), blocks(1, 2))
-            pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, 2), blocks(1, 2)))
-            await eventually(lambda: pair.source.counts().in_flight == 1, within_s=2.0)
-            await asyncio.sleep(0.05)
-            pair.source.withdraw(key("a").leg_id)
-            if transport == "shm":
-                assert pair.released == []
-            failure = await outcome_of(pulling)
-            assert isinstance(failure, TransferError)
-            await pair.wait_released(1, within_s=1.0)
-            assert pair.released == [(key("a"), ReleaseReason.WITHDRAWN)]
-
-    async def test_unclaimed_offer_comes_back(self, transport: str) -> None:
-        async with connected_pair(config(transport, park_s=0.1)) as pair:
-            pair.source.offer(key("a"), blocks(1, 2))
-            await pair.wait_released(1, within_s=1.0)
-            assert pair.released == [(key("a"), ReleaseReason.PARK_EXPIRED)]
-
-    async def test_sink_that_goes_away_gives_the_blocks_back(self, transport: str) -> None:
-        hanging = faulty_sink(Fault.DROP)
-        async with connected_pair(config(transport), wrap_sink=hanging) as pair:
-            pair.source.offer(key("a"), blocks(1, 2))
-            pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, 2), blocks(1, 2)))
-            await eventually(lambda: pair.source.counts().in_flight == 1, within_s=2.0)
-            # The sink's transports close as they would in a process that dies, without a word by gRPC.
-            inner = pair.sink._transports[transport]
-            assert isinstance(inner, FaultySink)
-            await inner.disconnect(PeerId.of(pair.source_record))
-            began_s = time.monotonic()
-            await pair.wait_released(1, within_s=2.0)
-            assert time.monotonic() - began_s < 2.0
-            assert pair.released == [(key("a"), ReleaseReason.PEER_LOST)]
-            pulling.cancel()
-            await asyncio.wait((pulling,))
-
-    async def test_source_says_where_a_handoff_stands(self, transport: str) -> None:
-        async with connected_pair(config(transport)) as pair:
-            pair.source.offer(key("a"), blocks(1))
-            assert pair.source.query(key("a")) is HandoffState.OFFERED
-            await pair.pull(key("a"), BlockRange(0, 1), blocks(1))
-            assert pair.source.query(key("a")) is HandoffState.COMMITTED
-            assert pair.source.query(key("unknown")) is None
-
-    async def test_source_that_closes_ends_the_pull(self, transport: str) -> None:
-        hanging = faulty_sink(Fault.DROP)
-        settings = config(transport, lease_s=0.5)
-        async with connected_pair(settings, wrap_sink=hanging) as pair:
-            pair.source.offer(key("a"), blocks(1))
-            pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, 1), blocks(1)))
-            await eventually(lambda: pair.source.counts().in_flight == 1, within_s=2.0)
-            began_s = time.monotonic()
-            await pair.source.close()
-            assert time.monotonic() - began_s < 2.0
-            assert pair.released == [(key("a"), ReleaseReason.CLOSED)]
-            assert isinstance(await outcome_of(pulling), TransferError)
 
 
 class TestSendingTransport:
@@ -256,6 +31,17 @@ class TestSendingTransport:
                 await pair.pull(key("a"), BlockRange(0, 2), blocks(1, 2))
             assert caught.value.fault is named
             await pair.wait_released(1, within_s=2.0)
+
+    async def test_large_transfer_is_spread_over_connections_that_are_kept(self) -> None:
+        async with connected_pair(config("tcp"), num_blocks=32, block_bytes=400_000) as pair:
+            given, targets = blocks(*range(0, 31, 2)), blocks(*range(31, 0, -2))
+            for leg in ("a", "b"):
+                pair.source.offer(key(leg), given)
+                await pair.pull(key(leg), BlockRange(0, 16), targets)
+                assert pair.sink_pool.read(targets) == pair.source_pool.read(given)
+            tcp = pair.sink._transports["tcp"]
+            assert isinstance(tcp, TcpSink)
+            assert len(tcp._pairs[PeerId.of(pair.source_record)].idle) == 2
 
     async def test_source_that_sends_nothing_is_given_up(self) -> None:
         def wrap(inner: SourceTransport) -> SourceTransport:

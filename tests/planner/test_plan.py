@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from cluster.config_file import parse_cluster_config
-from planner.goodput import Goodput, Probe
+from planner.goodput import Goodput, Probe, find_goodput
 from planner.placement import Mode
 from planner.placement_mix import Mix
+from planner.placement_search import bounded
+from planner.placement_space import candidates, worker_kinds
 from planner.plan_cluster import cluster_yaml
 from planner.plan_curves import plan_lines
 from planner.plan_file import PlanFile
@@ -19,6 +21,7 @@ from planner.plan_plot import draw
 from planner.plan_processes import PlanProcesses
 from planner.plan_result import PlanResult
 from planner.plan_run import Problem, make_plan, read_problem
+from planner.simulated_candidate import SimulatedCandidate
 from planner.yaml_document import load_section
 from tandem.cli.main import EXIT_BAD_INPUT, main
 from tandem.errors import ConfigError
@@ -69,6 +72,20 @@ def test_a_plan_meets_the_objectives_in_the_simulator_and_not_at_a_rate_above(tm
         at, above = (reached.share for reached in processes.attainments(runs))
     assert at >= 0.9 > above
     assert "miss it at" in best.why
+
+
+def test_the_best_is_within_2_percent_of_simulating_every_candidate(tmp_path: Path) -> None:
+    hardware = [_document()["hardware"][0] | {"devices_per_node": 3}]
+    searching = {"tp": [1, 2], "pp": [1], "most_workers": 2, "tolerance": 0.01, "processes": 1}
+    problem = _problem(tmp_path, hardware=hardware, search=searching)
+    kinds = worker_kinds(problem.space, problem.workers, problem.buckets[0].longest_tokens)
+    every = bounded(problem.space, problem.bounds(0), candidates(problem.space, kinds))
+    simulate = SimulatedCandidate(problem)
+    by_hand = [find_goodput(simulate, Probe(one.candidate, one.bound_rps), 0.9, 0.01) for one in every]
+    best = max(found.rate_rps / one.cost for found, one in zip(by_hand, every, strict=True))
+    planned = _planned(problem, tmp_path)
+    assert planned.simulated < len(every)
+    assert planned.ranked[0].per_price >= 0.98 * best
 
 
 def test_processes_of_their_own_answer_as_this_one_does(tmp_path: Path) -> None:

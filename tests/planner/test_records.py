@@ -1,32 +1,8 @@
-"""What is said of a simulation: Wilson's intervals, quantiles, gaps."""
-
-import math
-
-import pytest
+"""What is said of a simulation: rows, gaps, good requests."""
 
 from planner.gap_log import GapLog
-from planner.records import attainment, quantile
 from planner.simulator import simulate
 from tests.planner.clusters import disaggregated, load
-
-
-def test_wilson_interval_of_a_known_case() -> None:
-    """81 of 263 (Newcombe 1998, table I): 0.2553 to 0.3662."""
-    reached = attainment(81, 263)
-    assert (round(reached.low, 4), round(reached.high, 4)) == (0.2553, 0.3662)
-
-
-def test_interval_of_none_and_of_all_is_not_empty() -> None:
-    assert attainment(0, 10).low == pytest.approx(0.0, abs=1e-12)
-    assert 0.2 < attainment(0, 10).high < 0.4
-    assert attainment(10, 10).high == pytest.approx(1.0)
-    assert (attainment(0, 0).low, attainment(0, 0).high) == (0.0, 1.0)
-
-
-def test_quantiles_are_interpolated() -> None:
-    assert quantile([4.0, 1.0, 2.0], 0.5) == 2.0
-    assert quantile([0.0, 10.0], 0.9) == 9.0
-    assert math.isnan(quantile([], 0.5))
 
 
 def test_the_longest_gap_is_that_of_the_steps_asked_for() -> None:

@@ -13,10 +13,17 @@ from tandem.sampling import FinishReason, SamplingParams
 EOS = 0
 
 
-def scheduler(pool: BlockPool, token_budget: int = 8, max_waiting: int = 16) -> PrefillScheduler:
+def scheduler(
+    pool: BlockPool, token_budget: int = 8, max_waiting: int = 16, overlap_min_tokens: int | None = None
+) -> PrefillScheduler:
     """A scheduler with a context of 64 tokens."""
     return PrefillScheduler(
-        pool, token_budget=token_budget, max_waiting=max_waiting, context_tokens=64, eos_ids=(EOS,)
+        pool,
+        token_budget=token_budget,
+        max_waiting=max_waiting,
+        context_tokens=64,
+        eos_ids=(EOS,),
+        overlap_min_tokens=overlap_min_tokens,
     )
 
 

@@ -3,9 +3,10 @@
 import pytest
 
 from engine.leg import DropReason
+from router.commands import Cancel, PlaceDecode, PlacePrefill
 from router.leg import TRANSITIONS, Input, State, after
 from router.request import ResumePoint, TokenUsage
-from router.session import Cancel, PlaceDecode, PlacePrefill, Session
+from router.session import Session
 from router.worker_key import WorkerKey
 from tandem.errors import DeadlineExceeded, NotReady, ProtocolError
 from tandem.ids import LegId

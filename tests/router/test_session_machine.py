@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.leg import DropReason
+from router.commands import Cancel, Command, PlaceDecode, PlacePrefetch, PlacePrefill, SendDecode
 from router.leg import ENDED, Leg, State
-from router.session import Cancel, Command, PlaceDecode, PlacePrefill
 from router.worker_key import WorkerKey
 from tandem.errors import ProtocolError
 from tandem.ids import LegId
@@ -34,6 +34,7 @@ class SessionMachine(RuleBasedStateMachine):
         params = SamplingParams(n=SAMPLES, max_tokens=MAX_TOKENS)
         self.session = make_session(params, max_replacements=1_000)
         self.to_prefill: set[LegId] = set()
+        self.to_prefetch: set[LegId] = set()
         self.to_decode: set[LegId] = set()
         self.old: list[LegId] = []
         self.at_worker: set[tuple[WorkerKey, LegId]] = set()
@@ -49,9 +50,15 @@ class SessionMachine(RuleBasedStateMachine):
                 self.to_prefill.add(command.leg_id)
             elif isinstance(command, PlaceDecode):
                 self.to_decode.add(command.leg_id)
+            elif isinstance(command, PlacePrefetch):
+                self.to_prefetch.add(command.leg_id)
+            elif isinstance(command, SendDecode):
+                assert (command.worker, command.leg_id) in self.at_worker
+                self.session.decode_sent(command.leg_id, command.worker)
             elif isinstance(command, Cancel) and not command.samples:
                 self.at_worker.discard((command.worker, command.leg_id))
         self.to_prefill &= self.session.legs.keys()
+        self.to_prefetch &= {leg.leg_id for leg in self.legs_in(State.PREFILLING)}
         self.to_decode &= self.session.legs.keys()
 
     def tell(self, leg: Leg, who: WorkerKey, sample: int, first: int, count: int) -> None:
@@ -93,11 +100,37 @@ class SessionMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.legs_in(State.PREFILLING))
     @rule(data=st.data())
-    def offer(self, data: st.DataObject) -> None:
+    def grow(self, data: st.DataObject) -> None:
+        leg = data.draw(st.sampled_from(self.legs_in(State.PREFILLING)))
+        assert leg.prefill is not None
+        if leg.decode is None:
+            self.carry_out(list(self.session.kv_growing(leg.prefill, leg.leg_id, 1)))
+
+    @precondition(lambda self: self.to_prefetch)
+    @rule(data=st.data())
+    def place_prefetch(self, data: st.DataObject) -> None:
+        leg_id = data.draw(st.sampled_from(sorted(self.to_prefetch)))
+        who = data.draw(st.sampled_from(DECODES))
+        self.to_prefetch.discard(leg_id)
+        self.session.prefetch_sent(leg_id, who)
+        self.at_worker.add((who, leg_id))
+
+    @precondition(lambda self: self.session.legs)
+    @rule(data=st.data(), who=st.sampled_from(DECODES))
+    def lose_prefetch(self, data: st.DataObject, who: WorkerKey) -> None:
+        leg = data.draw(st.sampled_from(list(self.session.legs.values())))
+        fetching = leg.state is State.PREFILLING and leg.decode == who
+        assert self.session.prefetch_lost(who, leg.leg_id) is fetching
+        if fetching:
+            self.at_worker.discard((who, leg.leg_id))
+
+    @precondition(lambda self: self.legs_in(State.PREFILLING))
+    @rule(data=st.data(), epoch=st.sampled_from([1, 1, 2]))
+    def offer(self, data: st.DataObject, epoch: int) -> None:
         leg = data.draw(st.sampled_from(self.legs_in(State.PREFILLING)))
         assert leg.prefill is not None
         try:
-            commands = self.session.kv_offered(leg.prefill, leg.leg_id, 1, 0)
+            commands = self.session.kv_offered(leg.prefill, leg.leg_id, epoch, 0)
         except ProtocolError:
             commands = self.session.violated(leg.leg_id, self.now_s)
             self.note_ended(leg)
@@ -137,6 +170,8 @@ class SessionMachine(RuleBasedStateMachine):
         leg_id = data.draw(st.sampled_from(known))
         assert not self.session.tokens(who, leg_id, sample, first, [1, 2], (), None, None, self.now_s)
         assert not self.session.kv_offered(who, leg_id, 1, 0)
+        assert not self.session.kv_growing(who, leg_id, 1)
+        assert not self.session.prefetch_lost(who, leg_id)
         assert not self.session.kv_landed(who, leg_id, "shm", 0, self.now_s)
         assert not self.session.dropped(who, leg_id, (), DropReason.INTERNAL, "", self.now_s)
 
@@ -193,6 +228,12 @@ class SessionMachine(RuleBasedStateMachine):
         unfinished = [s.index for s in self.session.samples if s.finish is None]
         assert written == ([] if self.session.state in (State.CANCELLED, State.FAILED) else unfinished)
         assert self.session.ended == (not self.session.legs)
+
+    @invariant()
+    def a_worker_that_fetches_early_is_known_to_the_leg(self) -> None:
+        for leg in self.legs_in(State.PREFILLING):
+            fetching = {who for who, leg_id in self.at_worker if leg_id == leg.leg_id} - {leg.prefill}
+            assert fetching == ({leg.decode} if leg.decode is not None else set())
 
     @invariant()
     def every_waiting_leg_is_somewhere_to_be_placed(self) -> None:

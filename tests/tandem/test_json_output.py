@@ -11,20 +11,24 @@ import pytest
 from benchmarks.forecast_report import Compared, Figures, forecast_json
 from benchmarks.kv import result_json
 from benchmarks.kv_layouts import SMALL_BLOCKS, Layout, Placement
-from benchmarks.kv_times import CaseTimes, Road, Timed
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, Road, Timed
 from benchmarks.latency_summary import Outcome, OutcomeKind, Spread, TokenArrival, summarise
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
+from benchmarks.simulator_speed import measure
 from kvtransfer.contract import PullReport
 from planner.placement import Candidate, Mode, WorkerKind
 from planner.placement_mix import Mix
 from planner.plan_result import PlanResult, Ranked, plan_json
+from planner.simulate_output import simulation_json
+from planner.simulator import simulate
 from tandem.cli.json_output import generation_json, status_json
 from tandem.generation import update_from_wire
 from tandem.slo import SloClass
 from tandem.v1 import cluster_pb2, worker_pb2
 from tandem.v1 import inference_pb2 as pb
+from tests.planner.clusters import disaggregated, load
 from tests.planner.live_profiles import live_profile
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json-output.md"
@@ -81,17 +85,18 @@ def relay() -> dict[str, Any]:
     return relay_json([result], streams=4)
 
 
-def kv() -> dict[str, Any]:
-    timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.0, 0.001), 0.005)
-    layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
-    case = CaseTimes(layout, 4, (0.001,), (0.002,), {Road("shm", True): (timed,)})
-    return result_json([case], 1, case, 2)
-
-
 def planned() -> dict[str, Any]:
     candidate = Candidate(Mode.DISAGGREGATED, WorkerKind("l4"), 1, WorkerKind("l4"), 1)
     ranked = Ranked(candidate, 2.0, 2, 2.0, "time per token: 11% miss it at 2.1 req/s")
     return plan_json(PlanResult(Mix(((candidate, 1),), 2.0, 2.0), (ranked,), 9, 8, 1, ("a roofline",)))
+
+
+def kv() -> dict[str, Any]:
+    timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.0, 0.001), 0.005)
+    layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
+    case = CaseTimes(layout, 4, (0.001,), (0.002,), {Road("shm", True): (timed,)})
+    adoption = AdoptionTimes(1, 65_536, (0.001,), (0.001,), (0.001,), (0.001,))
+    return result_json([case], 1, case, 2, [adoption])
 
 
 def forecast() -> dict[str, Any]:
@@ -116,9 +121,11 @@ def forecast() -> dict[str, Any]:
         ("tandem status", status()),
         ("tandem bench serve", serve()),
         ("tandem bench router", relay()),
-        ("tandem bench kv", kv()),
+        ("tandem simulate", simulation_json(simulate(disaggregated(1, 1), load(5, 5.0, 1)))),
+        ("tandem bench sim", measure(None, count=5, rate_rps=1.0, runs=1)),
         ("tandem plan", planned()),
         ("tandem bench sim --live", forecast()),
+        ("tandem bench kv", kv()),
     ],
 )
 def test_documented_keys_are_those_produced(section: str, output: dict[str, Any]) -> None:

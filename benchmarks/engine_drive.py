@@ -1,0 +1,147 @@
+"""Edge: drives the engine alone, without event loop or network, through both workers' schedulers."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from decode_worker.decode_leg import DecodeLeg, SampleStart
+from decode_worker.scheduler import DecodeScheduler
+from engine.blocks import BlockPool
+from engine.loading import LoadedEngine
+from engine.step import StepPlan, StepResult
+from prefill_worker.scheduler import PrefillLeg, PrefillScheduler
+from tandem.errors import TandemError
+from tandem.ids import LegId
+from tandem.sampling import SamplingParams
+from tandem.worker_config import WorkerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Durations of the steps of one run, in order: with the scheduler's work, and the runner's alone."""
+
+    wall_s: tuple[float, ...]
+    compute_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPrompts:
+    """Prompts whose KV is parked in the pool, each with its first token."""
+
+    legs: tuple[PrefillLeg, ...]
+    first_tokens: tuple[int, ...]
+    times: StepTimes
+
+
+class EngineDrive:
+    """One engine, its pool, and a scheduler of each role over the same blocks.
+
+    KV is handed over by finding it in the prefix cache, so prompts to decode from must be whole blocks long.
+    """
+
+    def __init__(self, engine: LoadedEngine, config: WorkerConfig, seed: int = 0) -> None:
+        """`engine` must have been loaded with `config`; `seed` chooses the prompts."""
+        self.engine = engine
+        self._block_size = config.block_size
+        self._random = random.Random(seed)
+        self._numbers = 0
+        self.pool = BlockPool(config.pool_blocks, config.block_size)
+        self._prefill = PrefillScheduler(
+            self.pool,
+            token_budget=config.token_budget,
+            max_waiting=config.max_waiting,
+            context_tokens=engine.context_tokens,
+            eos_ids=(),
+        )
+        self.decode = DecodeScheduler(
+            self.pool,
+            max_batch=config.max_batch,
+            max_waiting=config.max_waiting,
+            context_tokens=engine.context_tokens,
+            eos_ids=(),
+        )
+
+    def prompt(self, tokens: int) -> tuple[int, ...]:
+        """A random prompt that no earlier one starts with."""
+        return tuple(
+            self._random.randrange(self.engine.model_config.vocabulary_tokens) for _ in range(tokens)
+        )
+
+    def read(self, prompts: Sequence[tuple[int, ...]], output_tokens: int = 2) -> ReadPrompts:
+        """Prefills the prompts, which stay parked until `forget` or `write`."""
+        params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+        legs = tuple(
+            PrefillLeg(self._leg_id(), prompt, len(prompt), (0,), params, 0, float("inf"))
+            for prompt in prompts
+        )
+        for leg in legs:
+            self._prefill.add(leg, time.perf_counter())
+        first: dict[LegId, int] = {}
+
+        def complete(result: StepResult, now_s: float) -> None:
+            for token in self._prefill.complete(result, now_s).tokens:
+                first[token.leg_id] = token.token_id
+
+        times = self._steps(self._prefill.schedule, complete)
+        return ReadPrompts(legs, tuple(first[leg.leg_id] for leg in legs), times)
+
+    def forget(self, read: ReadPrompts) -> None:
+        """Frees parked prompts; what they left in the prefix cache stays."""
+        for leg in read.legs:
+            self._prefill.release(leg.leg_id)
+
+    def join(self, read: ReadPrompts) -> None:
+        """Moves parked prompts into the decode scheduler's batch. Raises TandemError when they don't fit."""
+        now_s = time.perf_counter()
+        for leg, token in zip(read.legs, read.first_tokens, strict=True):
+            starts = (SampleStart(0, (token,)),)
+            decoding = DecodeLeg(
+                leg.leg_id, leg.token_ids, leg.prompt_tokens, starts, leg.params, 0, float("inf")
+            )
+            self.decode.add(decoding, now_s)
+        for reservation in self.decode.reserve(now_s):
+            if reservation.target_blocks:
+                raise TandemError(
+                    "A prompt to decode from is not whole blocks long or left the prefix cache."
+                )
+            self.decode.landed(reservation.leg_id, now_s)
+        if self.decode.load().waiting_legs:
+            raise TandemError("The KV pool or the worker's limits are too small for this batch.")
+        self.forget(read)
+
+    def write(self, read: ReadPrompts, at_step: Callable[[int], None] | None = None) -> StepTimes:
+        """Decodes all output tokens of parked prompts in one batch and frees the prompts.
+
+        `at_step` is called after each step with the number of those done. Raises as `join` does.
+        """
+        self.join(read)
+        done = 0
+
+        def complete(result: StepResult, now_s: float) -> None:
+            nonlocal done
+            done += 1
+            if self.decode.complete(result, now_s).dropped:
+                raise TandemError("The KV pool is too small for this batch.")
+            if at_step is not None:
+                at_step(done)
+
+        return self._steps(self.decode.schedule, complete)
+
+    def _steps(
+        self, schedule: Callable[[float], StepPlan | None], complete: Callable[[StepResult, float], None]
+    ) -> StepTimes:
+        wall_s, compute_s = [], []
+        began_s = time.perf_counter()
+        while (plan := schedule(began_s)) is not None:
+            result = self.engine.runner.run(plan)
+            complete(result, time.perf_counter())
+            ended_s = time.perf_counter()
+            wall_s.append(ended_s - began_s)
+            compute_s.append(result.compute_s)
+            began_s = ended_s
+        return StepTimes(tuple(wall_s), tuple(compute_s))
+
+    def _leg_id(self) -> LegId:
+        self._numbers += 1
+        return LegId(f"bench-{self._numbers}")

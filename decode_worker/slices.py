@@ -1,0 +1,79 @@
+"""Pure: a sample's part of a step plan, and which of the tokens drawn for it are its output."""
+
+from collections.abc import Collection, Sequence
+
+from decode_worker.decode_leg import SampleRecord
+from engine.drafting.draft import (
+    ROOT,
+    Draft,
+    DraftRequest,
+    accepted_rows,
+    in_place,
+    row_in_slice,
+    row_of_draft,
+)
+from engine.ending import Ending, banned_tokens
+from engine.leg import LegToken
+from engine.step import SampledToken, SampleRequest, SequenceSlice
+
+
+def sample_slice(sample: SampleRecord, eos_ids: Collection[int], propose: int = 0) -> SequenceSlice:
+    """The sample's next tokens and its draft; asks for a new draft of at most `propose` tokens.
+
+    Its lists are live: they change at complete and schedule only.
+    """
+    start, end = sample.computed, sample.computed + sample.slice_tokens
+    token_ids = (*sample.tokens[start:end], *sample.draft.token_ids)
+    if not sample.draws:
+        return SequenceSlice(token_ids, start, sample.table, ())
+    rows = range(len(sample.draft) + 1)
+    requests = tuple(_request(sample, eos_ids, row) for row in rows)
+    request = _draft_request(sample, propose) if propose else None
+    return SequenceSlice(token_ids, start, sample.table, requests, sample.draft, request)
+
+
+def accepted_tokens(draft: Draft, drawn: Sequence[SampledToken]) -> tuple[list[SampledToken], int]:
+    """The output among the tokens drawn for a sample, and how many of its guesses have KV in place."""
+    by_row = {row_of_draft(draft, token.row): token for token in drawn}
+    rows = accepted_rows(draft, {row: token.token_id for row, token in by_row.items()})
+    return [by_row[row] for row in rows], in_place(rows)
+
+
+def leg_token(
+    sample: SampleRecord, drawn: SampledToken, output_index: int, ending: Ending | None
+) -> LegToken:
+    """What the router is told of a token that was drawn for a sample."""
+    return LegToken(
+        leg_id=sample.record.leg.leg_id,
+        sample_index=sample.sample_index,
+        output_index=output_index,
+        token_id=drawn.token_id,
+        logprob=drawn.logprob,
+        finish=ending.reason if ending is not None else None,
+        stop_token_id=ending.stop_token_id if ending is not None else None,
+    )
+
+
+def _request(sample: SampleRecord, eos_ids: Collection[int], row: int) -> SampleRequest:
+    """The draw after the sample's last token (row 0) or after one of its guesses."""
+    leg = sample.record.leg
+    guessed = sample.draft.path(row - 1) if row - 1 != ROOT else ()
+    output_index = sample.output_index + len(guessed)
+    history: Sequence[int] = ()
+    if leg.params.needs_history:
+        history = (*sample.tokens, *guessed) if guessed else sample.tokens
+    return SampleRequest(
+        key=sample.key,
+        sample_index=sample.sample_index,
+        output_index=output_index,
+        params=leg.params,
+        history=history,
+        prompt_tokens=leg.prompt_tokens,
+        banned=banned_tokens(leg.params, output_index, eos_ids),
+        row=row_in_slice(sample.draft, row),
+    )
+
+
+def _draft_request(sample: SampleRecord, limit: int) -> DraftRequest:
+    leg = sample.record.leg
+    return DraftRequest(sample.key, sample.sample_index, sample.tokens, leg.prompt_tokens, leg.params, limit)

@@ -1,0 +1,1 @@
+"""The CUDA back-end: kernels, attention choices, graphs and the memory plan."""

@@ -1,0 +1,103 @@
+"""`tandem bench engine` and `tandem profile` on a tiny model: what they count, and that the page says it."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import engine, engine_profile
+from benchmarks.engine import DecodeRun, Sizes, decode_json
+from benchmarks.engine_drive import StepTimes
+from benchmarks.engine_profile import grid
+from benchmarks.machine_limits import MachineLimits
+from benchmarks.model_cost import decode_flops, kv_elements_per_token, prefill_flops, read_parameters
+from engine.model_config import read_model_config
+from engine.model_source import resolve_model
+from tests.engine.tiny_models import family_configs, random_model
+from tests.tandem.test_json_output import documented, keys_of
+
+LIMITS = MachineLimits(40.0, 400.0)
+SMALL = Sizes(
+    decode=((1, 16, 8, 1), (3, 32, 8, 3)),
+    prefill=(2, 64),
+    cached_prompt=96,
+    profiled=(2, 16, 4),
+    runs=1,
+    pool_blocks=32,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    random_model(family_configs()["llama"]).save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring them takes half a gigabyte, and their values are the machine's."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(engine, "measure_limits", lambda dtype: LIMITS)
+
+
+def test_every_figure_is_measured_and_documented(folder: Path) -> None:
+    result = engine.measure(str(folder), "float32", 1, SMALL)
+    assert sorted(keys_of(result)) == sorted(documented("tandem bench engine"))
+    assert [one["batch"] for one in result["decode"]] == [1, 3]
+    assert all(one["tokens_per_s"] > one["tokens_per_s_with_prefill"] / 2 > 0 for one in result["decode"])
+    assert 0 < result["overhead"]["outside_kernels_share"] < 1
+    assert result["memory"]["resident_bytes"] > result["memory"]["pool_bytes"]
+    assert "of weights + pool" in engine.text(result)
+
+
+def test_waste_is_what_the_last_blocks_leave_empty(folder: Path) -> None:
+    """16 tokens and 7 steps in blocks of 16: two blocks hold 17 to 22 tokens while the batch lives."""
+    (one, *_) = engine.measure(str(folder), "float32", 1, SMALL)["decode"]
+    assert one["kv_waste"] == pytest.approx(1 - sum(range(17, 23)) / 6 / 32)
+
+
+def test_model_cost_of_smollm2_is_known() -> None:
+    model = read_model_config(resolve_model("smollm2"))
+    assert read_parameters(model) == 134_479_872
+    assert kv_elements_per_token(model) * 4 == 737_280 // 16
+    assert decode_flops(model, 2, 0) == 4 * 134_479_872
+    assert prefill_flops(model, 1) == 2 * 134_479_872 + 4 * 30 * 576
+
+
+def test_shares_are_limit_over_measured() -> None:
+    model = read_model_config(resolve_model("smollm2"))
+    floor_s = 134_479_872 * 4 / 40e9
+    times = StepTimes((2 * floor_s,) * 3, (floor_s,) * 3)
+    one = decode_json(DecodeRun(1, 32, 4, times, times, 0.0), model, 4, LIMITS)
+    assert one["bandwidth_share"] == pytest.approx(0.5)
+    assert one["limited_by"] == "bandwidth"
+    assert one["tokens_per_s"] == pytest.approx(1 / (2 * floor_s))
+    many = decode_json(DecodeRun(64, 32, 4, times, times, 0.0), model, 4, LIMITS)
+    assert many["limited_by"] == "compute"
+
+
+def test_a_profile_is_written_as_documented(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "profile.json"
+    chosen = argparse.Namespace(
+        model=str(folder), dtype="float32", threads=1, runs=2, quick=True, output=output
+    )
+    assert engine_profile.run(chosen) == 0
+    result = json.loads(output.read_text())
+    assert sorted(keys_of(result)) == sorted(documented("tandem profile"))
+    assert result["kv_bytes_per_token"] == 2 * 3 * 2 * 8 * 4
+    assert all(point["seconds"] > 0 and point["runs"] == 2 for point in result["points"])
+    assert result["step_overhead_s"] > 0
+    assert result["points"][-1]["prompts"] == [[16, 0]]
+    assert (result["points"][-1]["decode_batch"], result["points"][-1]["decode_context_tokens"]) == (2, 128)
+
+
+def test_the_grid_fits_context_and_pool() -> None:
+    shapes = grid(token_budget=512, context_tokens=2048, pool_tokens=16_384)
+    assert max(shape.kv_tokens for shape in shapes) <= 8192
+    assert any(shape.prompts and shape.batch for shape in shapes)
+    assert max(tokens + before for shape in shapes for tokens, before in shape.prompts) <= 2048
+    assert max(sum(tokens for tokens, _ in shape.prompts) for shape in shapes) == 512

@@ -1,0 +1,148 @@
+"""The CUDA step runner gives the tokens of the CPU's, by every attention and with or without graphs.
+
+Without a GPU its kernels run in Triton's interpreter and a "graph" calls its work again.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.cpu_attention import CpuAttention
+from engine.cuda.attention import GatherAttention, PagedAttention, TritonAttention
+from engine.cuda.decoder import CudaDecoder
+from engine.cuda.flashinfer_attention import FlashInferAttention
+from engine.cuda.graphs import Capture, CudaCapture, DecodeGraphs
+from engine.cuda.runner import CudaStepRunner
+from engine.decoder import Decoder
+from engine.kv_cache import KvCache
+from engine.model_config import ModelConfig, read_model_config
+from engine.sampler import Sampler
+from engine.step import SampleRequest, SequenceSlice, StepPlan, StepResult
+from engine.torch_runner import TorchStepRunner
+from engine.weights import read_weights
+from tandem.ids import BlockId
+from tandem.sampling import SamplingParams
+from tests.engine.cuda import flashinfer_stand_in
+from tests.engine.tiny_models import family_configs, random_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
+BLOCKS, BLOCK_SIZE, TABLE = 40, 4, 12
+FAMILIES = ["mistral-window", "qwen2", "qwen3", "llama-biased"]
+
+Maker = Callable[[Tensor, ModelConfig], PagedAttention]
+
+
+class AgainCapture:
+    """A capture that does the work anew, into the same tensor, as a replay would."""
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See Capture."""
+        result = work().clone()
+
+        def replay() -> None:
+            result.copy_(work())
+
+        return replay, result
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    random_model(family_configs()[request.param]).save_pretrained(path)
+    return path
+
+
+def cpu_runner(folder: Path) -> TorchStepRunner:
+    config = read_model_config(folder)
+    weights = read_weights(folder, config, torch.float32, CPU)
+    cache = KvCache(config, BLOCKS, BLOCK_SIZE, torch.float32, CPU)
+    attention = CpuAttention(cache, config)
+    decoder = Decoder(config, weights, reorder=False)
+    return TorchStepRunner(decoder, cache, attention, Sampler(config.vocabulary_tokens), CPU, 1)
+
+
+def cuda_runner(folder: Path, make: Maker, graphs: bool) -> CudaStepRunner:
+    config = read_model_config(folder)
+    weights = read_weights(folder, config, torch.float32, DEVICE)
+    cache = KvCache(config, BLOCKS + 1, BLOCK_SIZE, torch.float32, DEVICE)
+    decoder = CudaDecoder(config, weights, cache.pool)
+    attention = make(cache.pool, config)
+    captured = None
+    if graphs:
+        capture: Capture = CudaCapture() if DEVICE.type == "cuda" else AgainCapture()
+        slot = BLOCKS * config.layers * 2 * BLOCK_SIZE
+        captured = DecodeGraphs(decoder, attention, capture, (1, 2, 4), TABLE, BLOCKS, slot, DEVICE)
+        with torch.inference_mode():
+            captured.capture_all(within_s=60.0)
+    return CudaStepRunner(
+        decoder, cache, config.layers, attention, Sampler(config.vocabulary_tokens), captured
+    )
+
+
+def triton(pool: Tensor, config: ModelConfig) -> PagedAttention:
+    return TritonAttention(pool, config, max_batch=4, splits=2)
+
+
+def flashinfer(pool: Tensor, config: ModelConfig) -> PagedAttention:
+    return FlashInferAttention(pool, config, (1, 2, 4), TABLE, library=flashinfer_stand_in)
+
+
+def steps_of(seed: int) -> list[StepPlan]:
+    """Three sequences: read in chunks, one of them while another decodes; then all three decode."""
+    draw = random.Random(seed)
+    order = draw.sample(range(BLOCKS), 30)
+    tables = [[BlockId(block) for block in order[at : at + 10]] for at in (0, 10, 20)]
+    params = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.9, seed=5),
+        SamplingParams(temperature=0.7, seed=6, top_k=9, logprobs=2),
+    ]
+
+    def part(key: int, start: int, count: int, draws: bool) -> SequenceSlice:
+        tokens = [draw.randrange(101) for _ in range(count)]
+        request = SampleRequest(key, 0, start + count, replace(params[key]))
+        return SequenceSlice(tokens, start, tables[key], (request,) if draws else ())
+
+    return [
+        StepPlan(1, (part(0, 0, 9, False), part(1, 0, 5, True))),
+        StepPlan(2, (part(0, 9, 4, True), part(1, 5, 1, True), part(2, 0, 17, True))),
+        StepPlan(3, (part(0, 13, 1, True), part(1, 6, 1, True), part(2, 17, 1, True))),
+        StepPlan(4, (part(1, 7, 1, True),), ((tables[0][0], tables[2][9]),)),
+    ]
+
+
+def token_ids(result: StepResult) -> list[tuple[int, int]]:
+    return [(token.key, token.token_id) for token in result.tokens]
+
+
+@pytest.mark.parametrize(
+    ("make", "graphs"),
+    [(triton, True), (flashinfer, True), (GatherAttention, False)],
+    ids=["triton-graphs", "flashinfer-graphs", "sdpa"],
+)
+def test_tokens_are_those_of_the_cpu(folder: Path, make: Maker, graphs: bool) -> None:
+    reference, runner = cpu_runner(folder), cuda_runner(folder, make, graphs)
+    for plan in steps_of(seed=3):
+        assert token_ids(runner.run(plan)) == token_ids(reference.run(plan))
+
+
+def test_a_batch_beyond_every_bucket_runs_without_a_graph(folder: Path) -> None:
+    reference, runner = cpu_runner(folder), cuda_runner(folder, triton, graphs=True)
+    request = SampleRequest(0, 0, 1, SamplingParams(temperature=0.0))
+    slices = tuple(
+        SequenceSlice([7 + place], 0, [BlockId(place)], (replace(request, key=place),)) for place in range(5)
+    )
+    plan = StepPlan(1, slices)
+    assert token_ids(runner.run(plan)) == token_ids(reference.run(plan))
+
+
+def test_a_short_block_table_is_an_error(folder: Path) -> None:
+    runner = cuda_runner(folder, triton, graphs=False)
+    with pytest.raises(IndexError, match="too short"):
+        runner.run(StepPlan(1, (SequenceSlice([1] * 5, 0, [BlockId(0)], ()),)))
