@@ -9,7 +9,9 @@ import asyncio
 import json
 import os
 import random
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,13 +65,18 @@ def run(chosen: argparse.Namespace) -> int:
         if value <= 0:
             raise InvalidRequest(f"{name} must be positive, not {value}.", name)
     rows = _rows(chosen)
-    result = asyncio.run(_measure(chosen, rows))
-    if chosen.profile is not None:
-        chosen.profile.write_text(json.dumps(result["profile"]) + "\n")
+    result = asyncio.run(_until_terminated(_measure(chosen, rows)))
     print(json.dumps(result) if chosen.json else forecast_text(result))
     if chosen.page is not None:
         chosen.page.write_text(forecast_page(result))
     return 0
+
+
+async def _until_terminated(work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """Ends the work in order on SIGTERM, too, so that no cluster outlives it."""
+    task = asyncio.create_task(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
 
 
 async def _measure(chosen: argparse.Namespace, rows: Sequence[TraceRow]) -> dict[str, Any]:
@@ -80,10 +87,13 @@ async def _measure(chosen: argparse.Namespace, rows: Sequence[TraceRow]) -> dict
         async with AsyncTandemClient(address) as client, httpx.AsyncClient() as http:
             models = await client.models()
             profile = await LiveProbe(client, http, chosen.runs).profile()
+        if chosen.profile is not None:
+            await asyncio.to_thread(chosen.profile.write_text, profile.model_dump_json() + "\n")
         rates = chosen.rates or _rates(profile, rows, chosen.length_scale)
         compared = []
         for rate_rps in rates:
             planned = _planned(rows, rate_rps, chosen.length_scale, models[0].vocabulary_tokens)
+            print(f"{rate_rps:g} requests/s, {planned[-1].at_s:.0f} s", file=sys.stderr)
             simulated = _forecast(profile, planned, slo)
             compared.append(Compared(rate_rps, *simulated, await _measured(address, planned, slo)))
     conditions = {
