@@ -1,5 +1,6 @@
 """Edge: replays a controller's log with the workers of a plan, and says what each decision would change."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,3 +63,10 @@ def diff(decision: Decision) -> str:
         if not action.possible
     ]
     return f"{', '.join([*done, *undone])}; wanted: {decision.desired}, {decision.verdict.value}"
+
+
+def changes(decisions: Iterable[Decision]) -> list[str]:
+    """The changes among decisions with their times, and how many windows there were."""
+    known = list(decisions)
+    shown = [f"{decision.at_s:g} s: {diff(decision)}" for decision in known if decision.changed]
+    return [*shown, f"{len(known)} windows, {len(shown)} changes"]

@@ -70,3 +70,35 @@ def test_another_decision_ends_with_1(
 def test_a_missing_log_ends_with_2(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-f", str(plan_file), "--replay", "/nonexistent.jsonl"]) == 2
     assert "/nonexistent.jsonl: cannot be read" in capsys.readouterr().err
+
+
+SIM = """
+model: opt-13b
+hardware:
+  - {device: a100-80g, nodes: 1, devices_per_node: 4}
+workers:
+  - {role: prefill, device: a100-80g, count: 1}
+  - {role: decode, device: a100-80g, count: 3}
+workload: {prompt_tokens: 1800, output_tokens: 20, rate_rps: 6.0, requests: 1500}
+classes: [{name: chat, ttft_s: 1.0, tpot_s: 0.1}]
+"""
+
+
+def test_the_log_of_a_simulated_controller_is_replayed_with_the_plan(
+    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, sim_file = tmp_path / "controller.jsonl", tmp_path / "sim.yaml"
+    sim_file.write_text(SIM)
+    assert main(["simulate", "-f", str(sim_file), "--controller", str(log), "--window", "30"]) == 0
+    assert "flip decode to prefill" in capsys.readouterr().err
+    assert main(["plan", "-f", str(plan_file), "--replay", str(log)]) == 0
+
+
+def test_workers_of_two_kinds_cannot_be_flipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sim_file = tmp_path / "sim.yaml"
+    sim_file.write_text(
+        SIM.replace("role: decode, device: a100-80g", "role: decode, device: a100-80g, tp: 2")
+    )
+    log = str(tmp_path / "log.jsonl")
+    assert main(["simulate", "-f", str(sim_file), "--controller", log]) == 2
+    assert "all workers must be of one kind" in capsys.readouterr().err
