@@ -188,6 +188,18 @@ class RouterSection(Section):
     canary_interval_s: Seconds = Field(
         default=5.0, description="How often an idle cluster proves itself with a request of its own."
     )
+    request_log: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="File that gets a line of JSON for each request that ended: times, lengths and outcome, "
+        "no text; `tandem simulate` reads it as a workload. null: off.",
+    )
+    request_log_bytes: ByteSize = Field(
+        default=ByteSize(64 << 20),
+        ge=1 << 12,
+        description="Size at which the request log is set aside as `.1`; the last 4 are kept.",
+    )
 
 
 class WorkersSection(Section):

@@ -78,6 +78,8 @@ def router_config(config: ClusterConfig, model: ModelFacts) -> RouterConfig:
         grpc_port=router.grpc_port,
         http_port=router.http_port,
         drain_timeout_s=config.ray.drain_timeout_s,
+        request_log=None if router.request_log is None else Path(router.request_log).expanduser(),
+        request_log_bytes=int(router.request_log_bytes),
     )
 
 
