@@ -222,6 +222,23 @@ class WorkersSection(Section):
         "and workers that cannot do one take the next.",
     )
     checksum: bool = Field(default=True, description="Whether moved KV is verified.")
+    codec: Literal["identity", "fp8", "int8", "oaken"] = Field(
+        default="identity",
+        description="How KV is written on its way: as it is, in eight bits (`fp8`, `int8`), or in about five "
+        "(`oaken`); all but `identity` change what is decoded a little.",
+    )
+    codec_thresholds: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="File of thresholds that `oaken` needs, equal on every host; made by "
+        "`python -m benchmarks.kv_codecs`.",
+    )
+
+    @model_validator(mode="after")
+    def _codec_has_its_thresholds(self) -> "WorkersSection":
+        if (self.codec == "oaken") != (self.codec_thresholds is not None):
+            raise ValueError("codec_thresholds: belongs to codec oaken, which needs it")
+        return self
 
 
 class LeasesSection(Section):

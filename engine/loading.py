@@ -99,7 +99,9 @@ def load_engine(
         runner=runner,
         cache=cache,
         eos_ids=model.eos_ids,
-        digest=compatibility_digest(folder, config.dtype, config.block_size),
+        digest=compatibility_digest(
+            *(folder, config.dtype, config.block_size, config.codec, config.codec_thresholds)
+        ),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
         drafter=drafting.drafter,
     )
