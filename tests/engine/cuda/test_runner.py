@@ -71,7 +71,7 @@ def cuda_runner(folder: Path, make: Maker, graphs: bool) -> CudaStepRunner:
     config = read_model_config(folder)
     weights = read_weights(folder, config, torch.float32, DEVICE)
     cache = KvCache(config, BLOCKS + 1, BLOCK_SIZE, torch.float32, DEVICE)
-    decoder = CudaDecoder(config, weights, cache.pool)
+    decoder = CudaDecoder(config, dict(weights))
     attention = make(cache.pool, config)
     captured = None
     if graphs:
@@ -80,9 +80,9 @@ def cuda_runner(folder: Path, make: Maker, graphs: bool) -> CudaStepRunner:
         captured = DecodeGraphs(decoder, attention, capture, (1, 2, 4), TABLE, BLOCKS, slot, DEVICE)
         with torch.inference_mode():
             captured.capture_all(within_s=60.0)
-    return CudaStepRunner(
-        decoder, cache, config.layers, attention, Sampler(config.vocabulary_tokens), captured
-    )
+    branching = GatherAttention(cache.pool, config)
+    sampler = Sampler(config.vocabulary_tokens)
+    return CudaStepRunner(decoder, cache, config.layers, attention, branching, sampler, captured)
 
 
 def triton(pool: Tensor, config: ModelConfig) -> PagedAttention:
@@ -117,8 +117,8 @@ def steps_of(seed: int) -> list[StepPlan]:
     ]
 
 
-def token_ids(result: StepResult) -> list[tuple[int, int]]:
-    return [(token.key, token.token_id) for token in result.tokens]
+def token_ids(result: StepResult) -> list[tuple[int, int, int]]:
+    return [(token.key, token.token_id, token.row) for token in result.tokens]
 
 
 @pytest.mark.parametrize(
