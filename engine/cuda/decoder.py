@@ -63,9 +63,8 @@ class CudaDecoder:
         hidden = self.embed(batch.token_ids)
         delta: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            queries = self._queries(
-                index, self._normed(hidden, delta, layer.input_norm), batch, attention.pool
-            )
+            normed = self._normed(hidden, delta, layer.input_norm)
+            queries = self._queries(index, normed, batch, attention.pool)
             if on_layers is not None:
                 on_layers(index + 1)
             if index == len(self._layers) - 1 and rows.shape[0] == 0:

@@ -105,7 +105,9 @@ class DecodeGraphs:
             self._captured[bucket] = self._capture(partial(self._decoder.features, batch, self._attention))
 
     def features(self, host: HostBatch) -> Tensor | None:
-        """As CudaDecoder.features: [sequences, hidden], valid until the next call; None if no graph fits the batch.
+        """As CudaDecoder.features: [sequences, hidden], valid until the next call.
+
+        None if no graph fits the batch.
 
         A batch fits when every sequence feeds one token and wants its logits.
         """

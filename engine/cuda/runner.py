@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, St
 class CudaStepRunner:
     """StepRunner on one device; `run` may be called from any one thread.
 
-    The host waits for the device once a step, when it reads the tokens; a step without any is waited for, too,
-    since its blocks may be offered when `run` returns.
+    The host waits for the device once a step, when it reads the tokens; a step without any is waited for,
+    too, since its blocks may be offered when `run` returns.
     """
 
     def __init__(
@@ -110,11 +111,11 @@ class _LayerMarks:
     """
 
     def __init__(self) -> None:
-        self._events: list[tuple[int, torch.cuda.Event]] = []
+        self._events: list[tuple[int, Any]] = []
 
     def mark(self, layers: int) -> None:
         """Remembers the place in the stream."""
-        event = torch.cuda.Event()
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._events.append((layers, event))
 

@@ -19,6 +19,7 @@ from engine.cuda.flashinfer_attention import FlashInferAttention
 from engine.cuda.graphs import Capture, CudaCapture, DecodeGraphs
 from engine.cuda.runner import CudaStepRunner
 from engine.decoder import Decoder
+from engine.drafting.draft import ROOT, Draft
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig, read_model_config
 from engine.sampler import Sampler
@@ -146,3 +147,33 @@ def test_a_short_block_table_is_an_error(folder: Path) -> None:
     runner = cuda_runner(folder, triton, graphs=False)
     with pytest.raises(IndexError, match="too short"):
         runner.run(StepPlan(1, (SequenceSlice([1] * 5, 0, [BlockId(0)], ()),)))
+
+
+def test_each_branch_of_a_tree_sees_itself_alone(folder: Path) -> None:
+    """As on the CPU, where test_verification holds it to the model: one token after each guess."""
+    reference, runner = cpu_runner(folder), cuda_runner(folder, triton, graphs=True)
+    table = [BlockId(block) for block in (9, 3, 5, 7)]
+    tree = Draft((20, 21, 22, 30, 31, 23), (ROOT, 0, 1, ROOT, 3, 1))
+    chain = Draft((40, 41))
+    plans = [
+        StepPlan(1, (SequenceSlice((5, 6, 7, 8, 9), 0, table, ()),)),
+        StepPlan(2, (verified(0, (10, 11), 5, table, tree), verified(1, (12,), 0, [BlockId(11)], chain))),
+    ]
+    for plan in plans:
+        assert token_ids(runner.run(plan)) == token_ids(reference.run(plan))
+
+
+def verified(
+    key: int, tokens: tuple[int, ...], start: int, table: list[BlockId], draft: Draft
+) -> SequenceSlice:
+    params = SamplingParams(temperature=0.9, seed=7)
+    rows = range(-1 - len(draft), 0)
+    samples = tuple(SampleRequest(key, 0, place, params, row=row) for place, row in enumerate(rows))
+    return SequenceSlice((*tokens, *draft.token_ids), start, table, samples, draft)
+
+
+def test_layers_are_told_in_order(folder: Path) -> None:
+    runner = cuda_runner(folder, triton, graphs=True)
+    told: list[int] = []
+    runner.run(StepPlan(1, (SequenceSlice((5, 6, 7), 0, [BlockId(0)], ()),)), told.append)
+    assert told == [1, 2, 3]
