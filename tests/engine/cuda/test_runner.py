@@ -29,6 +29,7 @@ from engine.weights import read_weights
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams
 from tests.engine.cuda import flashinfer_stand_in
+from tests.engine.cuda.host_accelerator import AgainCapture
 from tests.engine.tiny_models import family_configs, random_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,19 +38,6 @@ BLOCKS, BLOCK_SIZE, TABLE = 40, 4, 12
 FAMILIES = ["mistral-window", "qwen2", "qwen3", "llama-biased"]
 
 Maker = Callable[[Tensor, ModelConfig], PagedAttention]
-
-
-class AgainCapture:
-    """A capture that does the work anew, into the same tensor, as a replay would."""
-
-    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """See Capture."""
-        result = work().clone()
-
-        def replay() -> None:
-            result.copy_(work())
-
-        return replay, result
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -72,7 +60,7 @@ def cuda_runner(folder: Path, make: Maker, graphs: bool) -> CudaStepRunner:
     config = read_model_config(folder)
     weights = read_weights(folder, config, torch.float32, DEVICE)
     cache = KvCache(config, BLOCKS + 1, BLOCK_SIZE, torch.float32, DEVICE)
-    decoder = CudaDecoder(config, dict(weights))
+    decoder = CudaDecoder(config, weights)
     attention = make(cache.pool, config)
     captured = None
     if graphs:
