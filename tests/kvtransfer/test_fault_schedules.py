@@ -33,12 +33,12 @@ WEIGHTS = {
     Fault.REORDER: 1.0,
     Fault.DISCONNECT: 1.0,
 }
-SCHEDULES = 500
+SCHEDULES = 2000
 TOGETHER = 10
 """Schedules in one event loop: most of one's time is waiting."""
 
-COMMON = 100
-"""Schedules of the unit run; the others take minutes on two cores."""
+COMMON = 500
+"""Schedules of the unit run, a minute or so on two cores; the others are for `make soak`."""
 
 FIRSTS = [
     first if first < COMMON else pytest.param(first, marks=pytest.mark.soak)
