@@ -1,6 +1,7 @@
 """Edge: the arguments of `tandem bench ...`; light, so that `tandem --help` is."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -60,23 +61,6 @@ def add_router(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.set_defaults(run=_run_router)
 
 
-def add_sim(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """`tandem bench sim`."""
-    parser = kinds.add_parser(
-        "sim",
-        help="how fast the simulator is",
-        description="Simulates eight disaggregated workers on one core, and reports requests a second.",
-    )
-    parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="by default lengths like Azure's are drawn"
-    )
-    parser.add_argument("--requests", type=int, default=19_366, metavar="N", help="a run (19366)")
-    parser.add_argument("--rate", type=float, default=8.0, metavar="RPS", help="requests a second (8)")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="the median is reported (3)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
-    parser.set_defaults(run=_run_sim)
-
-
 def add_kv(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """`tandem bench kv`."""
     parser = kinds.add_parser(
@@ -96,6 +80,55 @@ def _run_kv(chosen: argparse.Namespace) -> int:
     return run(chosen)
 
 
+def _add_live(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--live", action="store_true", help="a forecast against a cluster on this machine")
+    group.add_argument(
+        "--rates",
+        type=_positive_numbers,
+        metavar="R,R,R",
+        help="requests a second (by default 0.3, 0.45 and 0.6 of what the pair can do)",
+    )
+    group.add_argument(
+        "--length-scale", type=float, default=0.05, metavar="X", help="multiplies all lengths (0.05)"
+    )
+    group.add_argument(
+        "--slo",
+        type=_positive_numbers,
+        default=(0.5, 0.1, 1.0),
+        metavar="TTFT,TPOT,GAP",
+        help="objectives in seconds (0.5,0.1,1)",
+    )
+    group.add_argument("--page", type=Path, metavar="FILE", help="write a page for docs/measurements")
+    group.add_argument("--profile", type=Path, metavar="FILE", help="keep the profile, JSON")
+
+
+def _positive_numbers(text: str) -> tuple[float, ...]:
+    """Three of them, divided by commas."""
+    numbers = tuple(float(part) for part in text.split(","))
+    if len(numbers) != 3 or not all(0 < number < math.inf for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: three positive numbers are needed")
+    return numbers
+
+
+def add_sim(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`tandem bench sim`."""
+    parser = kinds.add_parser(
+        "sim",
+        help="how fast the simulator is, or how true its forecast",
+        description="Simulates eight disaggregated workers on one core, and reports requests a second; with "
+        "--live starts a cluster, and compares what is forecast for it with what it does.",
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="by default lengths like Azure's are drawn"
+    )
+    parser.add_argument("--requests", type=int, metavar="N", help="a run (19366; 300 with --live)")
+    parser.add_argument("--rate", type=float, default=8.0, metavar="RPS", help="requests a second (8)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="the median is reported (3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
+    _add_live(parser.add_argument_group("with --live"))
+    parser.set_defaults(run=_run_sim)
+
+
 def _run_serve(chosen: argparse.Namespace) -> int:
     from benchmarks.serve import run
 
@@ -109,6 +142,10 @@ def _run_router(chosen: argparse.Namespace) -> int:
 
 
 def _run_sim(chosen: argparse.Namespace) -> int:
+    if chosen.live:
+        from benchmarks.forecast import run as run_live
+
+        return run_live(chosen)
     from benchmarks.simulator_speed import run
 
     return run(chosen)

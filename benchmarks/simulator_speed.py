@@ -29,6 +29,9 @@ from tandem.slo import SloClass
 BAR_PER_S = 10_000
 """Requests a second and core that the simulator must reach (issue 5)."""
 
+REQUESTS = 19_366
+"""Those of the Azure conversation trace."""
+
 WORKERS_A_ROLE = 4
 OBJECTS_SHARE = 0.2
 """Share of the requests that the full objects are timed on."""
@@ -39,11 +42,12 @@ _LIKE_AZURE = (Lognormal(1155.0, 0.96, 14_000), Lognormal(211.0, 0.77, 1000))
 
 def run(chosen: argparse.Namespace) -> int:
     """Prints medians over the runs. Raises ConfigError, InvalidRequest."""
-    for name, value in (("--requests", chosen.requests), ("--runs", chosen.runs), ("--rate", chosen.rate)):
+    count = REQUESTS if chosen.requests is None else chosen.requests
+    for name, value in (("--requests", count), ("--runs", chosen.runs), ("--rate", chosen.rate)):
         if value <= 0:
             raise InvalidRequest(f"{name} must be positive, not {value}.", name)
     rows = None if chosen.trace is None else _read(chosen.trace)
-    result = measure(rows, chosen.requests, chosen.rate, chosen.runs)
+    result = measure(rows, count, chosen.rate, chosen.runs)
     print(json.dumps(result) if chosen.json else _text(result))
     return 0
 

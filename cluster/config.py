@@ -194,6 +194,18 @@ class RouterSection(Section):
     canary_interval_s: Seconds = Field(
         default=5.0, description="How often an idle cluster proves itself with a request of its own."
     )
+    request_log: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="File that gets a line of JSON for each request that ended: times, lengths and outcome, "
+        "no text; `tandem simulate` reads it as a workload. null: off.",
+    )
+    request_log_bytes: ByteSize = Field(
+        default=ByteSize(64 << 20),
+        ge=1 << 12,
+        description="Size at which the request log is set aside as `.1`; the last 4 are kept.",
+    )
 
 
 class WorkersSection(Section):
@@ -216,6 +228,23 @@ class WorkersSection(Section):
         "and workers that cannot do one take the next.",
     )
     checksum: bool = Field(default=True, description="Whether moved KV is verified.")
+    codec: Literal["identity", "fp8", "int8", "oaken"] = Field(
+        default="identity",
+        description="How KV is written on its way: as it is, in eight bits (`fp8`, `int8`), or in about five "
+        "(`oaken`); all but `identity` change what is decoded a little.",
+    )
+    codec_thresholds: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="File of thresholds that `oaken` needs, equal on every host; made by "
+        "`python -m benchmarks.kv_codecs`.",
+    )
+
+    @model_validator(mode="after")
+    def _codec_has_its_thresholds(self) -> "WorkersSection":
+        if (self.codec == "oaken") != (self.codec_thresholds is not None):
+            raise ValueError("codec_thresholds: belongs to codec oaken, which needs it")
+        return self
 
 
 class LeasesSection(Section):

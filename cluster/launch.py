@@ -16,7 +16,7 @@ from cluster.child_process import tail
 from cluster.config import REDIS_PASSWORD_ENV, ClusterConfig, RouterSection
 from cluster.embedded_store import embedded_store
 from cluster.model_facts import read_model_facts
-from cluster.plan import ModelFacts, router_config, worker_configs
+from cluster.plan import ModelFacts, router_config, thresholds_path, worker_configs
 from cluster.progress import LaunchProgress, Phase
 from cluster.ray_pools import RayPools, ray_pools
 from cluster.router_host import BoundPorts, RouterSpec
@@ -136,7 +136,10 @@ class _Launch:
 
     def _read_model(self) -> ModelFacts:
         folder = resolve_model(self._config.model.source, self._progress.model_bytes)
-        return read_model_facts(folder, self._config.model.dtype, self._config.block_size)
+        config = self._config
+        return read_model_facts(
+            *(folder, config.model.dtype, config.block_size, config.workers.codec, thresholds_path(config))
+        )
 
     async def _start_workers(
         self, store: Store, address: StoreAddress, workers: tuple[WorkerConfig, ...]

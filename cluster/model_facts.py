@@ -9,7 +9,13 @@ from tandem.digest import compatibility_digest
 from tandem.errors import ModelError
 
 
-def read_model_facts(folder: Path, dtype: str, block_size: int) -> ModelFacts:
+def read_model_facts(
+    folder: Path,
+    dtype: str,
+    block_size: int,
+    codec: str = "identity",
+    codec_thresholds: Path | None = None,
+) -> ModelFacts:
     """Facts from config.json. Raises ModelError that names file and key."""
     path = folder / "config.json"
     try:
@@ -21,7 +27,7 @@ def read_model_facts(folder: Path, dtype: str, block_size: int) -> ModelFacts:
     kv_heads = document.get("num_key_value_heads") or heads
     return ModelFacts(
         folder=folder,
-        digest=compatibility_digest(folder, dtype, block_size),
+        digest=compatibility_digest(folder, dtype, block_size, codec, codec_thresholds),
         layers=_positive(document, "num_hidden_layers", path),
         kv_heads=int(kv_heads),
         head_dim=int(head_dim),

@@ -53,6 +53,12 @@ def context_tokens(config: ClusterConfig, model: ModelFacts) -> int:
     return wanted
 
 
+def thresholds_path(config: ClusterConfig) -> Path | None:
+    """Where the wire codec's thresholds are, on every worker's host."""
+    named = config.workers.codec_thresholds
+    return None if named is None else Path(named)
+
+
 def router_config(config: ClusterConfig, model: ModelFacts) -> RouterConfig:
     """What the router is told."""
     router = config.router
@@ -78,6 +84,8 @@ def router_config(config: ClusterConfig, model: ModelFacts) -> RouterConfig:
         grpc_port=router.grpc_port,
         http_port=router.http_port,
         drain_timeout_s=config.ray.drain_timeout_s,
+        request_log=None if router.request_log is None else Path(router.request_log).expanduser(),
+        request_log_bytes=int(router.request_log_bytes),
     )
 
 
@@ -122,6 +130,8 @@ def _worker(
         lease_s=config.leases.handoff_s,
         park_s=config.leases.park_s,
         checksum=config.workers.checksum,
+        codec=config.workers.codec,
+        codec_thresholds=thresholds_path(config),
     )
     if isinstance(pool, PrefillPool):
         return replace(worker, token_budget=pool.token_budget, overlap_min_tokens=pool.overlap_min_tokens)

@@ -15,9 +15,11 @@ from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
 from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
+from kvtransfer.coded_sink import CodedSink
 from kvtransfer.contract import BlockRange, HandoffKey, PullReport
 from kvtransfer.settings import transfer_config
 from kvtransfer.sink import HandoffSink
+from kvtransfer.staging import open_staging
 from tandem.errors import Overloaded, TandemError, TransferError
 from tandem.ids import LegId
 from tandem.sampling import SamplingParams
@@ -43,18 +45,18 @@ class DecodeWorker(Worker[DecodeOutcome]):
             speculation=speculation_of(config),
         )
         super().__init__(parts, self._scheduler)
-        self._sink = HandoffSink(
-            parts.record,
-            parts.engine.cache,
-            transfer_config(config),
-            self._clock,
-            parts.token,
-            observer=self.metrics.transfers,
-        )
+        self._staged = open_staging(config, parts.engine.cache, parts.engine.cache.pool)
+        self._sink = self._open_sink(parts)
         self._sources: dict[LegId, tuple[HandoffKey, WorkerRecord]] = {}
         self._pulls: dict[LegId, asyncio.Task[PullReport]] = {}
         self._landed_early: dict[LegId, wpb.KvLanded] = {}
         self._committed = 0
+
+    def _open_sink(self, parts: WorkerParts) -> HandoffSink:
+        settings, observer = (transfer_config(parts.config), self._clock, parts.token), self.metrics.transfers
+        if self._staged is None:
+            return HandoffSink(parts.record, parts.engine.cache, *settings, observer=observer)
+        return CodedSink(parts.record, self._staged, *settings, observer=observer)
 
     @classmethod
     def open(cls, config: WorkerConfig, token: str | None) -> AbstractAsyncContextManager["DecodeWorker"]:
@@ -135,6 +137,8 @@ class DecodeWorker(Worker[DecodeOutcome]):
                 pull.cancel()
             await asyncio.gather(*pulls, return_exceptions=True)
             await self._sink.close()
+            if self._staged is not None:
+                self._staged.close()
 
     def scheduled(self, plan: StepPlan | None) -> LayerListener | None:
         """Ends the early fetches whose blocks the batch needed."""

@@ -98,7 +98,9 @@ def load_engine(
         cache=computing.cache,
         pool_blocks=computing.pool_blocks,
         eos_ids=model.eos_ids,
-        digest=compatibility_digest(folder, config.dtype, config.block_size),
+        digest=compatibility_digest(
+            folder, config.dtype, config.block_size, config.codec, config.codec_thresholds
+        ),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
         drafter=computing.drafter,
     )

@@ -281,7 +281,8 @@ class PullReport:
 
     Seconds of all pieces together: `accept_s` for the source to grant, `ready_s` waiting for a growing offer,
     `queue_s` for a turn among this sink's transfers, `move_s` for the bytes (hashing that the transport does
-    on the way included), `verify_s` for hashing what it left, `commit_s` for the source to compare and agree.
+    on the way included), `verify_s` for hashing what it left, `commit_s` for the source to compare and agree,
+    `decode_s` for a wire codec to write the pool's blocks.
     """
 
     transport: str
@@ -293,6 +294,7 @@ class PullReport:
     move_s: float
     verify_s: float
     commit_s: float
+    decode_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,8 @@ class Fault(Enum):
     """The last block is missing, silently."""
     CORRUPT = "corrupt"
     """A bit is flipped (sink) or two blocks are exchanged (source), silently."""
+    REORDER = "reorder"
+    """The blocks of the piece arrive in each other's places, silently."""
     DISCONNECT = "disconnect"
     """The link breaks half way."""
 
@@ -99,7 +101,7 @@ class FaultySink:
             await asyncio.sleep(self._schedule.delay_s)
         last = bytes(self._memory.view(target[-1]))
         # What is spoilt afterwards must not be hashed before.
-        spoilt = fault in (Fault.TRUNCATE, Fault.CORRUPT)
+        spoilt = fault in (Fault.TRUNCATE, Fault.CORRUPT, Fault.REORDER)
         heard = None if spoilt else on_landed
         if fault is Fault.DISCONNECT:
             receiving = asyncio.create_task(self._inner.receive(source, grant, target, heard))
@@ -114,9 +116,12 @@ class FaultySink:
         if fault is Fault.TRUNCATE:
             self._memory.view(target[-1])[:] = last
         if fault is Fault.CORRUPT:
-            view = self._memory.view(target[self._schedule.below(len(target))])
-            view = view[grant.part_offset : grant.part_offset + grant.part_bytes]
+            view = self._part(grant, target[self._schedule.below(len(target))])
             view[self._schedule.below(len(view))] ^= 1 << self._schedule.below(8)
+        if fault is Fault.REORDER:
+            arrived = [bytes(self._part(grant, block)) for block in target]
+            for block, other in zip(target, arrived[1:] + arrived[:1], strict=True):
+                self._part(grant, block)[:] = other
 
     async def disconnect(self, source: PeerId) -> None:
         """Never fails by schedule."""
@@ -125,6 +130,9 @@ class FaultySink:
     async def close(self) -> None:
         """Never fails by schedule."""
         await self._inner.close()
+
+    def _part(self, grant: PullGrant, block: BlockId) -> memoryview:
+        return self._memory.view(block)[grant.part_offset : grant.part_offset + grant.part_bytes]
 
 
 class SourceAround:
@@ -187,6 +195,8 @@ class FaultySource(SourceAround):
             raise TransferError(TransferFault.DISCONNECTED, "The schedule broke the link.")
         if fault is Fault.TRUNCATE:
             blocks = blocks[:-1]
+        if fault is Fault.REORDER:
+            blocks = [*blocks[1:], *blocks[:1]]
         if fault is Fault.CORRUPT and len(blocks) > 1:
             first = self._schedule.below(len(blocks) - 1)
             blocks = [*blocks[:first], blocks[first + 1], blocks[first], *blocks[first + 2 :]]

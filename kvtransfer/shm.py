@@ -24,7 +24,7 @@ from kvtransfer import framing
 from kvtransfer.block_copy import BATCH_BYTES, CHUNK_BYTES, Parts, copy_parts, shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, Transfer, TransferConfig
 from kvtransfer.listener import LinkListener, is_quiet
-from kvtransfer.threads import outlast, run_beside, run_to_end
+from kvtransfer.threads import contained, outlast, run_beside, run_to_end
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -184,7 +184,7 @@ class ShmSink:
             copy_parts(read, mine, written, ours, landed, chunk_bytes)
 
         if grant.length_bytes <= INLINE_BYTES:
-            copy(0, len(target))
+            contained(lambda: copy(0, len(target)))
             return
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         mapping.readers.add(ended)

@@ -19,7 +19,7 @@ async def run_to_end(
     When cancelled it calls `stop`, waits until the thread has ended, and only then raises CancelledError;
     so the work must end soon after `stop`.
     """
-    future = asyncio.get_running_loop().run_in_executor(executor, _contained, work)
+    future = asyncio.get_running_loop().run_in_executor(executor, contained, work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
@@ -40,7 +40,7 @@ def run_beside(helpers: Executor, works: Sequence[Callable[[], None]], stop: Cal
 
     def attempt(work: Callable[[], None]) -> None:
         try:
-            _contained(work)
+            contained(work)
         except BaseException as error:
             failures.append(error)
             stop()
@@ -63,7 +63,7 @@ async def outlast(future: asyncio.Future[ResultT]) -> None:
         future.exception()
 
 
-def _contained(work: Callable[[], ResultT]) -> ResultT:
+def contained(work: Callable[[], ResultT]) -> ResultT:
     """Runs the work; an error leaves without the locals of its frames, which hold views of the cache."""
     try:
         return work()

@@ -53,8 +53,10 @@ class DecodeCurve:
 
     def run_s(self, batch: int, context_tokens: int, steps: int) -> float:
         """Time of `steps` steps, each of which reads `batch` tokens more than the one before."""
-        total_s = 0.0
         piece = bisect_right(self._from, context_tokens) - 1
+        if piece + 1 == len(self._from):
+            return self._sum_s(piece, batch, context_tokens, steps)
+        total_s = 0.0
         while steps > 0:
             count = min(steps, self._steps_in(piece, batch, context_tokens))
             total_s += self._sum_s(piece, batch, context_tokens, count)

@@ -24,7 +24,9 @@ class EventQueue:
     def at(self, time_s: float, kind: int, action: Callable[[Any], None], subject: Any) -> None:
         """Calls `action(subject)` at a time, now if it is past."""
         self._made += 1
-        heapq.heappush(self._heap, (max(time_s, self.now_s), kind, self._made, action, subject))
+        if time_s < self.now_s:
+            time_s = self.now_s
+        heapq.heappush(self._heap, (time_s, kind, self._made, action, subject))
 
     def run(self) -> None:
         """Runs until nothing is left to happen."""

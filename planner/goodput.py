@@ -6,7 +6,8 @@ from planner.placement import Candidate, Evaluate, Objective, Reached
 
 _STARTS = (0.5, 0.1, 0.02)
 """Shares of the bound that are tried first, until one passes."""
-_DOUBLINGS = 4
+_GROWTH = (1.05, 1.2, 1.6, 2.5, 4.0)
+"""Steps above a bound that passes: bounds err by little, and runs far beyond goodput cost the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,10 @@ def find_goodput(evaluate: Evaluate, probe: Probe, attainment: float, tolerance:
     if least is None:
         return search.found(0.0, given_up=True)
     high = search.failing_rps or max(probe.bound_rps, least * (1 + tolerance))
-    for _ in range(_DOUBLINGS):
+    for growth in _GROWTH:
         if high == search.failing_rps or not search.passes(high):
             break
-        least, high = high, 2 * high
+        least, high = high, growth * high
     while high > least * (1 + tolerance):
         middle = (least + high) / 2
         if search.passes(middle):

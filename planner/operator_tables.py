@@ -11,7 +11,7 @@ from statistics import median
 from planner.decode_curve import DecodeCurve, DecodeCurves, straight
 from planner.latency import StepShape, total_tokens
 from planner.model_shape import ModelShape
-from planner.roofline import Layout, attention_s, linear_s, token_read_s
+from planner.roofline import Attention, Layout, linear_s
 from planner.transfer_links import LinkTable
 from tandem.errors import ConfigError
 
@@ -99,6 +99,7 @@ class ComposedModel:
         self._model, self._layout, self._operators = model, layout, operators
         self._all_reduce = all_reduce if layout.tp > 1 else None
         self._send_recv = send_recv if layout.pp > 1 else None
+        self._attention = Attention(model, layout)
         self._curves = DecodeCurves(self._curve)
         self.decode_run_s = self._curves.decode_run_s
         self.decode_steps_within = self._curves.decode_steps_within
@@ -108,13 +109,11 @@ class ComposedModel:
         if not shape.prompts:
             return self._curves.step_s(shape)
         tokens = total_tokens(shape.prompts) + shape.decode_batch
-        model, layout = self._model, self._layout
-        reading_s = sum(
-            attention_s(model, layout, part.tokens, part.context_tokens) for part in shape.prompts
-        )
-        reading_s += token_read_s(model, layout) * shape.decode_context_tokens
+        attention = self._attention
+        reading_s = sum([attention.seconds(part.tokens, part.context_tokens) for part in shape.prompts])
+        reading_s += attention.token_s * shape.decode_context_tokens
         outputs = len(shape.prompts) + shape.decode_batch
-        return self._without_attention_s(tokens, outputs) + model.layers * reading_s
+        return self._without_attention_s(tokens, outputs) + self._model.layers * reading_s
 
     def stage_s(self, shape: StepShape) -> float:
         """See LatencyModel."""
@@ -122,7 +121,7 @@ class ComposedModel:
         return self.step_s(shape) * slowest / self._model.layers
 
     def _curve(self, batch: int) -> DecodeCurve:
-        by_token_s = self._model.layers * token_read_s(self._model, self._layout)
+        by_token_s = self._model.layers * self._attention.token_s
         return straight(self._without_attention_s(batch, batch), by_token_s)
 
     def _without_attention_s(self, tokens: int, outputs: int) -> float:

@@ -37,7 +37,6 @@ COLUMNS = (
 FINISHED = "finished"
 
 
-_STAGES = (Stage.QUEUE, Stage.PREFILL, Stage.HANDOFF, Stage.DECODE)
 _TIMES = tuple(name for name in COLUMNS if name.endswith("_s"))
 _COUNTS = ("prompt_tokens", "output_tokens", "replacements", "cached_tokens")
 _NAMES = ("slo_class", "outcome", "prefill_worker", "decode_worker", "slo_missed_by")
@@ -91,7 +90,7 @@ class Records:
         code = self._code
         outcome = FINISHED if ended.error is None else type(ended.error).__name__
         self._append_number(asked.number)
-        self._append_times((asked.at_s, ttft_s, tpot_s, gap_s, *[spent[stage] for stage in _STAGES], now_s))
+        self._append_times((asked.at_s, ttft_s, tpot_s, gap_s, *spent.values(), now_s))
         self._append_counts((asked.prompt_tokens, ended.tokens, replaced, ended.cached_tokens))
         self._append_names(
             (code(asked.slo_class), code(outcome), code(workers[0]), code(workers[1]), code(missed))

@@ -49,6 +49,7 @@ class Roofline:
         _check(model, layout)
         self._model = model
         self._layout = layout
+        self._attention = Attention(model, layout)
         self._curves = DecodeCurves(self._curve)
         self.decode_run_s = self._curves.decode_run_s
         self.decode_steps_within = self._curves.decode_steps_within
@@ -59,10 +60,8 @@ class Roofline:
             return self._curves.step_s(shape)
         model, layers = self._model, self._model.layers
         tokens = total_tokens(shape.prompts) + shape.decode_batch
-        reading_s = sum(
-            attention_s(model, self._layout, part.tokens, part.context_tokens) for part in shape.prompts
-        )
-        reading_s += token_read_s(model, self._layout) * shape.decode_context_tokens
+        reading_s = sum([self._attention.seconds(part.tokens, part.context_tokens) for part in shape.prompts])
+        reading_s += self._attention.token_s * shape.decode_context_tokens
         head_s = linear_s(model, self._layout, model.head_weights, len(shape.prompts) + shape.decode_batch)
         return layers * (self._layer_s(tokens) + reading_s) + head_s + self._between_stages_s(tokens)
 
@@ -75,7 +74,7 @@ class Roofline:
     def _curve(self, batch: int) -> DecodeCurve:
         model, layers = self._model, self._model.layers
         base_s = layers * self._layer_s(batch) + linear_s(model, self._layout, model.head_weights, batch)
-        by_token_s = layers * token_read_s(model, self._layout)
+        by_token_s = layers * self._attention.token_s
         return straight(base_s + self._between_stages_s(batch), by_token_s)
 
     def _layer_s(self, tokens: int) -> float:
@@ -108,18 +107,21 @@ def linear_s(model: ModelShape, layout: Layout, weights: int, tokens: int) -> fl
     )
 
 
-def attention_s(model: ModelShape, layout: Layout, tokens: int, context_tokens: int) -> float:
-    """One layer's attention of a prompt part: causal, so half of its own square and all of the context's."""
-    pairs = tokens * (context_tokens + tokens / 2)
-    compute_s = 4 * pairs * model.heads * model.head_dim / layout.reached_flops_s
-    return max(compute_s, token_read_s(model, layout) * (context_tokens + tokens))
+class Attention:
+    """One layer's attention: what decides its time is looked up once."""
 
+    __slots__ = ("_pair_s", "token_s")
 
-def token_read_s(model: ModelShape, layout: Layout) -> float:
-    """One layer's time for each token of context that a decoding sequence attends to."""
-    compute_s = 4 * model.heads * model.head_dim / layout.reached_flops_s
-    read_bytes = 2 * model.kv_heads * model.head_dim * model.value_bytes
-    return max(compute_s, read_bytes / layout.reached_bytes_s)
+    def __init__(self, model: ModelShape, layout: Layout) -> None:
+        self._pair_s = 4 * model.heads * model.head_dim / layout.reached_flops_s
+        read_bytes = 2 * model.kv_heads * model.head_dim * model.value_bytes
+        self.token_s = max(self._pair_s, read_bytes / layout.reached_bytes_s)
+        """Time for each token of context that a decoding sequence attends to."""
+
+    def seconds(self, tokens: int, context_tokens: int) -> float:
+        """Time of a prompt part: causal, so half of its own square and all of the context's."""
+        compute_s = tokens * (context_tokens + tokens / 2) * self._pair_s
+        return max(compute_s, self.token_s * (context_tokens + tokens))
 
 
 def _check(model: ModelShape, layout: Layout) -> None:

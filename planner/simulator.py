@@ -73,6 +73,11 @@ class Simulation:
         self._more_to_come = True
         self._reporting = False
 
+    @property
+    def now_s(self) -> float:
+        """The virtual clock, for latency models that ask what else goes on."""
+        return self._events.now_s
+
     def run(self) -> SimulationResult:
         """Runs to the end of the last request. Raises ProtocolError if a block was leaked."""
         for spec in self._setup.workers:

@@ -11,11 +11,13 @@ from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
 from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
+from kvtransfer.coded_source import CodedSource
 from kvtransfer.contract import BlockMemory, HandoffKey, KvReady, SourceTransport, TransferConfig
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.handoff_service import HandoffServicer
 from kvtransfer.settings import transfer_config
 from kvtransfer.source import HandoffSource
+from kvtransfer.staging import open_staging
 from kvtransfer.transports import source_transports
 from prefill_worker.scheduler import GrownLeg, OfferedLeg, PrefillLeg, PrefillOutcome, PrefillScheduler
 from tandem.errors import Overloaded, TandemError
@@ -44,20 +46,22 @@ class PrefillWorker(Worker[PrefillOutcome]):
         )
         self._layers = parts.engine.model_config.layers
         super().__init__(parts, self._scheduler)
-        self._source = HandoffSource(
-            parts.record,
-            parts.engine.cache,
-            transfer_config(config),
-            self._clock,
-            self._released,
-            self.source_transports(parts.engine.cache, transfer_config(config)),
-            observer=self.metrics.transfers,
-        )
+        self._staged = open_staging(config, parts.engine.cache, parts.engine.cache.pool)
+        self._source = self._open_source(parts)
 
     @classmethod
     def open(cls, config: WorkerConfig, token: str | None) -> AbstractAsyncContextManager["PrefillWorker"]:
         """Loads the model and serves until the block ends."""
         return open_worker(cls, config, token)
+
+    def _open_source(self, parts: WorkerParts) -> HandoffSource:
+        transfers = transfer_config(parts.config)
+        memory, staged = parts.engine.cache, self._staged
+        transports = self.source_transports(memory if staged is None else staged, transfers)
+        times, observer = (self._clock, self._released), self.metrics.transfers
+        if staged is None:
+            return HandoffSource(parts.record, memory, transfers, *times, transports, observer)
+        return CodedSource(parts.record, staged, transfers, *times, transports, observer)
 
     def source_transports(self, memory: BlockMemory, config: TransferConfig) -> Sequence[SourceTransport]:
         """The giving sides of the transports; a drill may put others around them. Raises ConfigError."""
@@ -116,6 +120,8 @@ class PrefillWorker(Worker[PrefillOutcome]):
             yield
         finally:
             await self._source.close()
+            if self._staged is not None:
+                self._staged.close()
 
     def scheduled(self, plan: StepPlan | None) -> LayerListener | None:
         """Offers the KV of the long prompts that were begun; follows the layers of those that end."""

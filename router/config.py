@@ -18,6 +18,7 @@ class RouterConfig:
     rest waits at the router, where the choice is still open. A lone leg is always let through.
     `worker_silence_s`: a worker that says nothing for so long, pings unanswered, is lost.
     `drain_timeout_s` bounds the wait for running requests at the end.
+    `request_log` gets a line for each request that ended (None: off), set aside at `request_log_bytes`.
     The API key comes from TANDEM_API_KEY and the cluster token from TANDEM_CLUSTER_TOKEN, never from here.
     """
 
@@ -43,3 +44,5 @@ class RouterConfig:
     worker_silence_s: float = 1.75
     drain_timeout_s: float = 30.0
     max_body_bytes: int = 8 * 1024 * 1024
+    request_log: Path | None = None
+    request_log_bytes: int = 64 * 1024 * 1024

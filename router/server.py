@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from router.grpc_service import GrpcDoor
 from router.intake import Intake
 from router.membership import Membership
 from router.openai_http import OpenAiDoor
+from router.request_log import request_log
 from router.served_model import ServedModel
 from router.service_core import RouterCore
 from tandem.grpc_edge import API_KEY_ENV, CLUSTER_TOKEN_ENV
@@ -56,8 +58,20 @@ async def serve_router(
     the configuration can't be served.
     """
     tokenizer = Tokenizer.load(config.model_folder)
-    api_key = os.environ.get(API_KEY_ENV) or None
-    core = RouterCore(config, tokenizer, membership, os.environ.get(CLUSTER_TOKEN_ENV) or None)
+    token = os.environ.get(CLUSTER_TOKEN_ENV) or None
+    async with request_log(config.request_log, config.request_log_bytes, time.monotonic) as note_end:
+        core = RouterCore(config, tokenizer, membership, token, time.monotonic, note_end)
+        await _serve(core, tokenizer, stop, on_started)
+    log.info("router stopped")
+
+
+async def _serve(
+    core: RouterCore,
+    tokenizer: Tokenizer,
+    stop: asyncio.Event,
+    on_started: Callable[[RouterPorts], None] | None,
+) -> None:
+    config, api_key = core.config, os.environ.get(API_KEY_ENV) or None
     intake = Intake(tokenizer, _served_model(config, tokenizer), core.clock)
     grpc_door = GrpcDoor(core, intake, tokenizer, api_key)
     with _listening(config.bind_host, config.http_port) as listener:
@@ -83,7 +97,6 @@ async def serve_router(
                 await asyncio.wait([serving], timeout=2 * HTTP_GRACE_S)
                 for task in (*background, serving):
                     task.cancel()
-    log.info("router stopped")
 
 
 def _served_model(config: RouterConfig, tokenizer: Tokenizer) -> ServedModel:

@@ -11,6 +11,7 @@ from engine.tokenizer import Tokenizer
 from router.admission import Admission
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
+from router.ended_request import EndedRequest
 from router.fleet import Fleet
 from router.leg import State
 from router.live import LiveRequest
@@ -19,6 +20,7 @@ from router.metrics import RouterGauges, RouterMetrics
 from router.pacing import Pacer
 from router.readiness import Readiness, Verdict
 from router.request import GenerationRequest, GenerationUpdate
+from router.request_log import NoteEnd, ignore_end
 from router.session import Session, SessionRules
 from router.slo_accounting import SloAccounting
 from router.text_stream import TextStream
@@ -44,6 +46,7 @@ class RouterCore:
         membership: Membership,
         token: str | None,
         clock: Callable[[], float] = time.monotonic,
+        note_end: NoteEnd = ignore_end,
     ) -> None:
         self.config = config
         self.clock = clock
@@ -60,6 +63,7 @@ class RouterCore:
         )
         self.metrics.watch(self.gauges)
         self._tokenizer = tokenizer
+        self._note_end = note_end
         self._slo = {slo.name: slo for slo in config.slo_classes}
         self._live: dict[RequestId, LiveRequest] = {}
         self._legs_made = 0
@@ -219,6 +223,9 @@ class RouterCore:
         self.metrics.requests.labels(slo.name, outcome).inc()
         usage = session.usage()
         self.metrics.observe_ended(usage, report)
+        tokens = (usage.prompt_tokens, usage.completion_tokens)
+        times_s = (report.ttft_s, report.tpot_s)
+        self._note_end(EndedRequest(request.arrived_s, *tokens, slo.name, outcome, *times_s))
         log.info(
             "request ended",
             request_id=request.request_id,
@@ -236,8 +243,11 @@ class RouterCore:
     def _count_refused(self, request: GenerationRequest, error: TandemError) -> None:
         """A request that was offered and not taken in: no stage but the queue can be blamed."""
         if not request.internal:
-            self.metrics.requests.labels(request.slo_class, type(error).__name__).inc()
+            outcome = type(error).__name__
+            self.metrics.requests.labels(request.slo_class, outcome).inc()
             self.metrics.slo_missed.labels(request.slo_class, Stage.QUEUE.value).inc()
+            prompt_tokens = len(request.token_ids)
+            self._note_end(EndedRequest(request.arrived_s, prompt_tokens, 0, request.slo_class, outcome))
 
     def _fail(self, live: LiveRequest, error: TandemError) -> None:
         """Ends a request at once in all books: its reader may be stuck in a write."""

@@ -5,6 +5,7 @@ exact but know only its own legs. The larger of the two is taken.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from router.worker_key import WorkerKey
 from tandem.ids import LegId
@@ -24,9 +25,11 @@ class ReportedLoad:
     stalled_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """A worker as a dispatch policy sees it; all numbers are the router's best estimate."""
+class WorkerView(NamedTuple):
+    """A worker as a dispatch policy sees it; all numbers are the router's best estimate.
+
+    A tuple, since one is made for every leg that is sent or ends.
+    """
 
     key: WorkerKey
     prefill_tokens: int
@@ -151,12 +154,10 @@ class WorkerLoad:
         total = reported.total_blocks or self.total_blocks
         free = reported.free_blocks if reported.total_blocks else total
         return WorkerView(
-            key=self.key,
-            prefill_tokens=max(
-                self._prefill_tokens, reported.waiting_prefill_tokens + self._prefill_tokens_since
-            ),
-            batch=max(self._own_batch, reported.running_sequences + reported.waiting_legs),
-            waiting_legs=len(self._fetching),
-            free_blocks=free - self._expected_blocks,
-            total_blocks=total,
+            self.key,
+            max(self._prefill_tokens, reported.waiting_prefill_tokens + self._prefill_tokens_since),
+            max(self._own_batch, reported.running_sequences + reported.waiting_legs),
+            len(self._fetching),
+            free - self._expected_blocks,
+            total,
         )

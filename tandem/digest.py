@@ -3,6 +3,9 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
+
+from tandem.errors import ConfigError
 
 PROTOCOL_VERSION = 1
 """Grows with every incompatible change of worker.proto or of the KV layout."""
@@ -10,13 +13,20 @@ PROTOCOL_VERSION = 1
 KV_LAYOUT = "block-major/layers,2,block,kv_heads,head_dim"
 
 
-def compatibility_digest(model_folder: Path, kv_dtype: str, block_size: int) -> str:
-    """Digest of model, revision, KV dtype, layout and protocol: 32 hex digits.
+def compatibility_digest(
+    model_folder: Path,
+    kv_dtype: str,
+    block_size: int,
+    codec: str = "identity",
+    codec_thresholds: Path | None = None,
+) -> str:
+    """Digest of model, revision, KV dtype, layout, wire codec with its thresholds, protocol: 32 hex digits.
 
     The model's revision is its config.json and the name and size of each weight file.
+    Raises ConfigError when the thresholds cannot be read.
     """
     weights = sorted((p.name, p.stat().st_size) for p in model_folder.glob("*.safetensors"))
-    facts = {
+    facts: dict[str, Any] = {
         "config": json.loads((model_folder / "config.json").read_text()),
         "weights": weights,
         "kv_dtype": kv_dtype,
@@ -24,4 +34,15 @@ def compatibility_digest(model_folder: Path, kv_dtype: str, block_size: int) -> 
         "layout": KV_LAYOUT,
         "protocol": PROTOCOL_VERSION,
     }
+    if codec != "identity":
+        facts["codec"] = [codec, _content(codec_thresholds)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _content(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"codec_thresholds: {path}: {error.strerror}.") from error

@@ -37,7 +37,8 @@ class WorkerConfig:
     `max_batch` the sequences of one decode step, `max_waiting` the legs queued at the worker. KV of prompts
     of at least `overlap_min_tokens` can be pulled while they are read (None: of none).
     `port` 0 lets the system choose; `metrics_port` None serves no metrics. The cluster token comes from the
-    environment variable TANDEM_CLUSTER_TOKEN, never from here.
+    environment variable TANDEM_CLUSTER_TOKEN, never from here. `codec` is how KV is written on its way;
+    `codec_thresholds` is the file that oaken needs.
     """
 
     worker_id: WorkerId
@@ -65,4 +66,6 @@ class WorkerConfig:
     lease_s: float = 5.0
     park_s: float = 30.0
     checksum: bool = True
+    codec: str = "identity"
+    codec_thresholds: Path | None = None
     speculative: SpeculativeConfig | None = None

@@ -22,6 +22,12 @@ class BlockShape:
     head_dim: int
     dtype: torch.dtype
 
+    @classmethod
+    def of_pool(cls, pool: Tensor) -> "BlockShape":
+        """Of the blocks of a pool [num_blocks, layers, 2, block_size, kv_heads, head_dim]."""
+        _, layers, _, block_size, kv_heads, head_dim = pool.shape
+        return cls(layers, block_size, kv_heads, head_dim, pool.dtype)
+
     @property
     def dimensions(self) -> tuple[int, int, int, int, int]:
         """The block as a tensor's shape."""
@@ -80,3 +86,30 @@ def ungroup(groups: Tensor, shape: BlockShape, out: Tensor) -> None:
     """The inverse of `grouped`, into blocks of the shape's own type."""
     apart = groups.view(groups.shape[0], shape.layers, 2, shape.kv_heads, shape.block_size, shape.head_dim)
     out.copy_(apart.permute(0, 1, 2, 4, 3, 5))
+
+
+@dataclass(frozen=True, slots=True)
+class CodecReport:
+    """Bytes of a block before and after, and the error of a round trip.
+
+    Both errors are of the difference's magnitude, as a part of the largest magnitude of the number's group.
+    """
+
+    block_bytes: int
+    encoded_bytes: int
+    max_error: float
+    mean_error: float
+
+
+def report_on(codec: Codec, blocks: Tensor, shape: BlockShape) -> CodecReport:
+    """What a codec makes of blocks [n, *shape.dimensions], n at least 1."""
+    encoded = torch.empty((blocks.shape[0], codec.encoded_bytes), dtype=torch.uint8, device=blocks.device)
+    decoded = torch.empty_like(blocks)
+    codec.encode(blocks, encoded)
+    codec.decode(encoded, decoded)
+    before = grouped(blocks, shape)
+    largest = before.abs().amax(dim=2, keepdim=True)
+    errors = (grouped(decoded, shape) - before).abs().div_(largest).nan_to_num_(0.0)
+    return CodecReport(
+        shape.block_bytes, codec.encoded_bytes, float(errors.max().item()), float(errors.mean().item())
+    )

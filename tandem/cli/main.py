@@ -12,6 +12,9 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
+_EXTRAS = {"scipy": "plan", "sklearn": "plan", "matplotlib": "plan"}
+"""Libraries that only some commands need, and the extra of our package that brings them."""
+
 _COMMANDS = (up, demo, generate, chat, status, bench, profile, plan, simulate)
 
 
@@ -36,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tandem: {error}", file=sys.stderr)
         asked_wrongly = error.mended_by is MendedBy.CLIENT or isinstance(error, ConfigError)
         return EXIT_BAD_INPUT if asked_wrongly else EXIT_FAILED
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        remedy = f"pip install 'tandem[{_EXTRAS[missing]}]'"
+        print(f"tandem: this needs {missing}, which is not installed: {remedy}.", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:

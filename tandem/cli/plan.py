@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from planner.placement_search import Progress
     from planner.plan_result import PlanResult
+    from planner.plan_run import Problem
 
 UNCUT_COLUMNS = 250
 
@@ -28,6 +29,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--plot", type=Path, metavar="plan.png", help="draw attainment by rate and SLO scale")
     parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="candidates to list")
+    parser.add_argument(
+        "--replay", type=Path, metavar="FILE", help="instead of planning, decide anew on a controller's log"
+    )
     parser.set_defaults(run=run)
 
 
@@ -46,6 +50,8 @@ def run(chosen: argparse.Namespace) -> int:
 
     plan = load_section(chosen.file, PlanFile)
     problem = read_problem(plan, chosen.file.parent)
+    if chosen.replay is not None:
+        return _replay(problem, chosen.replay)
     with PlanProcesses(plan, chosen.file.parent) as processes:
         with _progress() as progress:
             result = make_plan(problem, processes.find_many, progress)
@@ -58,6 +64,15 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.output is not None:
         write_cluster_yaml(problem, result.mix, chosen.output)
     return 0
+
+
+def _replay(problem: "Problem", log: Path) -> int:
+    """Exit code 0 when every decision is the logged one, byte for byte, else 1."""
+    from planner.controller_replay import plan_capacity, replay_file
+
+    replayed = replay_file(log, plan_capacity(problem))
+    print("\n".join(replayed.lines()))
+    return 0 if replayed.equal else 1
 
 
 @contextmanager

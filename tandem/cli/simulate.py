@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,32 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--records", type=Path, metavar="FILE", help="one row a request; .csv or .parquet")
     parser.add_argument("--timeline", type=Path, metavar="FILE", help="Chrome trace of all steps, JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="TTFT and TPOT distributions")
+    parser.add_argument(
+        "--controller", type=Path, metavar="FILE", help="let the controller flip roles; write its log, JSONL"
+    )
+    parser.add_argument(
+        "--window", type=float, default=60.0, metavar="S", help="the controller looks every so often (60)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
     parser.set_defaults(run=run)
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Prints the figures. Raises ConfigError or InvalidRequest, each with what would be needed."""
+    from planner.controller_replay import changes
+    from planner.simulate_controlled import run_controlled
     from planner.simulate_file import SimFile
     from planner.simulate_output import draw, simulation_json, write_records, write_timeline
     from planner.simulate_run import run_file
     from planner.yaml_document import load_section
 
     file = load_section(chosen.file, SimFile)
-    result = run_file(file, chosen.file.parent, keep_timeline=chosen.timeline is not None)
+    if chosen.controller is not None:
+        course = run_controlled(file, chosen.file.parent, chosen.window, chosen.controller)
+        print("\n".join(changes(course.decisions)), file=sys.stderr)
+        result = course.result
+    else:
+        result = run_file(file, chosen.file.parent, keep_timeline=chosen.timeline is not None)
     if chosen.records is not None:
         write_records(result.records, chosen.records)
     if chosen.timeline is not None:

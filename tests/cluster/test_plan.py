@@ -70,6 +70,13 @@ def test_router_is_told_the_same_context_digest_and_classes() -> None:
     assert worker_configs(config, FACTS, cores=2)[0].context_tokens == 128
 
 
+def test_the_request_log_is_off_unless_it_has_a_path() -> None:
+    assert router_config(ClusterConfig(), FACTS).request_log is None
+    config = parse_cluster_config("router: {request_log: r.jsonl, request_log_bytes: 1MiB}", "f")
+    router = router_config(config, FACTS)
+    assert (router.request_log, router.request_log_bytes) == (Path("r.jsonl"), 1 << 20)
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [("smollm2", "smollm2"), ("/models/qwen.gguf", "qwen"), ("/models/Llama-3.2-1B", "Llama-3.2-1B")],

@@ -143,7 +143,7 @@ class TestConformance:
                 await pair.pull(key("a"), BlockRange(0, 2, first_layer=3, num_layers=2), blocks(1, 2))
             assert caught.value.fault is TransferFault.LENGTH
 
-    @pytest.mark.parametrize("fault", [Fault.CORRUPT, Fault.TRUNCATE])
+    @pytest.mark.parametrize("fault", [Fault.CORRUPT, Fault.TRUNCATE, Fault.REORDER])
     async def test_wrong_bytes_never_land(self, transport: str, fault: Fault) -> None:
         async with pair_over(transport, config(transport), wrap_sink=faulty_sink(fault)) as pair:
             pair.source.offer(key("a"), blocks(1, 2))

@@ -17,7 +17,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("up", "demo", "generate", "chat", "status", "bench"):
+    for command in ("up", "demo", "generate", "chat", "status", "bench", "profile", "plan", "simulate"):
         assert f"    {command} " in shown
 
 
@@ -32,13 +32,27 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["generate"], ["generate", "x", "--max-tokens", "many"], ["bench"], ["bench", "engine"]],
+    [[], ["fly"], ["generate"], ["generate", "x", "--max-tokens", "many"], ["bench"], ["bench", "nothing"]],
 )
 def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
     assert "usage: tandem" in capsys.readouterr().err
+
+
+def test_a_library_that_only_some_commands_need_is_named(tmp_path: Path) -> None:
+    """`make setup` does not install what planning needs."""
+    code = (
+        "import sys\nsys.modules['scipy'] = None\nfrom tandem.cli.main import main\n"
+        "sys.exit(main(['plan', '-f', 'plan.yaml']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=60, cwd=ROOT, check=False
+    )
+    assert done.returncode == 2
+    message = "tandem: this needs scipy, which is not installed: pip install 'tandem[plan]'."
+    assert done.stderr.decode().strip() == message
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.forecast_report import Compared, Figures, forecast_json
 from benchmarks.kv import result_json
 from benchmarks.kv_layouts import SMALL_BLOCKS, Layout, Placement
 from benchmarks.kv_times import AdoptionTimes, CaseTimes, Road, Timed
-from benchmarks.latency_summary import Outcome, OutcomeKind, TokenArrival, summarise
+from benchmarks.latency_summary import Outcome, OutcomeKind, Spread, TokenArrival, summarise
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
@@ -28,6 +29,7 @@ from tandem.slo import SloClass
 from tandem.v1 import cluster_pb2, worker_pb2
 from tandem.v1 import inference_pb2 as pb
 from tests.planner.clusters import disaggregated, load
+from tests.planner.live_profiles import live_profile
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json-output.md"
 
@@ -97,6 +99,21 @@ def kv() -> dict[str, Any]:
     return result_json([case], 1, case, 2, [adoption])
 
 
+def forecast() -> dict[str, Any]:
+    found = Figures(Spread(0.1, 0.1, 0.2, 0.3), Spread(0.1, 0.1, 0.2, 0.3), 0.9)
+    conditions = {
+        "date": "",
+        "machine": "",
+        "load_average_before": 0.1,
+        "trace": "azure.csv",
+        "length_scale": 0.05,
+        "requests": 300,
+        "slo_s": [0.5, 0.1, 1.0],
+    }
+    compared = [Compared(1.0, 0.1, 0.2, found, found)]
+    return forecast_json(conditions, compared, live_profile().model_dump(mode="json"))
+
+
 @pytest.mark.parametrize(
     ("section", "output"),
     [
@@ -107,6 +124,7 @@ def kv() -> dict[str, Any]:
         ("tandem simulate", simulation_json(simulate(disaggregated(1, 1), load(5, 5.0, 1)))),
         ("tandem bench sim", measure(None, count=5, rate_rps=1.0, runs=1)),
         ("tandem plan", planned()),
+        ("tandem bench sim --live", forecast()),
         ("tandem bench kv", kv()),
     ],
 )

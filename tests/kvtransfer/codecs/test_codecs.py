@@ -20,6 +20,7 @@ SHAPES = [
     BlockShape(layers=1, block_size=4, kv_heads=1, head_dim=8, dtype=torch.bfloat16),
     BlockShape(layers=2, block_size=16, kv_heads=3, head_dim=64, dtype=torch.float16),
 ]
+torch.set_num_threads(1)
 BFLOAT16_ROUNDING = 2**-8
 SMALLEST_FLOAT16 = 2**-24
 

@@ -1,0 +1,119 @@
+"""Edge: a source whose blocks are encoded before they move: its offers grow as their blocks are encoded."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from kvtransfer.contract import HandoffKey, KvReady, SourceTransport, TransferConfig, TransferObserver
+from kvtransfer.handoff import ReleaseReason
+from kvtransfer.pieces import complete, grown
+from kvtransfer.source import HandoffSource
+from kvtransfer.staging import StagedMemory
+from tandem.ids import BlockId
+from tandem.worker import WorkerRecord
+
+_log = structlog.get_logger("tandem.kvtransfer")
+
+
+@dataclass(slots=True)
+class _Encoding:
+    """An offer's way into its encoded form: `ready` in the pool, the first `done` blocks encoded.
+
+    `busy` while a thread reads its blocks; `released` is why the offer ended, kept until the thread is done.
+    """
+
+    blocks: tuple[BlockId, ...]
+    ready: KvReady
+    done: int = 0
+    busy: bool = False
+    released: ReleaseReason | None = None
+
+
+class CodedSource(HandoffSource):
+    """A HandoffSource over encoded blocks; `offer` and `advance` speak of the pool's blocks and layers.
+
+    A block is encoded when all its layers are there. Of an offer that ends, `on_released` is called when no
+    thread encodes its blocks any more, one batch later at most.
+    """
+
+    def __init__(
+        self,
+        me: WorkerRecord,
+        staged: StagedMemory,
+        config: TransferConfig,
+        clock: Callable[[], float],
+        on_released: Callable[[HandoffKey, ReleaseReason], None],
+        transports: Sequence[SourceTransport] | None = None,
+        observer: TransferObserver | None = None,
+    ) -> None:
+        """`transports` must be of `staged`."""
+        super().__init__(me, staged, config, clock, self._offer_ended, transports, observer)
+        self._staged = staged
+        self._on_blocks_free = on_released
+        self._encodings: dict[HandoffKey, _Encoding] = {}
+        self._batches: set[asyncio.Future[None]] = set()
+        self._encoder = ThreadPoolExecutor(1, "kv-encode")
+
+    def offer(self, key: HandoffKey, blocks: Sequence[BlockId], ready: KvReady | None = None) -> None:
+        """See HandoffSource."""
+        whole = KvReady(len(blocks), self._staged.pool_layers)
+        super().offer(key, blocks, KvReady(0, 0))
+        self._encodings[key] = _Encoding(tuple(blocks), whole if ready is None else ready)
+        self._go_on(key)
+
+    def advance(self, key: HandoffKey, ready: KvReady) -> None:
+        """See HandoffSource."""
+        encoding = self._encodings.get(key)
+        if encoding is not None and encoding.released is None:
+            encoding.ready = grown(encoding.ready, ready)
+            self._go_on(key)
+
+    async def close(self) -> None:
+        """See HandoffSource."""
+        await super().close()
+        while self._batches:
+            await asyncio.wait(tuple(self._batches))
+        self._encoder.shutdown(wait=True)
+
+    def _go_on(self, key: HandoffKey) -> None:
+        """Starts on the next batch of an offer unless one is under way or nothing is there to encode."""
+        encoding = self._encodings.get(key)
+        if encoding is None or encoding.busy:
+            return
+        total = len(encoding.blocks)
+        ready = total if complete(encoding.ready, total, self._staged.pool_layers) else encoding.ready.blocks
+        batch = encoding.blocks[encoding.done : min(ready, encoding.done + self._staged.batch_blocks)]
+        if not batch:
+            return
+        encoding.busy = True
+        running = asyncio.get_running_loop().run_in_executor(self._encoder, self._staged.encode, batch)
+        self._batches.add(running)
+        running.add_done_callback(partial(self._batch_ended, key, len(batch)))
+
+    def _batch_ended(self, key: HandoffKey, count: int, batch: asyncio.Future[None]) -> None:
+        self._batches.discard(batch)
+        encoding = self._encodings[key]
+        encoding.busy = False
+        if encoding.released is not None:
+            self._offer_ended(key, encoding.released)
+            return
+        failure = batch.exception()
+        if failure is not None:
+            _log.error("blocks were not encoded", leg=key.leg_id, error=str(failure))
+            self.withdraw(key.leg_id)
+            return
+        encoding.done += count
+        super().advance(key, KvReady(encoding.done, int(encoding.done == len(encoding.blocks))))
+        self._go_on(key)
+
+    def _offer_ended(self, key: HandoffKey, reason: ReleaseReason) -> None:
+        encoding = self._encodings.get(key)
+        if encoding is not None and encoding.busy:
+            encoding.released = reason
+            return
+        self._encodings.pop(key, None)
+        self._on_blocks_free(key, reason)

@@ -1,0 +1,95 @@
+"""Pure: what one prefill and one decode worker of a live profile would do with a load."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planner.live_profile import LiveProfile, company_profile, transfer_model
+from planner.profile_model import ProfileModel
+from planner.records import Records
+from planner.shared_machine import DecodeSteps, PromptSteps, SharedMachine, SharedTransfer
+from planner.simulator import Simulation
+from planner.simulator_setup import Drive, RouterRules, Setup, SimRole, WorkerSpec
+from planner.workload import SimRequest
+from tandem.ids import WorkerId
+from tandem.slo import SloClass
+
+_PREFILL, _DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
+
+
+@dataclass(frozen=True, slots=True)
+class PairLimits:
+    """The pair's limits, as in cluster.yaml."""
+
+    pool_blocks: int = 1024
+    token_budget: int = 512
+    max_batch: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The times that clients would see, of the requests that have them; the share that met its objectives;
+    and the busy share of each worker.
+    """
+
+    ttft_s: tuple[float, ...]
+    tpot_s: tuple[float, ...]
+    attainment: float
+    prefill_busy: float
+    decode_busy: float
+
+
+def forecast(
+    profile: LiveProfile, requests: Sequence[SimRequest], slo: SloClass, limits: PairLimits
+) -> Forecast:
+    """Simulates the pair, step by step, under requests of the one class. Raises what a simulation raises."""
+    machine = SharedMachine()
+    simulation = Simulation(_setup(profile, slo, limits, machine), requests)
+    machine.now_s = lambda: simulation.now_s
+    result = simulation.run()
+    span_s = max(result.records.times["ended_s"]) - requests[0].at_s
+    prefill_busy, decode_busy = (result.used[worker].busy_s / span_s for worker in (_PREFILL, _DECODE))
+    return _seen(result.records, profile, slo, prefill_busy, decode_busy)
+
+
+def _setup(profile: LiveProfile, slo: SloClass, limits: PairLimits, machine: SharedMachine) -> Setup:
+    beside = company_profile(profile)
+    alone, company = ProfileModel(profile), ProfileModel(beside)
+
+    def worker(worker_id: WorkerId, role: SimRole, latency: PromptSteps) -> WorkerSpec:
+        return WorkerSpec(
+            worker_id,
+            role,
+            latency,
+            limits.pool_blocks,
+            block_size=profile.block_size,
+            token_budget=limits.token_budget,
+            max_batch=limits.max_batch,
+        )
+
+    workers = (
+        worker(_PREFILL, SimRole.PREFILL, PromptSteps(machine, alone, company)),
+        worker(_DECODE, SimRole.DECODE, DecodeSteps(machine, alone, company)),
+    )
+    transfer = SharedTransfer(machine, transfer_model(profile), transfer_model(beside))
+    return Setup(workers, RouterRules((slo,)), transfer, drive=Drive.STEPS)
+
+
+def _seen(
+    records: Records, profile: LiveProfile, slo: SloClass, prefill_busy: float, decode_busy: float
+) -> Forecast:
+    """Adds the front door, which is slower the more the decode worker is at work."""
+    door_s = profile.front_door_s + decode_busy * (profile.in_company_front_door_s - profile.front_door_s)
+    times = records.times
+    rows = zip(times["ttft_s"], times["tpot_s"], times["longest_gap_s"], strict=True)
+    met = [
+        ttft_s + door_s <= slo.ttft_s and tpot_s <= slo.tpot_s and gap_s <= slo.longest_gap_s
+        for ttft_s, tpot_s, gap_s in rows
+    ]
+    outputs = records.counts["output_tokens"]
+    return Forecast(
+        tuple(ttft_s + door_s for ttft_s in times["ttft_s"]),
+        tuple(tpot_s for tpot_s, tokens in zip(times["tpot_s"], outputs, strict=True) if tokens > 1),
+        sum(met) / len(met),
+        prefill_busy,
+        decode_busy,
+    )
