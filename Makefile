@@ -55,7 +55,7 @@ GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
 gpu-check: ## test and measure on a CUDA device; writes docs/measurements/DATE-gpu.md
 	$(GPU_PYTHON) -m benchmarks.gpu_check --probe
-	$(GPU_PYTHON) -m pytest -m gpu tests/kvtransfer $(wildcard tests/engine/test_gpu*.py)
+	$(GPU_PYTHON) -m pytest -m gpu tests/kvtransfer $(addprefix tests/engine/cuda/test_,gpu.py kernels.py paged_attention.py)
 	$(GPU_PYTHON) -m benchmarks.gpu_check
 
 soak: $(VENV)/.installed-dev ## long runs that make test leaves out: more seeds of the chaos and fault tests

@@ -19,6 +19,8 @@ from typing import Final
 import torch
 
 from benchmarks import gpu_peer
+from benchmarks.gpu_engine import llama_steps
+from benchmarks.gpu_kernels import kernels
 from benchmarks.gpu_report import GpuFigure, GpuMachine, render
 from benchmarks.gpu_transfers import ipc_against_copy, nccl_between_hosts, sigkill
 
@@ -29,7 +31,13 @@ EXIT_NO_DEVICE: Final = 2
 Check = Callable[[], Awaitable[Sequence[GpuFigure]]]
 
 CHECKS: Final[Mapping[str, Check]] = MappingProxyType(
-    {"cuda_ipc": ipc_against_copy, "nccl": nccl_between_hosts, "sigkill": sigkill}
+    {
+        "cuda_ipc": ipc_against_copy,
+        "nccl": nccl_between_hosts,
+        "sigkill": sigkill,
+        "kernels": kernels,
+        "engine": llama_steps,
+    }
 )
 """name -> what it measures. Other rooms' checks are one line each."""
 

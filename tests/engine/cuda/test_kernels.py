@@ -19,6 +19,7 @@ from engine.token_weights import draw, filtered_weights
 from tandem.sampling import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 DTYPES = [torch.float32, torch.bfloat16]
 KERNELS, CAPABILITIES_AND_TYPES = 8, 4
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}

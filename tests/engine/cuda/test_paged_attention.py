@@ -10,6 +10,7 @@ from engine.cuda.kernels.paged_decode import DecodeScratch, paged_decode
 from engine.cuda.kernels.paged_prefill import QueryRun, paged_prefill, tiles_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 LAYERS, BLOCKS = 2, 24
 
