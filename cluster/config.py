@@ -53,13 +53,19 @@ class PoolSection(Section):
     device: str = Field(
         default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Torch device: `cpu`, `cuda` or `cuda:N`."
     )
+    attention: Literal["auto", "flashinfer", "triton", "sdpa"] = Field(
+        default="auto",
+        description="How a GPU attends; `auto` takes the first of the others that can run the model there.",
+    )
     memory: ByteSize = Field(
         default=ByteSize(1 << 30),
         ge=1 << 20,
         description="Memory of the KV pool, like `512MiB`; see `pool_blocks`.",
     )
-    pool_blocks: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
-        default=None, description="Size of the KV pool in blocks; replaces `memory` when given."
+    pool_blocks: Annotated[int, Field(ge=0, le=10_000_000)] | None = Field(
+        default=None,
+        description="Size of the KV pool in blocks; replaces `memory` when given. 0 takes what fits a GPU "
+        "beside the model.",
     )
     max_waiting: int = Field(
         default=256, ge=1, le=100_000, description="Legs queued at a worker before it refuses."

@@ -118,6 +118,7 @@ def _worker(
         block_size=config.block_size,
         dtype=config.model.dtype,
         device=pool.device,
+        attention=pool.attention,
         threads=auto_threads if pool.threads == "auto" else pool.threads,
         context_tokens=context_tokens(config, model),
         max_waiting=pool.max_waiting,
@@ -159,7 +160,9 @@ def _port_of(first: int, index: int) -> int:
 
 
 def _pool_blocks(config: ClusterConfig, model: ModelFacts, role: Role, pool: PoolSection) -> int:
-    """Blocks of a pool; raises ConfigError when it cannot hold one context."""
+    """Blocks of a pool, 0 for what fits a GPU; raises ConfigError when it cannot hold one context."""
+    if pool.pool_blocks == 0 and pool.device != "cpu":
+        return 0
     block_bytes = model.block_bytes(config.block_size, config.model.dtype)
     blocks = pool.pool_blocks if pool.pool_blocks is not None else int(pool.memory) // block_bytes
     context = context_tokens(config, model)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from engine.drafting.draft import NO_DRAFT, Draft
+from engine.drafting.draft import NO_DRAFT, ROOT, Draft
 from tandem.ids import BlockId
 
 
@@ -53,3 +54,31 @@ class AttentionBackend(Protocol):
         The result is valid until the next call of `prepare`.
         """
         ...
+
+
+def hidden_keys(span: Span, first: int, window: int | None) -> Tensor:
+    """Which keys each token of a span does not attend to, of those in slots `first` and beyond.
+
+    bool [tokens, start + tokens - first]: later ones, those outside the window and other branches' guesses.
+    """
+    key_at = torch.arange(first, span.start + span.tokens)
+    query_at = torch.tensor(span.positions())
+    if span.tree:
+        key_at[-span.tokens :] = query_at
+    hidden = key_at > query_at[:, None]
+    if window is not None:
+        hidden |= key_at <= query_at[:, None] - window
+    if span.tree:
+        hidden[-len(span.tree) :, -len(span.tree) :] |= _off_branch(span.tree)
+    return hidden
+
+
+def _off_branch(tree: Draft) -> Tensor:
+    """Which guesses (columns) a guess (row) does not see: bool [guesses, guesses]."""
+    hidden = torch.ones(len(tree), len(tree), dtype=torch.bool)
+    for index in range(len(tree)):
+        parent = tree.parent(index)
+        if parent != ROOT:
+            hidden[index] = hidden[parent]
+        hidden[index, index] = False
+    return hidden

@@ -38,6 +38,7 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
             model_name=options.model,
             pool_blocks=options.pool_blocks,
             device=options.device,
+            attention=options.attention,
             dtype=options.dtype,
             threads=options.threads,
             bind_host=options.bind_host,
@@ -85,8 +86,11 @@ def _parser(role: Role) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
     parser.add_argument("--worker-id", default=f"{role.value}-0")
     parser.add_argument("--incarnation", type=int, default=1)
-    parser.add_argument("--pool-blocks", type=int, default=1024, help="KV blocks of 16 tokens")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--pool-blocks", type=int, default=1024, help="KV blocks of 16 tokens; 0 on a GPU: what fits"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--attention", default="auto", help="on a GPU: auto, flashinfer, triton or sdpa")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--bind-host", default="127.0.0.1")

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention import Span
-from engine.drafting.draft import ROOT, Draft
+from engine.attention import Span, hidden_keys
 from engine.kv_cache import KvCache
 from engine.linear import onednn_for
 from engine.model_config import ModelConfig
@@ -160,15 +159,7 @@ class CpuAttention:
         if tiled:
             tiles = plan_tiles(span.tokens, visible, window)
             return _Stretch(span.first_row, span.tokens, gather, visible, None, tiles)
-        key_at = torch.arange(first * size, first * size + visible)
-        query_at = torch.tensor(span.positions())
-        if span.tree:
-            key_at[-span.tokens :] = query_at
-        hidden = key_at > query_at[:, None]
-        if window is not None:
-            hidden |= key_at <= query_at[:, None] - window
-        if span.tree:
-            hidden[-len(span.tree) :, -len(span.tree) :] |= _off_branch(span.tree)
+        hidden = hidden_keys(span, first * size, window)
         mask = _masked(hidden, self._cache.pool.dtype)
         return _Stretch(span.first_row, span.tokens, gather, visible, mask)
 
@@ -286,17 +277,6 @@ def group_by_length(blocks: Sequence[int]) -> list[list[int]]:
     if len(groups) == 1:
         groups[0].sort()
     return groups
-
-
-def _off_branch(tree: Draft) -> Tensor:
-    """Which guesses (columns) a guess (row) does not see: bool [guesses, guesses]."""
-    hidden = torch.ones(len(tree), len(tree), dtype=torch.bool)
-    for index in range(len(tree)):
-        parent = tree.parent(index)
-        if parent != ROOT:
-            hidden[index] = hidden[parent]
-        hidden[index, index] = False
-    return hidden
 
 
 def _masked(hidden: Tensor, dtype: torch.dtype) -> Tensor:

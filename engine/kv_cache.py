@@ -41,7 +41,11 @@ class KvCache:
             self._shared = _SharedMemory(num_blocks * self.block_bytes)
             self._pool = torch.frombuffer(self._shared.map, dtype=dtype).view(shape)
         else:
-            self._pool = torch.zeros(shape, dtype=dtype, device=device)
+            try:
+                self._pool = torch.zeros(shape, dtype=dtype, device=device)
+            except torch.OutOfMemoryError as error:
+                size = num_blocks * self.block_bytes
+                raise ModelError(f"No memory on {device} for a KV pool of {size} bytes.") from error
 
     @property
     def pool(self) -> Tensor:

@@ -1,11 +1,16 @@
 """Edge: loads everything a worker computes with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
+from torch import Tensor
 
+from engine.computing import Computing
+from engine.contract import StepRunner
 from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.drafting.loading import Target, load_drafting
@@ -20,11 +25,11 @@ from tandem.digest import compatibility_digest
 from tandem.errors import ConfigError
 from tandem.worker_config import WorkerConfig
 
+if TYPE_CHECKING:
+    from engine.cuda.accelerator import Accelerator
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights and KV may be computed and kept in."""
-
-DEVICES = ("cpu",)
-"""Kinds of device that an attention back-end exists for."""
 
 _REORDER_LIMIT_BYTES = 4 * 1024**3
 """Up to this size weights are copied into oneDNN's own layout; larger ones stay mapped and shared."""
@@ -35,8 +40,10 @@ class LoadedEngine:
     """A model ready to run; close it when its last step has ended."""
 
     model_config: ModelConfig
-    runner: TorchStepRunner
+    runner: StepRunner
     cache: KvCache
+    pool_blocks: int
+    """Blocks of the cache that may be given to sequences."""
     eos_ids: tuple[int, ...]
     digest: str
     """Compatibility digest: see tandem.digest."""
@@ -73,14 +80,48 @@ def load_engine(
     """
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype {config.dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
-    if config.device not in DEVICES:
-        raise ConfigError(f"device {config.device!r} is not supported; supported: {', '.join(DEVICES)}.")
-    dtype, device = DTYPES[config.dtype], torch.device(config.device)
+    accelerator = None if config.device == "cpu" else _accelerator(config.device)
+    device = torch.device("cpu") if accelerator is None else accelerator.device
     torch.set_num_threads(config.threads)
-    folder = config.model_folder
+    folder, dtype = config.model_folder, DTYPES[config.dtype]
     model = read_model_config(folder)
     weights = read_weights(folder, model, dtype, device, progress)
-    stored_bytes = sum(path.stat().st_size for path in weight_files(folder))
+    if accelerator is None:
+        computing = _on_cpu(config, model, weights, sampler)
+    else:
+        from engine.cuda.loading import load_on_device
+
+        computing = load_on_device(config, model, weights, dtype, accelerator, _load_small, sampler)
+    return LoadedEngine(
+        model_config=model,
+        runner=computing.runner,
+        cache=computing.cache,
+        pool_blocks=computing.pool_blocks,
+        eos_ids=model.eos_ids,
+        digest=compatibility_digest(
+            folder, config.dtype, config.block_size, config.codec, config.codec_thresholds
+        ),
+        context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
+        drafter=computing.drafter,
+    )
+
+
+def _accelerator(name: str) -> "Accelerator":
+    """Raises ConfigError when there is no such device, or nothing to run it with."""
+    if find_spec("triton") is None:
+        raise ConfigError(f"device {name!r} needs the package triton, which is not installed.")
+    from engine.cuda.accelerator import CudaAccelerator
+
+    return CudaAccelerator(name)
+
+
+def _on_cpu(
+    config: WorkerConfig, model: ModelConfig, weights: Mapping[str, Tensor], sampler: Sampler | None
+) -> Computing:
+    if config.pool_blocks < 1:
+        raise ConfigError("pool_blocks 0 (what fits) needs a GPU; name a number of blocks for the CPU.")
+    dtype, device = DTYPES[config.dtype], torch.device("cpu")
+    stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
     with torch.inference_mode():
         decoder = Decoder(model, weights, reorder=stored_bytes <= _REORDER_LIMIT_BYTES)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
@@ -94,14 +135,4 @@ def load_engine(
         config.threads,
         drafting.drafter,
     )
-    return LoadedEngine(
-        model_config=model,
-        runner=runner,
-        cache=cache,
-        eos_ids=model.eos_ids,
-        digest=compatibility_digest(
-            *(folder, config.dtype, config.block_size, config.codec, config.codec_thresholds)
-        ),
-        context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
-        drafter=drafting.drafter,
-    )
+    return Computing(runner, cache, config.pool_blocks, drafting.drafter)

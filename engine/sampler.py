@@ -17,6 +17,9 @@ NOTHING = -1
 class Sampler:
     """Draws tokens from a vocabulary of `vocabulary_tokens`; ids beyond it in a request are ignored."""
 
+    plain = True
+    """Whether a token depends on its row of logits and its request alone, so that a kernel may draw it."""
+
     def __init__(self, vocabulary_tokens: int) -> None:
         self._vocabulary = vocabulary_tokens
 

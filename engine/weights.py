@@ -79,7 +79,7 @@ def read_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
-) -> Mapping[str, Tensor]:
+) -> dict[str, Tensor]:
     """All tensors of `expected_tensors`, in `dtype` on `device`.
 
     On the CPU a tensor stored in `dtype` stays mapped to its file: processes share its pages. Raises

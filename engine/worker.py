@@ -295,7 +295,7 @@ class Worker(ABC, Generic[OutcomeT]):
             worker=address_to_wire(self.record),
             role=ROLE_TO_WIRE[self.record.role],
             block_size_tokens=self.config.block_size,
-            pool_blocks=self.config.pool_blocks,
+            pool_blocks=self._engine.pool_blocks,
             block_bytes=self._engine.cache.block_bytes,
             context_tokens=self._engine.context_tokens,
             metrics_address=self.metrics.address,
@@ -323,7 +323,7 @@ async def open_worker(
         port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
         address = f"{config.advertise_host}:{port}"
         record = WorkerRecord(config.worker_id, config.incarnation, config.role, address, engine.digest)
-        pool = BlockPool(config.pool_blocks, config.block_size, prefix_cache=config.prefix_cache)
+        pool = BlockPool(engine.pool_blocks, config.block_size, prefix_cache=config.prefix_cache)
         worker = make(WorkerParts(config, record, token, engine, pool, torch_thread, metrics))
         async with worker.running(server):
             log.info("worker serves", worker_id=record.worker_id, address=record.address)

@@ -32,7 +32,8 @@ class WorkerConfig:
     """One worker's settings.
 
     `model_folder` is a Hugging Face folder (a GGUF file is converted into one first).
-    `pool_blocks` is the size of the KV pool. `token_budget` bounds the tokens of one prefill step,
+    `pool_blocks` is the size of the KV pool, 0 on a GPU for what fits beside the model; `attention` names a
+    GPU's back-end, `auto` the best one. `token_budget` bounds the tokens of one prefill step,
     `max_batch` the sequences of one decode step, `max_waiting` the legs queued at the worker. KV of prompts
     of at least `overlap_min_tokens` can be pulled while they are read (None: of none).
     `port` 0 lets the system choose; `metrics_port` None serves no metrics. The cluster token comes from the
@@ -49,6 +50,7 @@ class WorkerConfig:
     block_size: int = 16
     dtype: str = "float32"
     device: str = "cpu"
+    attention: str = "auto"
     threads: int = 1
     context_tokens: int | None = None
     token_budget: int = 512

@@ -5,10 +5,10 @@ K and V of the batch's own tokens are in the pool before a layer attends.
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.attention import Span, hidden_keys
 from engine.cuda.batch import DeviceBatch
 from engine.cuda.kernels.paged_decode import DecodeScratch, paged_decode
 from engine.cuda.kernels.paged_prefill import paged_prefill, tiles_of
@@ -28,6 +28,11 @@ class PagedAttention(Protocol):
         """Whether a CUDA graph may hold `attend` for batches of one token a sequence."""
         ...
 
+    @property
+    def pool(self) -> Tensor:
+        """The blocks that it attends over, as KvCache lays them out."""
+        ...
+
     def plan(self, batch: DeviceBatch) -> None:
         """Prepares what all layers share; not part of a graph."""
         ...
@@ -45,7 +50,7 @@ class TritonAttention:
 
     def __init__(self, pool: Tensor, config: ModelConfig, max_batch: int, splits: int = 8) -> None:
         """`splits` programs share a sequence's context; `max_batch` sizes their scratch."""
-        self._pool = pool
+        self.pool = pool
         self._windows = config.windows
         self._scratch = DecodeScratch.allocate(max_batch, splits, config.heads, config.head_dim, pool.device)
         self._batch: DeviceBatch | None = None
@@ -56,26 +61,29 @@ class TritonAttention:
         self._batch = batch
         small = len(batch.host.runs) <= self._scratch.sums.shape[0]
         alone = batch.host.one_token_each and small
-        self._tiles = None if alone else tiles_of(batch.host.runs, self._pool.device)
+        self._tiles = None if alone else tiles_of(batch.host.runs, self.pool.device)
 
     def attend(self, layer: int, queries: Tensor, out: Tensor) -> None:
         """See PagedAttention."""
         batch = planned(self._batch)
         window = self._windows[layer]
         if self._tiles is None:
-            paged_decode(queries, self._pool, layer, batch.tables, batch.lengths, window, self._scratch, out)
+            paged_decode(queries, self.pool, layer, batch.tables, batch.lengths, window, self._scratch, out)
         else:
-            paged_prefill(queries, self._pool, layer, self._tiles, batch.tables, window, out)
+            paged_prefill(queries, self.pool, layer, self._tiles, batch.tables, window, out)
 
 
 class GatherAttention:
-    """torch's attention on gathered K and V, one sequence at a time: slow, and right on every device."""
+    """torch's attention on gathered K and V, one sequence at a time: slow, and right on every device.
+
+    The only one for trees of guesses, whose branches do not see each other.
+    """
 
     name = "sdpa"
     graph_safe = False
 
     def __init__(self, pool: Tensor, config: ModelConfig) -> None:
-        self._pool = pool
+        self.pool = pool
         self._windows = config.windows
         self._batch: DeviceBatch | None = None
 
@@ -86,28 +94,23 @@ class GatherAttention:
     def attend(self, layer: int, queries: Tensor, out: Tensor) -> None:
         """See PagedAttention."""
         batch = planned(self._batch)
-        block_size, kv_heads, head_dim = self._pool.shape[3:]
-        for run in batch.host.runs:
+        block_size, kv_heads, head_dim = self.pool.shape[3:]
+        for run, tree in zip(batch.host.runs, batch.host.trees, strict=True):
             length = run.first_position + run.tokens
             blocks = batch.tables[run.sequence, : -(-length // block_size)]
-            held = self._pool[blocks.long(), layer]  # [blocks, 2, block_size, kv_heads, head_dim]
+            held = self.pool[blocks.long(), layer]  # [blocks, 2, block_size, kv_heads, head_dim]
             keys, values = held.transpose(0, 1).reshape(2, -1, kv_heads, head_dim)[:, :length].unbind(0)
             rows = slice(run.first_row, run.first_row + run.tokens)
+            span = Span(run.first_row, run.tokens, run.first_position, (), tree)
+            seen = ~hidden_keys(span, 0, self._windows[layer])
             attended = F.scaled_dot_product_attention(
                 queries[rows].transpose(0, 1).unsqueeze(0),
                 keys.transpose(0, 1).unsqueeze(0),
                 values.transpose(0, 1).unsqueeze(0),
-                attn_mask=self._seen(run.first_position, length, self._windows[layer]),
+                attn_mask=seen.to(queries.device),
                 enable_gqa=True,
             )
             out[rows] = attended.squeeze(0).transpose(0, 1)
-
-    def _seen(self, start: int, length: int, window: int | None) -> Tensor:
-        """bool [tokens, length]: which keys each of the tokens start .. length-1 attends to."""
-        key_at = torch.arange(length, device=self._pool.device)
-        query_at = torch.arange(start, length, device=self._pool.device)[:, None]
-        seen = key_at <= query_at
-        return seen if window is None else seen & (key_at > query_at - window)
 
 
 def planned(batch: DeviceBatch | None) -> DeviceBatch:

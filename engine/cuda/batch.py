@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.attention import Span
 from engine.cuda.kernels.paged_prefill import QueryRun
+from engine.drafting.draft import NO_DRAFT, Draft
 from engine.step import SequenceSlice
 from tandem.errors import ProtocolError
 
@@ -21,7 +23,8 @@ class HostBatch:
 
     token_ids, positions and slots are int64 [tokens]: `slots` is each token's row of layer 0's K among the
     pool's token rows. tables int32 [sequences, blocks], padded with 0; lengths int32 [sequences], the new
-    tokens included. logit_rows int64 holds the rows whose next token is wanted.
+    tokens included. logit_rows int64 holds the rows whose next token is wanted, `picks` the place among
+    them of each requested token. `runs` and `trees` have an entry for each sequence.
     """
 
     token_ids: Numbers
@@ -30,7 +33,14 @@ class HostBatch:
     tables: Numbers
     lengths: Numbers
     logit_rows: Numbers
+    picks: Numbers
     runs: tuple[QueryRun, ...]
+    trees: tuple[Draft, ...]
+
+    @property
+    def branches(self) -> bool:
+        """Whether guesses on several branches are to be verified."""
+        return any(self.trees)
 
     @property
     def one_token_each(self) -> bool:
@@ -48,7 +58,9 @@ class HostBatch:
             np.pad(self.tables, ((0, more), (0, 0)), constant_values=block),
             np.pad(self.lengths, (0, more), constant_values=1),
             np.arange(rows),
+            self.picks,
             self.runs + tuple(QueryRun(row, row, 0, 1) for row in range(first, rows)),
+            self.trees + (NO_DRAFT,) * more,
         )
 
 
@@ -88,31 +100,60 @@ def host_batch(slices: Sequence[SequenceSlice], layers: int, block_size: int) ->
 
     Raises ProtocolError for a slice without tokens, IndexError for a block table that is too short.
     """
-    counts = [len(part.token_ids) for part in slices]
-    if not all(counts):
-        raise ProtocolError("A step plan holds a slice without tokens.")
-    starts = np.array([part.start for part in slices], dtype=np.int64)
-    firsts = np.concatenate([[0], np.cumsum(counts)])
-    for part, count in zip(slices, counts, strict=True):
-        if len(part.block_table) * block_size < part.start + count:
-            raise IndexError(f"A block table of {len(part.block_table)} blocks is too short for its slice.")
-    width = max(len(part.block_table) for part in slices)
-    tables = np.zeros((len(slices), width), dtype=np.int32)
-    for row, part in enumerate(slices):
-        tables[row, : len(part.block_table)] = part.block_table
-    sequence_of = np.repeat(np.arange(len(slices)), counts)
-    positions = np.arange(firsts[-1]) - firsts[sequence_of] + starts[sequence_of]
-    blocks = tables[sequence_of, positions // block_size].astype(np.int64)
+    spans = _spans(slices, block_size)
+    counts = np.array([span.tokens for span in spans])
+    sequence_of = np.repeat(np.arange(len(spans)), counts)
+    tables = _tables(spans)
+    token_ids = np.fromiter((token for part in slices for token in part.token_ids), np.int64, counts.sum())
+    slots = np.concatenate([np.arange(span.start, span.start + span.tokens) for span in spans])
+    blocks = tables[sequence_of, slots // block_size].astype(np.int64)
+    rows = [
+        span.first_row + request.row % span.tokens
+        for span, part in zip(spans, slices, strict=True)
+        for request in part.samples
+    ]
+    places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
     return HostBatch(
-        token_ids=np.fromiter((t for part in slices for t in part.token_ids), np.int64, int(firsts[-1])),
-        positions=positions,
-        slots=blocks * (layers * 2 * block_size) + positions % block_size,
+        token_ids=token_ids,
+        positions=_positions(spans, slots),
+        slots=blocks * (layers * 2 * block_size) + slots % block_size,
         tables=tables,
-        lengths=(starts + counts).astype(np.int32),
-        logit_rows=np.array(
-            [firsts[i + 1] - 1 for i, part in enumerate(slices) if part.samples], dtype=np.int64
-        ),
+        lengths=np.array([span.start + span.tokens for span in spans], dtype=np.int32),
+        logit_rows=np.array(list(places), dtype=np.int64),
+        picks=np.array([places[row] for row in rows], dtype=np.int64),
         runs=tuple(
-            QueryRun(row, int(firsts[row]), part.start, counts[row]) for row, part in enumerate(slices)
+            QueryRun(sequence, span.first_row, span.start, span.tokens) for sequence, span in enumerate(spans)
         ),
+        trees=tuple(span.tree for span in spans),
     )
+
+
+def _spans(slices: Sequence[SequenceSlice], block_size: int) -> list[Span]:
+    spans: list[Span] = []
+    row = 0
+    for part in slices:
+        tokens = len(part.token_ids)
+        if not tokens:
+            raise ProtocolError("A step plan holds a slice without tokens.")
+        if len(part.block_table) * block_size < part.start + tokens:
+            raise IndexError(f"A block table of {len(part.block_table)} blocks is too short for its slice.")
+        tree = part.draft if part.draft.parents else NO_DRAFT
+        spans.append(Span(row, tokens, part.start, part.block_table, tree))
+        row += tokens
+    return spans
+
+
+def _tables(spans: Sequence[Span]) -> Numbers:
+    tables = np.zeros((len(spans), max(len(span.block_table) for span in spans)), dtype=np.int32)
+    for row, span in enumerate(spans):
+        tables[row, : len(span.block_table)] = span.block_table
+    return tables
+
+
+def _positions(spans: Sequence[Span], slots: Numbers) -> Numbers:
+    """A token stands where its K and V lie in its sequence, but for guesses on branches of a tree."""
+    positions = slots.copy()
+    for span in spans:
+        if span.tree:
+            positions[span.first_row : span.first_row + span.tokens] = span.positions()
+    return positions

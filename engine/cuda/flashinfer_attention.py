@@ -31,7 +31,7 @@ class FlashInferAttention:
     ) -> None:
         """`library` is the flashinfer package. Raises ImportError when it is not installed."""
         self._library = import_module("flashinfer") if library is None else library
-        self._pool = pool
+        self.pool = pool
         self._config = config
         self._table_width = table_width
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
@@ -50,7 +50,7 @@ class FlashInferAttention:
     def plan(self, batch: DeviceBatch) -> None:
         """See PagedAttention."""
         self._batch = batch
-        host, block_size = batch.host, self._pool.shape[3]
+        host, block_size = batch.host, self.pool.shape[3]
         pages = -(-host.lengths // block_size)
         starts = _int32(np.concatenate([[0], np.cumsum(pages)]))
         indices = _int32(host.tables[np.arange(host.tables.shape[1]) < pages[:, None]])
@@ -69,12 +69,12 @@ class FlashInferAttention:
     def attend(self, layer: int, queries: Tensor, out: Tensor) -> None:
         """See PagedAttention."""
         planned(self._batch)
-        held = (self._pool[:, layer, 0], self._pool[:, layer, 1])
+        held = (self.pool[:, layer, 0], self.pool[:, layer, 1])
         self._current[self._config.windows[layer]].run(queries, held, out=out)
 
     def _decode_wrapper(self, bucket: int) -> Any:
         def fixed(count: int) -> Tensor:
-            return torch.zeros(count, dtype=torch.int32, device=self._pool.device)
+            return torch.zeros(count, dtype=torch.int32, device=self.pool.device)
 
         return self._library.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace,
@@ -90,10 +90,10 @@ class FlashInferAttention:
         return {
             "num_qo_heads": self._config.heads,
             "num_kv_heads": self._config.kv_heads,
-            "page_size": self._pool.shape[3],
+            "page_size": self.pool.shape[3],
             "window_left": -1 if window is None else window - 1,
-            "q_data_type": self._pool.dtype,
-            "kv_data_type": self._pool.dtype,
+            "q_data_type": self.pool.dtype,
+            "kv_data_type": self.pool.dtype,
         }
 
 

@@ -81,6 +81,8 @@ class DecodeGraphs:
             np.empty((0, table_width), np.int32),
             nothing.astype(np.int32),
             nothing,
+            nothing,
+            (),
             (),
         )
         self._static = DeviceBatch.of(
@@ -100,10 +102,12 @@ class DecodeGraphs:
                 return
             batch = self._rows(bucket, self._empty.padded(bucket, self._padding_block, self._padding_slot))
             self._attention.plan(batch)
-            self._captured[bucket] = self._capture(partial(self._decoder.forward, batch, self._attention))
+            self._captured[bucket] = self._capture(partial(self._decoder.features, batch, self._attention))
 
-    def forward(self, host: HostBatch) -> Tensor | None:
-        """Logits [sequences, vocabulary], valid until the next call; None if no graph fits the batch.
+    def features(self, host: HostBatch) -> Tensor | None:
+        """As CudaDecoder.features: [sequences, hidden], valid until the next call.
+
+        None if no graph fits the batch.
 
         A batch fits when every sequence feeds one token and wants its logits.
         """
@@ -123,9 +127,9 @@ class DecodeGraphs:
         ):
             target.copy_(source, non_blocking=True)
         self._attention.plan(batch)
-        replay, logits = self._captured[bucket]
+        replay, features = self._captured[bucket]
         replay()
-        return logits[: len(host.runs)]
+        return features[: len(host.runs)]
 
     def _rows(self, rows: int, host: HostBatch) -> DeviceBatch:
         """Views of the first rows of the static tensors, which hold or will hold `host`."""

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from engine.blocks import BlockPool
 from engine.contract import StepRunner
 from engine.cpu_attention import CpuAttention
-from engine.decoder import Decoder
 from engine.drafting.draft_model import DraftModel
 from engine.drafting.eagle import EagleDrafter, EagleHead, eagle_config
 from engine.drafting.medusa import MedusaDrafter, read_medusa
@@ -25,6 +25,18 @@ from tandem.worker_config import SpeculativeConfig, WorkerConfig
 
 METHODS = ("ngram", "draft_model", "medusa", "eagle")
 ACCEPTANCES = ("exact", "rejection")
+
+
+class HeadAndTail(Protocol):
+    """What drafters use of the model that they guess for."""
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token ids int64 [tokens] to [tokens, hidden]."""
+        ...
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Normed last hidden states [rows, hidden] to logits [rows, vocabulary]."""
+        ...
 
 
 class SmallEngine(Protocol):
@@ -63,7 +75,7 @@ class Target:
 
     worker: WorkerConfig
     config: ModelConfig
-    decoder: Decoder
+    decoder: HeadAndTail
     dtype: torch.dtype
     device: torch.device
 

@@ -30,6 +30,8 @@ class GuessedWeights:
 class GuessSampler(Sampler):
     """The draft model's sampler: draws with random numbers of its own and keeps what it drew from."""
 
+    plain = False
+
     def __init__(self, vocabulary_tokens: int, guessed: GuessedWeights) -> None:
         super().__init__(vocabulary_tokens)
         self._guessed = guessed
@@ -50,6 +52,8 @@ class GuessSampler(Sampler):
 
 class RejectionSampler(Sampler):
     """The model's sampler: takes or replaces guesses; rows without one are drawn as by Sampler."""
+
+    plain = False
 
     def __init__(self, vocabulary_tokens: int, guessed: GuessedWeights) -> None:
         super().__init__(vocabulary_tokens)

@@ -1,5 +1,10 @@
 """The Triton kernels against float64 references, in the interpreter or, on a machine with a GPU, compiled."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +20,7 @@ from tandem.sampling import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
+KERNELS, CAPABILITIES_AND_TYPES = 8, 4
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 """Relative to the largest number: a few roundings of the stored type."""
 
@@ -168,3 +174,20 @@ def test_a_token_of_no_weight_is_never_drawn(uniform: float) -> None:
         tokens,
     )
     assert tokens.item() == (5 if uniform < 0.5 else CHUNK + 9)
+
+
+def test_kernels_compile_for_gpus() -> None:
+    """In a process of its own: this one may run the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.cuda.compile_kernels"],
+        cwd=Path(__file__).resolve().parents[3],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == KERNELS * CAPABILITIES_AND_TYPES
+    assert all(line.endswith(" True") for line in lines)

@@ -19,6 +19,7 @@ from engine.cuda.flashinfer_attention import FlashInferAttention
 from engine.cuda.graphs import Capture, CudaCapture, DecodeGraphs
 from engine.cuda.runner import CudaStepRunner
 from engine.decoder import Decoder
+from engine.drafting.draft import ROOT, Draft
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig, read_model_config
 from engine.sampler import Sampler
@@ -28,6 +29,7 @@ from engine.weights import read_weights
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams
 from tests.engine.cuda import flashinfer_stand_in
+from tests.engine.cuda.host_accelerator import AgainCapture
 from tests.engine.tiny_models import family_configs, random_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,19 +38,6 @@ BLOCKS, BLOCK_SIZE, TABLE = 40, 4, 12
 FAMILIES = ["mistral-window", "qwen2", "qwen3", "llama-biased"]
 
 Maker = Callable[[Tensor, ModelConfig], PagedAttention]
-
-
-class AgainCapture:
-    """A capture that does the work anew, into the same tensor, as a replay would."""
-
-    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """See Capture."""
-        result = work().clone()
-
-        def replay() -> None:
-            result.copy_(work())
-
-        return replay, result
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -71,7 +60,7 @@ def cuda_runner(folder: Path, make: Maker, graphs: bool) -> CudaStepRunner:
     config = read_model_config(folder)
     weights = read_weights(folder, config, torch.float32, DEVICE)
     cache = KvCache(config, BLOCKS + 1, BLOCK_SIZE, torch.float32, DEVICE)
-    decoder = CudaDecoder(config, weights, cache.pool)
+    decoder = CudaDecoder(config, weights)
     attention = make(cache.pool, config)
     captured = None
     if graphs:
@@ -80,9 +69,9 @@ def cuda_runner(folder: Path, make: Maker, graphs: bool) -> CudaStepRunner:
         captured = DecodeGraphs(decoder, attention, capture, (1, 2, 4), TABLE, BLOCKS, slot, DEVICE)
         with torch.inference_mode():
             captured.capture_all(within_s=60.0)
-    return CudaStepRunner(
-        decoder, cache, config.layers, attention, Sampler(config.vocabulary_tokens), captured
-    )
+    branching = GatherAttention(cache.pool, config)
+    sampler = Sampler(config.vocabulary_tokens)
+    return CudaStepRunner(decoder, cache, config.layers, attention, branching, sampler, captured)
 
 
 def triton(pool: Tensor, config: ModelConfig) -> PagedAttention:
@@ -117,8 +106,8 @@ def steps_of(seed: int) -> list[StepPlan]:
     ]
 
 
-def token_ids(result: StepResult) -> list[tuple[int, int]]:
-    return [(token.key, token.token_id) for token in result.tokens]
+def token_ids(result: StepResult) -> list[tuple[int, int, int]]:
+    return [(token.key, token.token_id, token.row) for token in result.tokens]
 
 
 @pytest.mark.parametrize(
@@ -146,3 +135,33 @@ def test_a_short_block_table_is_an_error(folder: Path) -> None:
     runner = cuda_runner(folder, triton, graphs=False)
     with pytest.raises(IndexError, match="too short"):
         runner.run(StepPlan(1, (SequenceSlice([1] * 5, 0, [BlockId(0)], ()),)))
+
+
+def test_each_branch_of_a_tree_sees_itself_alone(folder: Path) -> None:
+    """As on the CPU, where test_verification holds it to the model: one token after each guess."""
+    reference, runner = cpu_runner(folder), cuda_runner(folder, triton, graphs=True)
+    table = [BlockId(block) for block in (9, 3, 5, 7)]
+    tree = Draft((20, 21, 22, 30, 31, 23), (ROOT, 0, 1, ROOT, 3, 1))
+    chain = Draft((40, 41))
+    plans = [
+        StepPlan(1, (SequenceSlice((5, 6, 7, 8, 9), 0, table, ()),)),
+        StepPlan(2, (verified(0, (10, 11), 5, table, tree), verified(1, (12,), 0, [BlockId(11)], chain))),
+    ]
+    for plan in plans:
+        assert token_ids(runner.run(plan)) == token_ids(reference.run(plan))
+
+
+def verified(
+    key: int, tokens: tuple[int, ...], start: int, table: list[BlockId], draft: Draft
+) -> SequenceSlice:
+    params = SamplingParams(temperature=0.9, seed=7)
+    rows = range(-1 - len(draft), 0)
+    samples = tuple(SampleRequest(key, 0, place, params, row=row) for place, row in enumerate(rows))
+    return SequenceSlice((*tokens, *draft.token_ids), start, table, samples, draft)
+
+
+def test_layers_are_told_in_order(folder: Path) -> None:
+    runner = cuda_runner(folder, triton, graphs=True)
+    told: list[int] = []
+    runner.run(StepPlan(1, (SequenceSlice((5, 6, 7), 0, [BlockId(0)], ()),)), told.append)
+    assert told == [1, 2, 3]
