@@ -4,16 +4,15 @@ import pytest
 
 from planner.latency import PromptPart, StepShape
 from planner.live_forecast import PairLimits, forecast
-from planner.live_profile import company_profile, read_live_profile, transfer_model
+from planner.live_profile import company_profile, transfer_model
 from planner.profile_model import ProfileModel
 from planner.shared_machine import DecodeSteps, PromptSteps, SharedMachine
 from planner.simulator import simulate
 from planner.simulator_setup import RouterRules, Setup, SimRole, WorkerSpec
 from planner.workload import SimRequest
-from tandem.errors import ConfigError
 from tandem.ids import WorkerId
 from tandem.slo import SloClass
-from tests.planner.live_profiles import live_profile, points, transfers
+from tests.planner.live_profiles import live_profile, transfers
 
 PREFILL, DECODE = SimRole.PREFILL, SimRole.DECODE
 SLO = SloClass("interactive", 1.0, 0.1, 1.0)
@@ -73,17 +72,3 @@ def test_a_prompt_is_slow_while_decode_steps_follow_each_other() -> None:
 def test_missed_objectives_lower_the_attainment() -> None:
     slow_door = forecast(live_profile(door_s=0.95), asked((0.0, 100, 5), (5.0, 10, 5)), SLO, PairLimits())
     assert slow_door.attainment == 0.5
-
-
-def test_a_live_profile_is_read_as_it_was_written() -> None:
-    assert read_live_profile(live_profile().model_dump_json(), "p.json") == live_profile()
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [({"front_door_s": 0}, "front_door_s"), ({"in_company": points(2.0)[:3]}, "same shapes")],
-)
-def test_a_profile_that_does_not_fit_is_refused(change: dict[str, object], sentence: str) -> None:
-    wrong = live_profile().model_copy(update=change)
-    with pytest.raises(ConfigError, match=sentence):
-        read_live_profile(wrong.model_dump_json(), "p.json")
