@@ -85,7 +85,7 @@ def test_a_limit_is_that_of_the_fastest_way(monkeypatch: pytest.MonkeyPatch) -> 
         nonlocal now_s
         now_s += next(durations_s)
 
-    monkeypatch.setattr(machine_limits.time, "perf_counter", lambda: now_s)
+    monkeypatch.setattr("benchmarks.machine_limits.time.perf_counter", lambda: now_s)
     assert machine_limits.best_s((lambda: way(slow), lambda: way(fast)), runs=2) == 1.0
 
 
