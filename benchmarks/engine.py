@@ -16,9 +16,11 @@ from benchmarks.engine_drive import EngineDrive, StepTimes
 from benchmarks.engine_overhead import profile_steps
 from benchmarks.machine_limits import MachineLimits, machine_name, measure_limits
 from benchmarks.model_cost import decode_flops, kv_elements_per_token, prefill_flops, read_parameters
+from benchmarks.speculative import measure_speculative
 from engine.loading import DTYPES, LoadedEngine, load_engine
 from engine.model_config import ModelConfig
 from engine.model_source import resolve_model
+from engine.tokenizer import Tokenizer
 from tandem.errors import InvalidRequest
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role
@@ -43,6 +45,8 @@ class Sizes:
     """(batch, prompt tokens, output tokens)."""
     runs: int
     """Of prefill and prefix cache."""
+    speculative: tuple[int, int]
+    """(output tokens, runs)."""
     pool_blocks: int
 
 
@@ -52,6 +56,7 @@ FULL = Sizes(
     cached_prompt=1200,
     profiled=(32, 32, 8),
     runs=2,
+    speculative=(128, 3),
     pool_blocks=1024,
 )
 QUICK = Sizes(
@@ -60,6 +65,7 @@ QUICK = Sizes(
     cached_prompt=400,
     profiled=(32, 32, 8),
     runs=1,
+    speculative=(64, 1),
     pool_blocks=320,
 )
 
@@ -124,6 +130,7 @@ def measure(model: str, dtype: str, threads: int, sizes: Sizes) -> dict[str, Any
             "decode": [_decode(bench, *shape) for shape in sizes.decode],
             "prefill": _prefill(bench),
             "prefix_cache": _prefix_cache(bench),
+            "speculative": _speculative(bench),
             "memory": _memory(bench),
             "overhead": _overhead(bench),
         }
@@ -252,6 +259,12 @@ def _prefix_cache(bench: EngineBench) -> dict[str, Any]:
     }
 
 
+def _speculative(bench: EngineBench) -> dict[str, Any]:
+    output_tokens, runs = bench.sizes.speculative
+    tokenizer = Tokenizer.load(bench.config.model_folder)
+    return measure_speculative(bench.engine, bench.config, tokenizer, output_tokens, runs).as_json()
+
+
 def _memory(bench: EngineBench) -> dict[str, Any]:
     """After all of the above, so that activations and buffers have grown to their size."""
     itemsize = DTYPES[bench.config.dtype].itemsize
@@ -276,7 +289,7 @@ def _memory(bench: EngineBench) -> dict[str, Any]:
 def text(result: dict[str, Any]) -> str:
     """What is printed without --json."""
     prefill, overhead = result["prefill"], result["overhead"]
-    cache, memory = result["prefix_cache"], result["memory"]
+    cache, memory, guessed = result["prefix_cache"], result["memory"], result["speculative"]
     lines = [f"{result['model']} {result['dtype']}, {result['threads']} threads on {result['machine']}"]
     lines += [
         f"decode, batch {one['batch']}, {one['prompt_tokens']} in {one['output_tokens']} out: "
@@ -295,6 +308,9 @@ def text(result: dict[str, Any]) -> str:
         f"{overhead['outside_kernels_share']:.1%}",
         f"prefix cache, {cache['prompt_tokens']} tokens: first token after {cache['ttft_hit_ms']:.1f} ms "
         f"instead of {cache['ttft_miss_ms']:.1f} ms, {cache['hit_share']:.1%}",
+        f"guessing tokens, batch 1: {guessed['tokens_per_s']:.1f} instead of "
+        f"{guessed['plain_tokens_per_s']:.1f} tok/s, {guessed['speedup']:.2f} x, "
+        f"{'the same' if guessed['identical'] else 'other'} tokens",
         f"memory: {memory['resident_bytes'] / 1e6:.0f} MB resident, {memory['resident_share']:.0%} of "
         f"weights + pool + {memory['allowance_bytes'] / 1e6:.0f} MB",
     ]

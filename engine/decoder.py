@@ -81,8 +81,8 @@ class Decoder:
                 hidden, attended = hidden[rows], attended[rows]
                 if rows.shape[0] == 0:
                     break
-            hidden = hidden + layer.output(attended)
-            hidden = hidden + self._mlp(layer, hidden)
+            hidden.add_(layer.output(attended))
+            hidden.add_(self._mlp(layer, hidden))
         return self._normed(hidden, self._norm)
 
     def logits(self, features: Tensor) -> Tensor:
