@@ -51,6 +51,10 @@ def find_goodput(evaluate: Evaluate, probe: Probe, attainment: float, tolerance:
     least = next((rate for rate in starts if search.passes(rate)), None)
     if least is None:
         return search.found(0.0, given_up=True)
+    # Many candidates tie with the one to beat, since the same part of both is full: that is seen at once.
+    nearby = least * (1 + tolerance)
+    if probe.at_least_rps and search.passes(nearby):
+        least = nearby
     high = search.failing_rps or max(probe.bound_rps, least * (1 + tolerance))
     for growth in _GROWTH:
         if high == search.failing_rps or not search.passes(high):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from planner.goodput import Goodput, Probe, find_goodput
-from planner.placement import Candidate, Mode, NodeGroup, Objective, WorkerKind
+from planner.placement import Candidate, Mode, NodeGroup, Objective, Reached, WorkerKind
 from planner.placement_bound import Bounds
 from planner.placement_mix import Mix, Option, cheapest_mix, largest_mix
 from planner.placement_search import Bounded, Searched, bounded, search
@@ -135,3 +135,26 @@ def test_the_cheapest_mix_uses_each_device_where_it_is_worth_its_price() -> None
 def test_a_demand_beyond_the_fleet_has_no_mix() -> None:
     assert cheapest_mix([_option(1, (1.0,), 1)], [NodeGroup("a100-80g", 1, 2)], (3.0,)) is None
     assert largest_mix([_option(4, (1.0,), 4)], [NodeGroup("a100-80g", 2, 2)], (1.0,)) is None
+
+
+def test_a_candidate_that_ties_with_the_kept_ones_costs_two_runs() -> None:
+    ranked, formula = _ranked(space())
+    one = ranked[0]
+    tied_rps = formula.limit_rps(one.candidate) * (1 - TOLERANCE / 2)
+    answer = find_goodput(formula, Probe(one.candidate, 2 * tied_rps, tied_rps), 0.9, TOLERANCE)
+    assert answer.runs == 2
+    assert answer.rate_rps == pytest.approx(formula.limit_rps(one.candidate), rel=2 * TOLERANCE)
+
+
+def test_a_bound_that_is_a_little_too_low_is_left_in_small_steps() -> None:
+    ranked, formula = _ranked(space())
+    one = ranked[0]
+    limit_rps = formula.limit_rps(one.candidate)
+    tried: list[float] = []
+
+    def watched(candidate: Candidate, rate_rps: float, bucket: int = 0, slo_scale: float = 1.0) -> Reached:
+        tried.append(rate_rps)
+        return formula(candidate, rate_rps, bucket, slo_scale)
+
+    find_goodput(watched, Probe(one.candidate, 0.98 * limit_rps), 0.9, TOLERANCE)
+    assert max(tried) < 1.1 * limit_rps
