@@ -13,8 +13,9 @@ import torch
 from benchmarks.kv_adoption import measured_adoption
 from benchmarks.kv_layouts import SMOLLM2_BLOCKS, Layout, Placement, layouts
 from benchmarks.kv_pulls import measured
-from benchmarks.kv_report import adoption_json, case_json, handoff_json, text
-from benchmarks.kv_times import AdoptionTimes, CaseTimes, Road
+from benchmarks.kv_report import adoption_json, case_json, handoff_json, overlap_json, text
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, OverlapFigures, Road
+from benchmarks.overlap import measure_overlap
 from benchmarks.processes import exchange, running_module
 from tandem.errors import InvalidRequest
 from tandem.logs import configure_logging
@@ -25,6 +26,9 @@ HANDOFF: Final = Layout(SMOLLM2_BLOCKS, Placement.SCATTERED, (10,))
 """A hand-off as the Azure trace makes them here: 160 tokens of SmolLM2, 7.4 MB."""
 
 HANDOFF_PULLS: Final = 60
+
+OVERLAP_ROUNDS: Final = 3
+"""Two prompts of 1,200 tokens each: seconds a round."""
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -44,7 +48,8 @@ async def _measure(rounds: int, quick: bool) -> dict[str, Any]:
     cases = [case for layout in layouts(quick) for case in await measured(layout, roads, rounds)]
     loaded, busy = await _loaded_handoffs(HANDOFF_PULLS // 3 if quick else HANDOFF_PULLS)
     adoptions = await measured_adoption(layouts(quick)[0], rounds)
-    return result_json(cases, rounds, loaded, busy, adoptions)
+    overlap = None if quick else await measure_overlap(min(rounds, OVERLAP_ROUNDS))
+    return result_json(cases, rounds, loaded, busy, adoptions, overlap)
 
 
 async def _loaded_handoffs(pulls: int) -> tuple[CaseTimes, int]:
@@ -59,7 +64,12 @@ async def _loaded_handoffs(pulls: int) -> tuple[CaseTimes, int]:
 
 
 def result_json(
-    cases: list[CaseTimes], rounds: int, loaded: CaseTimes, busy: int, adoptions: list[AdoptionTimes]
+    cases: list[CaseTimes],
+    rounds: int,
+    loaded: CaseTimes,
+    busy: int,
+    adoptions: list[AdoptionTimes],
+    overlap: OverlapFigures | None,
 ) -> dict[str, Any]:
     """Output of `tandem bench kv --json`; the keys are documented in docs/json-output.md."""
     return {
@@ -69,4 +79,5 @@ def result_json(
         "cases": [case_json(case) for case in cases],
         "handoff": handoff_json(loaded, busy),
         "adoption": [adoption_json(times) for times in adoptions],
+        "overlap": None if overlap is None else overlap_json(overlap),
     }

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from benchmarks.kv_times import AdoptionTimes, CaseTimes, Road, Timed
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, OverlapFigures, Road, Timed
 from planner.statistics import percentile
 
 LIMITS: Final = {"shm": "memcpy", "tcp": "loopback_tcp"}
@@ -66,6 +66,22 @@ def adoption_json(times: AdoptionTimes) -> dict[str, Any]:
     }
 
 
+def overlap_json(figures: OverlapFigures) -> dict[str, Any]:
+    """The object `overlap`."""
+    return {
+        "prompt_tokens": figures.prompt_tokens,
+        "moved_bytes": figures.moved_bytes,
+        "rounds": figures.rounds,
+        "link_gbps": figures.link_bytes_per_s / 1e9,
+        "limit_ms": figures.limit_s * 1e3,
+        "prefill_afterwards_ms": figures.prefill_afterwards_s * 1e3,
+        "prefill_overlapped_ms": figures.prefill_overlapped_s * 1e3,
+        "landed_afterwards_ms": figures.landed_afterwards_s * 1e3,
+        "landed_overlapped_ms": figures.landed_overlapped_s * 1e3,
+        "ratio": figures.ratio,
+    }
+
+
 def text(result: dict[str, Any]) -> str:
     """The same for a person."""
     return "\n".join(
@@ -75,6 +91,7 @@ def text(result: dict[str, Any]) -> str:
             *_handoff_lines(result["handoff"]),
             "",
             *_adoption_lines(result["adoption"]),
+            *_overlap_lines(result["overlap"]),
         ]
     )
 
@@ -136,6 +153,21 @@ def _adoption_lines(adoptions: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"after {times['prepare_ms']:.2f} to prepare; first read {times['first_read_ms']:.2f}, "
             f"later {times['later_read_ms']:.2f}"
         )
+
+
+def _overlap_lines(overlap: dict[str, Any] | None) -> Iterator[str]:
+    if overlap is None:
+        return
+    yield ""
+    yield (
+        f"prompts of {overlap['prompt_tokens']:,} tokens ({overlap['moved_bytes']:,} B) over a link of "
+        f"{overlap['link_gbps']:g} GB/s, from the first token until the KV landed"
+    )
+    yield (
+        f"  {overlap['landed_overlapped_ms']:.1f} ms when it moves while the prompt is read, "
+        f"{overlap['landed_afterwards_ms']:.1f} ms afterwards: {overlap['ratio']:.1%}; "
+        f"the bytes alone take {overlap['limit_ms']:.1f} ms"
+    )
 
 
 def _hashing(road: dict[str, Any]) -> str:

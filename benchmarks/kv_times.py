@@ -56,3 +56,23 @@ class AdoptionTimes:
     adopt_s: tuple[float, ...]
     first_read_s: tuple[float, ...]
     later_read_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapFigures:
+    """Medians over the rounds, in seconds.
+
+    `prefill_*` until the first token, `landed_*` from there until the KV landed; `ratio` of the latter two is
+    what overlap leaves. `limit_s` is what the bytes take on the link.
+    """
+
+    prompt_tokens: int
+    link_bytes_per_s: float
+    moved_bytes: int
+    rounds: int
+    limit_s: float
+    prefill_afterwards_s: float
+    prefill_overlapped_s: float
+    landed_afterwards_s: float
+    landed_overlapped_s: float
+    ratio: float

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 
+from benchmarks.kv_times import OverlapFigures
 from benchmarks.processes import exchange, running_module
 from router.worker_client import WorkerLink
 from router.worker_key import WorkerKey
@@ -40,26 +41,6 @@ class Handover:
     prefill_s: float
     landed_s: float
     moved_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class OverlapFigures:
-    """Medians over the rounds, in seconds.
-
-    `prefill_*` until the first token, `landed_*` from there until the KV landed; `ratio` of the latter two is
-    what overlap leaves. `limit_s` is what the bytes take on the link.
-    """
-
-    prompt_tokens: int
-    link_bytes_per_s: float
-    moved_bytes: int
-    rounds: int
-    limit_s: float
-    prefill_afterwards_s: float
-    prefill_overlapped_s: float
-    landed_afterwards_s: float
-    landed_overlapped_s: float
-    ratio: float
 
 
 class _Listener:

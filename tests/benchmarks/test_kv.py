@@ -15,7 +15,8 @@ from benchmarks.kv_layouts import (
     layouts,
 )
 from benchmarks.kv_pulls import measured
-from benchmarks.kv_times import CaseTimes, Road, Timed
+from benchmarks.kv_report import text
+from benchmarks.kv_times import CaseTimes, OverlapFigures, Road, Timed
 from kvtransfer.contract import PullReport
 
 
@@ -42,13 +43,25 @@ def test_rates_are_medians_beside_the_limit_of_the_same_rounds() -> None:
     )
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
     case = CaseTimes(layout, 4, (0.001, 0.0005, 0.002), (0.01,), {Road("shm", True): pulls})
-    result = result_json([case], 3, case, 2, [])
+    result = result_json([case], 3, case, 2, [], None)
     (road,) = result["cases"][0]["roads"]
     assert road["gbps"] == pytest.approx(98_304 / 0.002 / 1e9)
     assert (road["limit"], road["ratio"]) == ("memcpy", pytest.approx(0.5))
     (parts,) = result["handoff"]["roads"]
     assert (parts["move_p50_ms"], parts["beyond_bytes_p90_ms"]) == pytest.approx((2.0, 5.0))
     assert parts["pull_p90_ms"] == pytest.approx(8.6)
+
+
+def test_the_overlap_is_told_in_milliseconds_and_left_out_when_it_was_not_measured() -> None:
+    case = CaseTimes(Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,)), 4, (0.001,), (0.01,), {})
+    figures = OverlapFigures(1200, 125e6, 55_296_000, 3, 0.442, 2.0, 2.1, 0.480, 0.012, 0.025)
+    told = result_json([case], 3, case, 2, [], figures)
+    assert told["overlap"]["landed_overlapped_ms"] == pytest.approx(12.0)
+    assert told["overlap"]["link_gbps"] == pytest.approx(0.125)
+    assert "12.0 ms when it moves while the prompt is read, 480.0 ms afterwards: 2.5%" in text(told)
+    untold = result_json([case], 3, case, 2, [], None)
+    assert untold["overlap"] is None
+    assert "afterwards" not in text(untold)
 
 
 async def test_pulls_go_between_two_processes() -> None:
