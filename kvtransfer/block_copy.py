@@ -1,8 +1,8 @@
 """Pure: copies scattered parts of blocks between two pools in a few native calls, each without the GIL.
 
-Measured on 2 cores against one memcpy of as many contiguous bytes: 1,024 scattered blocks of 24 KiB reach 0.6
-of it with a memmove for each block (a call and a hand-over of the GIL apiece), and 0.95 when about 1 MiB at a
-time is gathered into the CPU's cache and scattered from there, by two threads. Long runs are copied directly.
+A memmove for each block costs a call and a hand-over of the GIL apiece, so about 1 MiB at a time is gathered
+into the CPU's cache and scattered from there, by two threads. Long runs are copied directly. Rates beside one
+memcpy of as many contiguous bytes: docs/measurements, `tandem bench kv`.
 """
 
 import ctypes
