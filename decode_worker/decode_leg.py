@@ -148,6 +148,7 @@ class SampleInput(Enum):
     FINISH = "finish"
     STOP = "stop"
     STOP_IN_FLIGHT = "stop_in_flight"
+    FINISH_IN_FLIGHT = "finish_in_flight"
     STEP_DONE = "step_done"
 
 
@@ -155,6 +156,7 @@ SAMPLE_TRANSITIONS = {
     (SampleState.RUNNING, SampleInput.FINISH): SampleState.ENDED,
     (SampleState.RUNNING, SampleInput.STOP): SampleState.ENDED,
     (SampleState.RUNNING, SampleInput.STOP_IN_FLIGHT): SampleState.LEAVING,
+    (SampleState.RUNNING, SampleInput.FINISH_IN_FLIGHT): SampleState.LEAVING,
     (SampleState.RUNNING, SampleInput.STEP_DONE): SampleState.RUNNING,
     (SampleState.LEAVING, SampleInput.STOP): SampleState.LEAVING,
     (SampleState.LEAVING, SampleInput.STOP_IN_FLIGHT): SampleState.LEAVING,
