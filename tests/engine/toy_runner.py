@@ -62,6 +62,7 @@ class ToyRunner:
         self._size = block_size
         self._vocabulary = vocabulary
         self._in_flight: list[StepResult] = []
+        self.most_in_flight = 0
         self._slots: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
 
     def run(self, plan: StepPlan, on_layers: LayerListener | None = None) -> StepResult:
@@ -88,6 +89,7 @@ class ToyRunner:
             for part in plan.slices
         )
         self._in_flight.append(self.run(replace(plan, slices=slices), on_layers))
+        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
         return ToyStepInFlight(self._in_flight)
 
     def pull(self, token_ids: Sequence[int], targets: Sequence[BlockId], first_block: int) -> None:
