@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
@@ -12,7 +12,7 @@ from kvtransfer.handoff import ReleaseReason
 from kvtransfer.tcp_sink import TcpSink
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation
-from tests.kvtransfer.pair import Pool, blocks, config, connected_pair, eventually, key, outcome_of
+from tests.kvtransfer.pair import Pair, Pool, blocks, config, connected_pair, eventually, key, outcome_of
 
 
 class _SlowToStop:
@@ -43,6 +43,44 @@ class _SlowToStop:
             self.stopping.set()
             await self.may_end.wait()
             raise
+
+    async def disconnect(self, source: PeerId) -> None:
+        """As what is inside."""
+        await self._inner.disconnect(source)
+
+    async def close(self) -> None:
+        """As what is inside."""
+        await self._inner.close()
+
+
+class _UsedUp:
+    """A taking side whose first address is used up, and which then cuts the channel to the source."""
+
+    name = "tcp"
+
+    def __init__(self, inner: SinkTransport, cut: Callable[[PeerId], Awaitable[None]]) -> None:
+        self._inner = inner
+        self._cut = cut
+        self._connects = 0
+
+    async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
+        """Stale, then the cut, then as what is inside."""
+        self._connects += 1
+        if self._connects == 1:
+            raise TransferError(TransferFault.STALE_EPOCH, "This address is used up.")
+        if self._connects == 2:
+            await self._cut(source)
+        await self._inner.connect(source, address, ticket, block_bytes)
+
+    async def receive(
+        self,
+        source: PeerId,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        on_landed: OnLanded | None = None,
+    ) -> None:
+        """As what is inside."""
+        await self._inner.receive(source, grant, target, on_landed)
 
     async def disconnect(self, source: PeerId) -> None:
         """As what is inside."""
@@ -173,6 +211,21 @@ class TestFallback:
             assert isinstance(await outcome_of(pulling), asyncio.CancelledError)
             await pair.wait_released(1, within_s=2.0)
             assert [reason for _, reason in pair.released] == [ReleaseReason.ABORTED_BY_SINK]
+
+    async def test_channel_that_fails_after_an_address_was_renewed_is_opened_anew(self) -> None:
+        pairs: list[Pair] = []
+
+        async def cut(source: PeerId) -> None:
+            await pairs[0].sink._sources._known[source].client.close()
+
+        async with connected_pair(config("tcp"), wrap_sink=lambda inner, _: _UsedUp(inner, cut)) as pair:
+            pairs.append(pair)
+            pair.source.offer(key("a"), blocks(5))
+            failure = await outcome_of(pair.pull(key("a"), BlockRange(0, 1), blocks(1)))
+            assert isinstance(failure, TransferError)
+            assert failure.fault is TransferFault.DISCONNECTED
+            pair.source.offer(key("b"), blocks(6))
+            assert (await pair.pull(key("b"), BlockRange(0, 1), blocks(2))).transport == "tcp"
 
     async def test_other_host_is_not_offered_shared_memory(self) -> None:
         async with connected_pair(config("shm", "tcp")) as pair:
