@@ -157,8 +157,9 @@ class DecodeWorker(Worker[DecodeOutcome]):
                 self._staged.close()
 
     def scheduled(self, plan: StepPlan | None) -> LayerListener | None:
-        """Ends the early fetches whose blocks the batch needed."""
-        self._end_lost()
+        """Ends the early fetches that were given up; their blocks may be more than the batch needed."""
+        if self._end_lost():
+            self._pull_what_fits()
         return None
 
     def after_step(self, outcome: DecodeOutcome) -> None:
@@ -198,11 +199,14 @@ class DecodeWorker(Worker[DecodeOutcome]):
         if self._scheduler.cancel(leg_id, sample_indices) and leg_id in self._pulls:
             self._pulls[leg_id].cancel()
 
-    def _end_lost(self) -> None:
-        for lost in self._scheduler.take_lost():
+    def _end_lost(self) -> bool:
+        """Whether there were early fetches that the scheduler gave up."""
+        given_up = self._scheduler.take_lost()
+        for lost in given_up:
             if lost.pulling:
                 self._pulls[lost.leg_id].cancel()
             self._prefetch_lost(lost.leg_id, lost.message)
+        return bool(given_up)
 
     def _prefetch_lost(self, leg_id: LegId, message: str) -> None:
         """The leg is no more here; it may come back with StartDecode."""
