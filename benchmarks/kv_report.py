@@ -14,6 +14,7 @@ PARTS: Final[dict[str, Callable[[Timed], float]]] = {
     "accept": lambda timed: timed.report.accept_s,
     "queue": lambda timed: timed.report.queue_s,
     "move": lambda timed: timed.report.move_s,
+    "copy": lambda timed: timed.report.copy_s,
     "verify": lambda timed: timed.report.verify_s,
     "commit": lambda timed: timed.report.commit_s,
     "beyond_bytes": lambda timed: timed.pull_s - timed.report.move_s,

@@ -18,7 +18,7 @@ from kvtransfer.block_copy import shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, TransferConfig
 from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.listener import is_quiet
-from kvtransfer.threads import outlast, run_beside, run_to_end
+from kvtransfer.threads import outlast, run_beside, run_to_end, timed
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -186,7 +186,7 @@ class TcpSink:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """Receives in a thread; looks at the lease after every few megabytes."""
         pair = self._pairs.get(source)
         if pair is None:
@@ -214,7 +214,7 @@ class TcpSink:
 
         succeeded = False
         try:
-            await run_to_end(self._executor, fetch, stop)
+            copy_s = await run_to_end(self._executor, partial(timed, fetch, self._clock), stop)
             succeeded = True
         finally:
             ended.set_result(None)
@@ -224,6 +224,7 @@ class TcpSink:
                     line.close()
         for line in lines:
             self._give_back(source, pair, line)
+        return copy_s
 
     async def disconnect(self, source: PeerId) -> None:
         """Stops what runs with a source, waits until it stopped, and closes its connections."""

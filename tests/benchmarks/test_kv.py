@@ -38,7 +38,7 @@ def test_blocks_differ_and_scattered_ones_form_no_runs(layout: Layout, step: int
 
 def test_rates_are_medians_beside_the_limit_of_the_same_rounds() -> None:
     pulls = tuple(
-        Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, move_s, 0.001, 0.003), move_s + 0.005)
+        Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, move_s, move_s, 0.001, 0.003), move_s + 0.005)
         for move_s in (0.004, 0.001, 0.002)
     )
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))

@@ -92,7 +92,7 @@ def planned() -> dict[str, Any]:
 
 
 def kv() -> dict[str, Any]:
-    timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.0, 0.001), 0.005)
+    timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.002, 0.0, 0.001), 0.005)
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
     case = CaseTimes(layout, 4, (0.001,), (0.002,), {Road("shm", True): (timed,)})
     adoption = AdoptionTimes(1, 65_536, (0.001,), (0.001,), (0.001,), (0.001,))
