@@ -127,7 +127,7 @@ def _stream_loop(reads: Addresses, writes: Addresses, length: int) -> None:
         read, write, following = reads[row], writes[row], reads[min(row + 1, last)] - length
         for at in range(0, length, 4 * LINE_BYTES):
             ahead = at + AHEAD_BYTES
-            # The processor looks ahead within a page only; a quarter of the time of rows of 24 KiB is waiting otherwise.
+            # The processor looks ahead within a page only; rows of 24 KiB take a third longer otherwise.
             wanted = ahead + (read if ahead < length else following)
             for line in range(0, 4 * LINE_BYTES, LINE_BYTES):
                 _fetch(wanted + line)
