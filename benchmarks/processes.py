@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from tandem.errors import TandemError
+from tandem.exec_guard import guarded
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
@@ -19,12 +20,12 @@ LINE_BYTES = 1 << 24
 async def running_module(
     module: str, arguments: Sequence[str] = (), cores: set[int] | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs a module on some cores (None means all); stopped, by force if need be, when the block ends."""
+    """Runs a module on some cores (None means all); stopped, by force if need be, when the block ends.
+
+    Should this process be killed, the kernel kills it, too.
+    """
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        module,
-        *arguments,
+        *guarded((sys.executable, "-m", module, *arguments)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=LINE_BYTES,

@@ -4,22 +4,20 @@ Rates beside one memcpy of as many contiguous bytes: docs/measurements, `tandem 
 """
 
 import itertools
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from kvtransfer.contract import BlockMemory
-from kvtransfer.native_rows import Sums, copy_and_hash_rows, copy_rows
+from kvtransfer.native_rows import Addresses, Sums, copy_and_hash_rows, copy_rows
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
 CHUNK_BYTES: Final = 8 * 1024 * 1024
 """Bytes of one native call, between two looks at the lease: half a millisecond."""
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +29,35 @@ class Parts:
     offset: int
     length: int
 
-    def share(self, first: int, count: int) -> "Parts":
-        """The same of some of the blocks."""
-        return Parts(self.blocks[first : first + count], self.block_bytes, self.offset, self.length)
-
-    def begins(self) -> npt.NDArray[np.int64]:
-        """Where each part begins in the pool, in bytes."""
-        return np.asarray(self.blocks, dtype=np.int64) * self.block_bytes + self.offset
-
-    def check(self, pool_bytes: int) -> None:
-        """Raises TransferError (LENGTH) unless every part lies in a pool of this size."""
+    def addresses(self, pool: "Span") -> Addresses:
+        """Where each part begins in memory, int64 [blocks]. Raises TransferError (LENGTH) for one outside."""
         if self.offset < 0 or self.length <= 0 or self.offset + self.length > self.block_bytes:
             message = f"A part of {self.length} bytes at {self.offset} does not fit a block."
             raise TransferError(TransferFault.LENGTH, message)
-        for block in (min(self.blocks), max(self.blocks)) if self.blocks else ():
-            if block < 0 or (block + 1) * self.block_bytes > pool_bytes:
-                raise TransferError(TransferFault.LENGTH, f"The pool has no block {block}.")
+        blocks = np.asarray(self.blocks, dtype=np.int64)
+        if len(blocks) and not 0 <= blocks.min() <= blocks.max() < pool.length // self.block_bytes:
+            message = f"Blocks {blocks.min()} to {blocks.max()} are not all in the pool."
+            raise TransferError(TransferFault.LENGTH, message)
+        return blocks * self.block_bytes + (pool.address + self.offset)
 
 
-def pool_of(memory: BlockMemory) -> Bytes:
-    """All bytes of a pool in host memory, uint8 [num_blocks * block_bytes], no copy; not to be kept."""
-    return np.frombuffer(memory.window(0, memory.num_blocks * memory.block_bytes), dtype=np.uint8)
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where bytes lie in memory, for as long as they are mapped; it does not keep them mapped."""
+
+    address: int
+    length: int
+
+    @classmethod
+    def of(cls, data: memoryview | mmap.mmap) -> "Span":
+        """The span of a buffer."""
+        seen = np.frombuffer(data, dtype=np.uint8)
+        return cls(seen.ctypes.data, seen.nbytes)
+
+    @classmethod
+    def of_pool(cls, memory: BlockMemory) -> "Span":
+        """All bytes of a pool in host memory."""
+        return cls.of(memory.window(0, memory.num_blocks * memory.block_bytes))
 
 
 def shares_of(count: int, most: int) -> list[tuple[int, int]]:
@@ -61,21 +67,18 @@ def shares_of(count: int, most: int) -> list[tuple[int, int]]:
 
 
 def copy_parts(
-    source: Bytes,
-    given: Parts,
-    target: Bytes,
-    taken: Parts,
+    reads: Addresses,
+    writes: Addresses,
+    length: int,
     landed: Callable[[int, int, Sums | None], None],
     hashed: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> None:
-    """Copies each given part into the taken part at its place; both have the same offset, length and number.
+    """Copies the `length` bytes at each address that is read to the one that is written at its place.
 
-    `landed(first, count, sums)` is called after about every `chunk_bytes` with the blocks that are there now
-    and, if `hashed`, the XXH3-64 of each; it may raise, which ends the copy. Parts must have been checked.
+    `landed(first, count, sums)` is called after about every `chunk_bytes` with the parts that are there now
+    and, if `hashed`, the XXH3-64 of each; it may raise, which ends the copy.
     """
-    length = given.length
-    reads, writes = given.begins() + source.ctypes.data, taken.begins() + target.ctypes.data
     for first, count in batches(len(reads), length, chunk_bytes):
         read, write = reads[first : first + count], writes[first : first + count]
         if hashed:

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 from kvtransfer import weighted_sum
-from kvtransfer.block_copy import CHUNK_BYTES, Parts, batches, pool_of
+from kvtransfer.block_copy import CHUNK_BYTES, Parts, Span, batches
 from kvtransfer.checksums import XXH3
 from kvtransfer.contract import BlockMemory, DeviceBlockMemory
 from kvtransfer.device import DevicePool
@@ -62,9 +62,7 @@ class NativeHasher:
     ) -> tuple[int, ...]:
         """See Hasher."""
         parts = Parts(blocks, self._memory.block_bytes, part_offset, part_bytes)
-        pool = pool_of(self._memory)
-        parts.check(pool.nbytes)
-        begins = parts.begins() + pool.ctypes.data
+        begins = parts.addresses(Span.of_pool(self._memory))
         found: list[int] = []
         for first, count in batches(len(begins), part_bytes, CHUNK_BYTES):
             if stopped():

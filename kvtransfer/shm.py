@@ -18,10 +18,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-import numpy as np
-
 from kvtransfer import framing
-from kvtransfer.block_copy import Parts, copy_parts, pool_of, shares_of
+from kvtransfer.block_copy import Parts, Span, copy_parts, shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, Transfer, TransferConfig
 from kvtransfer.listener import LinkListener, is_quiet
 from kvtransfer.native_rows import Sums
@@ -109,7 +107,7 @@ class _Mapping:
     link: socket.socket
     pages: mmap.mmap
     address: str
-    size: int
+    span: Span
     stop: threading.Event = field(default_factory=threading.Event)
     readers: set[asyncio.Future[None]] = field(default_factory=set)
 
@@ -170,8 +168,7 @@ class ShmSink:
         size = self._memory.block_bytes
         given = Parts(grant.source_blocks, size, grant.part_offset, grant.part_bytes)
         taken = Parts(target, size, grant.part_offset, grant.part_bytes)
-        given.check(mapping.size)
-        taken.check(self._memory.num_blocks * size)
+        reads, writes = given.addresses(mapping.span), taken.addresses(Span.of_pool(self._memory))
         stop = threading.Event()
 
         def copy(first: int, count: int) -> None:
@@ -180,9 +177,9 @@ class ShmSink:
                 if on_landed is not None:
                     on_landed(first + begin, number, None if sums is None else sums.tolist())
 
-            read, written = np.frombuffer(mapping.pages, dtype=np.uint8), pool_of(self._memory)
-            mine, ours = given.share(first, count), taken.share(first, count)
-            copy_parts(read, mine, written, ours, landed, self._checksum and on_landed is not None)
+            mine = slice(first, first + count)
+            hashed = self._checksum and on_landed is not None
+            copy_parts(reads[mine], writes[mine], grant.part_bytes, landed, hashed)
 
         if grant.length_bytes <= INLINE_BYTES:
             return timed(lambda: contained(lambda: copy(0, len(target))), self._clock)
@@ -278,4 +275,4 @@ class _Attaching:
                 os.close(descriptor)
         # A link that waits would make the look at whether it lives wait, too.
         self._link.setblocking(False)
-        return _Mapping(self._link, pages, self._address, size)
+        return _Mapping(self._link, pages, self._address, Span.of(pages))

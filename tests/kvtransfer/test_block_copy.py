@@ -6,10 +6,15 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.block_copy import CHUNK_BYTES, Parts, copy_parts
+from kvtransfer.block_copy import CHUNK_BYTES, Parts, Span, copy_parts
 from kvtransfer.native_rows import Sums
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
+
+
+def span(data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> Span:
+    """Where an array's bytes lie."""
+    return Span(data.ctypes.data, data.nbytes)
 
 
 @st.composite
@@ -49,7 +54,8 @@ def test_parts_arrive_and_nothing_else_changes(
 
     give = Parts([BlockId(b) for b in given_blocks], block_bytes, offset, length)
     take = Parts([BlockId(b) for b in taken_blocks], block_bytes, offset, length)
-    copy_parts(source, give, target, take, landed, hashed, chunk_bytes)
+    reads, writes = give.addresses(span(source)), take.addresses(span(target))
+    copy_parts(reads, writes, length, landed, hashed, chunk_bytes)
     assert (target.reshape(16, block_bytes) == expected).all()
     assert heard == list(range(len(given_blocks)))
 
@@ -62,7 +68,10 @@ def test_what_landed_may_end_the_copy() -> None:
         raise TransferError(TransferFault.LEASE, "over")
 
     with pytest.raises(TransferError, match="over"):
-        copy_parts(source, parts, target, parts, landed, chunk_bytes=1 << 20)
+        copy_parts(
+            *(parts.addresses(span(source)), parts.addresses(span(target)), parts.length, landed),
+            chunk_bytes=1 << 20,
+        )
     assert target[-1] == 0
 
 
@@ -71,5 +80,5 @@ def test_what_landed_may_end_the_copy() -> None:
 )
 def test_parts_outside_of_the_pool_are_refused(blocks: list[int], offset: int, length: int) -> None:
     with pytest.raises(TransferError) as caught:
-        Parts([BlockId(block) for block in blocks], 10, offset, length).check(80)
+        Parts([BlockId(block) for block in blocks], 10, offset, length).addresses(Span(4096, 80))
     assert caught.value.fault is TransferFault.LENGTH
