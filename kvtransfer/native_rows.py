@@ -27,6 +27,12 @@ LINE_BYTES: Final = 64
 AHEAD_BYTES: Final = 8192
 """How far before it is read a line is asked for, across the ends of rows."""
 
+PAGE_BYTES: Final = 4096
+"""Where the processor stops to look ahead by itself."""
+
+MOST_AHEAD_BYTES: Final = 32768
+"""How much of a next row is asked for early."""
+
 Addresses = npt.NDArray[np.int64]
 Sums = npt.NDArray[np.uint64]
 
@@ -141,8 +147,15 @@ def _hash_loop(reads: Addresses, length: int, function: int, sums: Sums) -> None
 
 
 def _copy_hash_loop(reads: Addresses, writes: Addresses, length: int, function: int, sums: Sums) -> None:
+    last = reads.shape[0] - 1
     for row in range(reads.shape[0]):
         _copy(writes[row], reads[row], length)
+        # What the next row begins with comes, with its places in the page table, while this one is hashed.
+        following = min(row + 1, last)
+        for page in range(0, min(length, MOST_AHEAD_BYTES), PAGE_BYTES):
+            for line in range(page, page + 2 * LINE_BYTES, LINE_BYTES):
+                _fetch(reads[following] + line)
+                _fetch(writes[following] + line)
         sums[row] = _hash(function, writes[row], length)
 
 
