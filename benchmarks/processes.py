@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from tandem.errors import TandemError
+from tandem.exec_guard import guarded
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
@@ -30,9 +31,12 @@ async def running_module(
 async def running_command(
     command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs a command, in our environment unless one is given; stopped as `running_module`'s process is."""
+    """Runs a command, in our environment unless one is given; stopped as `running_module`'s process is.
+
+    Should this process be killed, the kernel kills it, too.
+    """
     process = await asyncio.create_subprocess_exec(
-        *command,
+        *guarded(command),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=LINE_BYTES,

@@ -52,6 +52,13 @@ def run_beside(helpers: Executor, works: Sequence[Callable[[], None]], stop: Cal
         raise failures[0]
 
 
+def timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    """The seconds that work took."""
+    began_s = clock()
+    work()
+    return clock() - began_s
+
+
 async def outlast(future: asyncio.Future[ResultT]) -> bool:
     """Waits until a future is done, also when cancelled meanwhile; its outcome is left unread.
 

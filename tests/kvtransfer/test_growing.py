@@ -60,12 +60,12 @@ class BreakingSink(FaultySink):
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """As the base does, or fails at once."""
         if len(self.grants) >= self.passing:
             raise TransferError(TransferFault.DISCONNECTED, "The test broke the link.")
         self.grants.append(grant)
-        await super().receive(source, grant, target, on_landed)
+        return await super().receive(source, grant, target, on_landed)
 
 
 def prefill(pool: Pool, ready: KvReady, seed: int) -> None:
