@@ -25,6 +25,7 @@ from cluster.run_folder import RunFolder
 from cluster.store import RegisteredWorker, Store, StoreAddress
 from cluster.worker_host import WorkerSpec
 from engine.model_source import resolve_model
+from planner.load_window import RolePlacement
 from tandem.errors import ConfigError, NotReady
 from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import WorkerId
@@ -147,7 +148,7 @@ class _Launch:
         if self._pools is None:
             raise NotReady("Ray is not up.")
         pools = self._config.pools
-        await store.set_desired({"prefill": pools.prefill.replicas, "decode": pools.decode.replicas})
+        await store.set_desired(RolePlacement(pools.prefill.replicas, pools.decode.replicas))
         await self._pools.start([self._worker_spec(worker, address) for worker in workers])
         await readiness.wait_for_workers(
             store,

@@ -61,6 +61,7 @@ class StepLoop(Generic[OutcomeT]):
         self._on_scheduled = on_scheduled
         self._work = asyncio.Event()
         self._running_since_s: float | None = None
+        self._stepped_s = 0.0
         self.steps = 0
 
     def wake(self) -> None:
@@ -70,6 +71,10 @@ class StepLoop(Generic[OutcomeT]):
     def stalled_s(self) -> float:
         """Seconds that the step in flight has been running; 0 between steps."""
         return 0.0 if self._running_since_s is None else self._clock() - self._running_since_s
+
+    def busy_s(self) -> float:
+        """Seconds spent in steps since the start, the one in flight included."""
+        return self._stepped_s + self.stalled_s()
 
     async def run(self) -> None:
         """Runs until cancelled; an error of the runner ends it, since KV may be half written then."""
@@ -85,6 +90,7 @@ class StepLoop(Generic[OutcomeT]):
             on_layers = None if listener is None else _on_loop(loop, listener)
             self._running_since_s = self._clock()
             result = await loop.run_in_executor(self._torch_thread, self._runner.run, plan, on_layers)
+            self._stepped_s += self.stalled_s()
             self._running_since_s = None
             self.steps += 1
             self._on_outcome(plan, result, self._scheduler.complete(result, self._clock()))

@@ -9,12 +9,14 @@ from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
 from engine.worker_metrics import WorkerMetrics
 from router.metrics import RouterGauges, RouterMetrics
+from router.role_counts import RoleCount
 from router.slo_accounting import ClassGoodput
 from router.worker_key import WorkerKey
 from tandem.errors import TransferFault
 from tandem.ids import Incarnation, WorkerId
 from tandem.slo import SloClass
 from tandem.v1 import worker_pb2 as wpb
+from tandem.worker import Role
 
 PAGE = Path(__file__).parents[1] / "docs/metrics.md"
 ROW = re.compile(r"^\| `(?P<name>\w+)` \| (?P<kind>\w+) \|(?P<labels>[^|]*)\|", re.MULTILINE)
@@ -43,7 +45,10 @@ def test_router_metrics_are_documented() -> None:
     slo = SloClass("chat", 1.0, 1.0, 1.0)
     loads = [(WorkerKey(WorkerId("d0"), Incarnation(1)), wpb.LoadSnapshot())]
     goodput = [ClassGoodput(slo, 1, 1, 1.0)]
-    metrics.watch(lambda: RouterGauges(queued=0, active=0, ready=True, loads=loads, goodput=goodput))
+    roles = [RoleCount(Role.DECODE, 2, 1)]
+    metrics.watch(
+        lambda: RouterGauges(queued=0, active=0, ready=True, loads=loads, goodput=goodput, roles=roles)
+    )
     metrics.observe_handoff(wpb.KvLanded(transport="tcp"))
     metrics.requests.labels(slo_class="chat", outcome="finished").inc()
     metrics.slo_missed.labels(slo_class="chat", stage="queue").inc()
