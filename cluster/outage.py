@@ -1,4 +1,4 @@
-"""Edge: says once that an outage of the registry began, and once that it is over."""
+"""Edge: says once that an outage began, and once that it is over."""
 
 import structlog
 
@@ -8,18 +8,19 @@ log = structlog.get_logger(__name__)
 class Outage:
     """Logs the beginning and the end of an outage once each."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, over: str = "the registry is back") -> None:
         self._message = message
+        self._over = over
         self._going_on = False
 
     def began(self, error: Exception) -> None:
-        """The registry did not answer."""
+        """What was asked did not answer."""
         if not self._going_on:
             log.warning(self._message, error=str(error))
         self._going_on = True
 
     def ended(self) -> None:
-        """The registry answered."""
+        """It answered."""
         if self._going_on:
-            log.info("the registry is back")
+            log.info(self._over)
         self._going_on = False

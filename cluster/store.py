@@ -19,6 +19,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
 
+from cluster.config_section import MOST_REPLICAS
 from planner.load_window import RolePlacement
 from tandem.errors import ConfigError, NotReady
 from tandem.ids import Incarnation, WorkerId
@@ -312,7 +313,8 @@ def _desired(fields: Sequence[bytes | None]) -> Desired | None:
         log.warning("unreadable desired placement")
         return None
     placement = RolePlacement(prefill, decode)
-    return Desired(version, placement) if version and placement.valid else None
+    sensible = placement.valid and max(prefill, decode) <= MOST_REPLICAS
+    return Desired(version, placement) if version and sensible else None
 
 
 def _parse(entry: bytes) -> RegisteredWorker | None:

@@ -17,8 +17,19 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("up", "demo", "generate", "chat", "status", "bench", "profile", "plan", "simulate"):
-        assert f"    {command} " in shown
+    for command in (
+        "up",
+        "demo",
+        "generate",
+        "chat",
+        "status",
+        "bench",
+        "profile",
+        "plan",
+        "simulate",
+        "controller",
+    ):
+        assert f"\n    {command}" in shown
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -70,6 +81,8 @@ def test_a_library_that_only_some_commands_need_is_named(tmp_path: Path) -> None
         (["generate", "x", "--timeout", "0"], 2, "--timeout must be above 0"),
         (["demo", "--max-tokens", "0"], 2, "--max-tokens must be 1 to 4096"),
         (["bench", "router", "--runs", "0"], 2, "--runs must be positive"),
+        (["controller", "run", "-f", "/nonexistent.yaml"], 2, "/nonexistent.yaml: cannot be read"),
+        (["controller", "replay", "log", "-f", "/nonexistent.yaml"], 2, "/nonexistent.yaml: cannot be read"),
     ],
 )
 def test_error_is_one_sentence_and_an_exit_code(
