@@ -1,13 +1,16 @@
-"""docs/metrics.md names every metric of router and worker, with its kind and labels, and no other."""
+"""docs/metrics.md names every metric of router, worker and controller, with its kind and labels, and no other."""
 
 import re
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from cluster.controller.metrics import ControllerMetrics
 from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
 from engine.worker_metrics import WorkerMetrics
+from planner.controller import Action, ActionKind, Decision, Verdict
+from planner.load_window import RolePlacement
 from router.metrics import RouterGauges, RouterMetrics
 from router.role_counts import RoleCount
 from router.slo_accounting import ClassGoodput
@@ -75,6 +78,14 @@ def test_worker_metrics_are_documented() -> None:
     metrics.transfers.road_taken(source, "shm", "tcp")
     metrics.transfers.refused(TransferFault.DIGEST)
     assert _documented("Worker") == _exposed(metrics.registry)
+
+
+def test_controller_metrics_are_documented() -> None:
+    metrics = ControllerMetrics()
+    action = Action(ActionKind.ADD_DECODE, 1, True)
+    decision = Decision(0.0, Verdict.SHORT, RolePlacement(1, 2), (action,), 1.0, 2.0)
+    metrics.decided(decision, written=True)
+    assert _documented("Controller") == _exposed(metrics.registry)
 
 
 def test_no_metric_of_a_worker_is_also_one_of_the_router() -> None:
