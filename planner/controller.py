@@ -266,6 +266,19 @@ def difference(present: RolePlacement, target: RolePlacement, rules: ControllerR
     )
 
 
+def diff(decision: Decision) -> str:
+    """What a decision changes, in one line; the controller's dry run prints it."""
+    if not decision.changed:
+        return f"nothing, {decision.verdict.value}"
+    done = [f"{action.kind.value} x {action.count}" for action in decision.actions if action.possible]
+    undone = [
+        f"{action.kind.value} x {action.count} (the cluster can't)"
+        for action in decision.actions
+        if not action.possible
+    ]
+    return f"{', '.join([*done, *undone])}; wanted: {decision.desired}, {decision.verdict.value}"
+
+
 def _distance(one: RolePlacement, other: RolePlacement) -> int:
     """Workers that would change their role, come or go."""
     return max(abs(one.prefill - other.prefill), abs(one.decode - other.decode))

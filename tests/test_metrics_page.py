@@ -1,4 +1,4 @@
-"""docs/metrics.md names every metric of router, worker and controller, with its kind and labels, and no other."""
+"""docs/metrics.md names every metric of router, worker and controller, with its kind and labels."""
 
 import re
 from pathlib import Path

@@ -19,8 +19,7 @@ from cluster.controller.log_file import ControllerLog
 from cluster.controller.metrics import ControllerMetrics
 from cluster.outage import Outage
 from cluster.store import Controlled, Desired, Store, StoreUnavailable
-from planner.controller import Controller, ControllerRules, ControllerState, Decision
-from planner.controller_replay import diff
+from planner.controller import Controller, ControllerRules, ControllerState, Decision, diff
 from planner.load_window import LoadWindow
 from planner.role_capacity import CapacityOf
 from tandem.errors import TandemError

@@ -1,5 +1,7 @@
 """Pure: from cluster.yaml to the controller's rules, and to what the cluster can carry out."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from planner.controller import RoleRange
 from planner.load_window import RolePlacement
 from tandem.errors import ConfigError
 
+ROOT = Path(__file__).parents[3]
 FACTS = ModelFacts(Path("/model"), "d1", layers=2, kv_heads=1, head_dim=8, context_tokens=256)
 ON = "controller: {{enabled: true, plan: plan.yaml{more}}}\n"
 
@@ -65,6 +68,14 @@ def test_a_section_without_sense_is_refused(text: str, expected: str) -> None:
 def test_a_plan_that_cannot_be_read_is_named() -> None:
     with pytest.raises(ConfigError, match=r"/nonexistent/plan\.yaml: cannot be read"):
         read_brain(parse_cluster_config("controller: {enabled: true, plan: /nonexistent/plan.yaml}", "f"))
+
+
+def test_a_cluster_without_a_controller_needs_no_library_of_the_planner() -> None:
+    code = (
+        "import sys\nfor name in ('scipy', 'sklearn', 'matplotlib'): sys.modules[name] = None\n"
+        "import cluster.up, cluster.router_host, cluster.worker_actor"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
 
 
 def test_workers_keep_their_names_in_every_placement_that_has_them() -> None:
