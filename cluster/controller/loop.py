@@ -8,7 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from pydantic import TypeAdapter, ValidationError
@@ -73,6 +73,7 @@ class ControllerLoop:
         self._windows = LoadWindows()
         self._window_ends_s = 0.0
         self._unsettled = 0
+        self._version = 0
         self._outage = Outage("the controller waits: the registry is away")
         self._silence = Outage("the controller waits: no router tells its load", "routers tell their load")
 
@@ -120,13 +121,20 @@ class ControllerLoop:
     async def _take_over(self) -> None:
         self._windows, self._unsettled = LoadWindows(), 0
         memory = await self._store.controller_memory()
-        state = ControllerState() if memory is None else _remembered(memory)
+        desired = await self._store.desired()
         if await self._read_window() is None and not self._windows.begun:
             return
-        self._controller = self._brain.controller(state)
-        self._senses.log.begin()
+        self._controller = self._going_on(
+            ControllerState() if memory is None else _remembered(memory), desired
+        )
         self._senses.metrics.leads(True)
-        log.info("this controller leads", desired=str(state.desired))
+        log.info("this controller leads", desired=None if desired is None else str(desired.placement))
+
+    def _going_on(self, state: ControllerState, desired: Desired | None) -> Controller:
+        """A controller that wants what is wanted, whoever said so."""
+        self._version = 0 if desired is None else desired.version
+        self._senses.log.begin()
+        return self._brain.controller(replace(state, desired=None if desired is None else desired.placement))
 
     async def _end_window(self, controller: Controller) -> None:
         window = await self._read_window()
@@ -137,6 +145,8 @@ class ControllerLoop:
         if desired is None or not self._settled(window, desired):
             self._senses.metrics.skipped()
             return
+        if desired.version != self._version:
+            controller = self._controller = self._going_on(controller.state, desired)
         before = controller.state
         decision = await asyncio.to_thread(controller.decide, window)
         await self._senses.log.note(window, decision, before)
@@ -170,6 +180,7 @@ class ControllerLoop:
             log.warning("a decision was not written", reason=outcome.name, decision=diff(decision))
             self._step_down()
             return
+        self._version += possible
         self._senses.metrics.decided(decision, written=possible)
         if decision.changed:
             log.warning("the controller decided", decision=diff(decision), serves_rps=decision.serves_rps)

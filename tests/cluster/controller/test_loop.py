@@ -192,17 +192,18 @@ async def test_a_decision_of_who_lost_the_lease_is_not_written(store: Store) -> 
     assert not paused.leading
 
 
-async def test_a_change_by_somebody_else_is_not_overwritten(store: Store) -> None:
+async def test_a_change_by_somebody_else_is_where_the_controller_goes_on_from(store: Store) -> None:
     world = World()
     loop = loop_of(world, store)
     await loop.turn()
-    await windows(world, loop, count=1)
-    world.placement = RolePlacement(3, 3)
-    await store.set_desired(RolePlacement(3, 3))
-    await windows(world, loop, count=3)
-    desired = await store.desired()
-    assert desired is not None
-    assert desired.placement == RolePlacement(3, 3)
+    await windows(world, loop, count=2)
+    assert await store.desired() == Desired(2, WANTED)
+    world.placement = START
+    assert await store.set_desired(START, expected_version=2)
+    await windows(world, loop, count=2)
+    assert await store.desired() == Desired(3, START)
+    await windows(world, loop, count=2)
+    assert await store.desired() == Desired(4, WANTED)
 
 
 async def test_nothing_is_decided_while_the_cluster_is_not_what_is_wanted(store: Store) -> None:
