@@ -54,7 +54,7 @@ class LoadWindows:
         return self._began_s is not None
 
     def add(self, at_s: float, samples: Sequence[RouterSample]) -> LoadWindow | None:
-        """The window since the last call; None for the first call, and when no time passed.
+        """The window since the last call; None for the first call, and when the clock did not go on.
 
         A life that was not seen before counts from its start. A window in which requests came and none ended
         has the lengths of the last one.
@@ -63,11 +63,10 @@ class LoadWindows:
         window = None
         if self._began_s is not None and at_s > self._began_s:
             window = self._window(self._began_s, at_s, samples, workers)
-        if self._began_s is None or window is not None:
-            self._began_s = at_s
-            known = {**self._routers, **{sample.router_id: sample for sample in samples}}
-            self._routers = dict(list(known.items())[-KEPT_ROUTERS:])
-            self._busy_s = {(one.worker_id, one.incarnation): one.busy_s for one in workers}
+        self._began_s = at_s
+        known = {**self._routers, **{sample.router_id: sample for sample in samples}}
+        self._routers = dict(list(known.items())[-KEPT_ROUTERS:])
+        self._busy_s = {(one.worker_id, one.incarnation): one.busy_s for one in workers}
         return window
 
     def _window(

@@ -89,7 +89,7 @@ class ControllerLoop:
                 await self.turn()
                 await asyncio.sleep(min(self._lease_s, self._brain.window_s) / RENEWALS_PER_LEASE)
         finally:
-            await self._resign()
+            await self.resign()
 
     async def turn(self) -> None:
         """Renews the lease, and decides when a window is over. Raises ConfigError for a refused login."""
@@ -98,7 +98,7 @@ class ControllerLoop:
                 self._step_down()
             elif self._controller is None:
                 await self._take_over()
-            elif self._senses.clock() >= self._window_ends_s:
+            elif not 0 < self._window_ends_s - self._senses.clock() <= self._brain.window_s:
                 await self._end_window(self._controller)
         except StoreUnavailable as error:
             self._outage.began(error)
@@ -106,7 +106,8 @@ class ControllerLoop:
         else:
             self._outage.ended()
 
-    async def _resign(self) -> None:
+    async def resign(self) -> None:
+        """Lets another controller lead at once."""
         self._step_down()
         try:
             await self._store.resign(self._token)
@@ -175,6 +176,8 @@ class ControllerLoop:
     async def _write(self, decision: Decision, state: ControllerState, desired: Desired) -> None:
         possible = decision.changed and all(action.possible for action in decision.actions)
         change = Desired(desired.version, decision.desired) if possible else None
+        # Reading and deciding may have taken longer than the lease, which nobody else may have taken.
+        await self._store.lead(self._token, self._lease_s)
         outcome = await self._store.control(self._token, _STATE.dump_json(state), change)
         if outcome is not Controlled.DONE:
             log.warning("a decision was not written", reason=outcome.name, decision=diff(decision))
