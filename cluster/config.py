@@ -4,20 +4,13 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
+
+from cluster.config_section import MOST_REPLICAS, Name, Port, Seconds, Section
+from cluster.controller.config import ControllerSection
 
 REDIS_PASSWORD_ENV = "TANDEM_REDIS_PASSWORD"  # noqa: S105 - the variable's name, not its value
 """Environment variable with the password of an external Redis."""
-
-Port = Annotated[int, Field(ge=0, le=65535)]
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class Section(BaseModel):
-    """A mapping of cluster.yaml: unknown keys are refused, values never change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -52,7 +45,7 @@ class ModelSection(Section):
 class PoolSection(Section):
     """Workers of one role."""
 
-    replicas: int = Field(default=1, ge=1, le=1024, description="Number of workers.")
+    replicas: int = Field(default=1, ge=1, le=MOST_REPLICAS, description="Number of workers.")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         default="auto",
         description="Torch threads of a worker; `auto` is its share of `cores`, else of this machine's "
@@ -395,9 +388,19 @@ class ClusterConfig(Section):
     leases: LeasesSection = Field(default=LeasesSection(), description="How long promises hold.")
     redis: RedisSection = Field(default=RedisSection(), description="The registry.")
     ray: RaySection = Field(default=RaySection(), description="Where the workers' processes come from.")
+    controller: ControllerSection = Field(
+        default=ControllerSection(), description="Changing how many workers play each role while they serve."
+    )
+
+    @property
+    def most_added_workers(self) -> int:
+        """How many workers the controller may have beyond those of the start."""
+        replicas = self.pools.prefill.replicas + self.pools.decode.replicas
+        return max(0, (self.controller.max_workers or replicas) - replicas)
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "ClusterConfig":
+        self.controller.check_start(self.pools.prefill.replicas, self.pools.decode.replicas)
         if self.default_slo_class not in self.slo_classes:
             allowed = ", ".join(sorted(self.slo_classes))
             raise ValueError(f"default_slo_class: {self.default_slo_class!r} is no class; allowed: {allowed}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from cluster.config import ClusterConfig, DecodePool, PoolSection, PrefillPool
+from planner.load_window import RolePlacement
 from router.config import RouterConfig
 from tandem.errors import ConfigError
 from tandem.ids import Incarnation, WorkerId
@@ -92,6 +93,14 @@ def router_config(config: ClusterConfig, model: ModelFacts) -> RouterConfig:
         request_log=None if router.request_log is None else Path(router.request_log).expanduser(),
         request_log_bytes=int(router.request_log_bytes),
     )
+
+
+def with_replicas(config: ClusterConfig, placement: RolePlacement) -> ClusterConfig:
+    """The same cluster with so many workers of each role."""
+    prefill = config.pools.prefill.model_copy(update={"replicas": placement.prefill})
+    decode = config.pools.decode.model_copy(update={"replicas": placement.decode})
+    pools = config.pools.model_copy(update={"prefill": prefill, "decode": decode})
+    return config.model_copy(update={"pools": pools})
 
 
 def worker_configs(config: ClusterConfig, model: ModelFacts, cores: int) -> tuple[WorkerConfig, ...]:

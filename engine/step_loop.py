@@ -72,6 +72,7 @@ class StepLoop(Generic[OutcomeT]):
         self._on_scheduled = on_scheduled
         self._work = asyncio.Event()
         self._running_since_s: float | None = None
+        self._stepped_s = 0.0
         self.steps = 0
         self._pipeline: tuple[PipelinedRunner, FollowingScheduler] | None = None
         if isinstance(runner, PipelinedRunner) and isinstance(scheduler, FollowingScheduler):
@@ -84,6 +85,10 @@ class StepLoop(Generic[OutcomeT]):
     def stalled_s(self) -> float:
         """Seconds that the step in flight has been running; 0 between steps."""
         return 0.0 if self._running_since_s is None else self._clock() - self._running_since_s
+
+    def busy_s(self) -> float:
+        """Seconds spent in steps since the start, the one in flight included."""
+        return self._stepped_s + self.stalled_s()
 
     async def run(self) -> None:
         """Runs until cancelled; an error of the runner ends it, since KV may be half written then."""
@@ -128,6 +133,7 @@ class StepLoop(Generic[OutcomeT]):
             self._running_since_s = self._clock()
 
     def _complete(self, plan: StepPlan, result: StepResult) -> None:
+        self._stepped_s += self.stalled_s()
         self._running_since_s = None
         self.steps += 1
         self._on_outcome(plan, result, self._scheduler.complete(result, self._clock()))

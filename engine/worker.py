@@ -196,6 +196,7 @@ class Worker(ABC, Generic[OutcomeT]):
             handoffs_committed=self.handoffs_committed(),
             stalled_s=self._steps.stalled_s(),
             draining=self._draining,
+            busy_s=self._steps.busy_s(),
         )
 
     def cache_snapshot(self) -> wpb.CacheEvents:

@@ -64,6 +64,7 @@ class Bench:
 async def test_work_that_comes_while_it_sleeps_is_run_to_its_end() -> None:
     with ThreadPoolExecutor(1) as thread:
         bench = Bench(thread)
+        began_s = time.monotonic()
         running = asyncio.create_task(bench.loop.run())
         await asyncio.sleep(0)
         bench.start(time.monotonic() + 60.0, max_tokens=12)
@@ -74,6 +75,7 @@ async def test_work_that_comes_while_it_sleeps_is_run_to_its_end() -> None:
     assert bench.tokens == toy_output(PROMPT, 0, 12, VOCABULARY)[1:]
     assert bench.loop.steps == 11
     assert bench.loop.stalled_s() == 0.0
+    assert 0.0 < bench.loop.busy_s() < time.monotonic() - began_s
     assert bench.scheduler.load().allocated_blocks == 0
 
 

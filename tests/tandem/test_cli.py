@@ -17,8 +17,19 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("up", "demo", "generate", "chat", "status", "bench", "profile", "plan", "simulate"):
-        assert f"    {command} " in shown
+    for command in (
+        "up",
+        "demo",
+        "generate",
+        "chat",
+        "status",
+        "bench",
+        "profile",
+        "plan",
+        "simulate",
+        "controller",
+    ):
+        assert f"\n    {command}" in shown
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -79,6 +90,8 @@ def test_a_library_that_only_some_commands_need_is_named(tmp_path: Path) -> None
         (["bench", "serve", "--rate", "1", "--output-tokens", "-1"], 2, "--output-tokens must be"),
         (["bench", "serve", "--rate", "1", "--class", "chat=nan"], 2, "--class 'chat=nan': expected"),
         (["bench", "serve", "--rate", "1", "--slo", "chat=1,-1,1"], 2, "--slo 'chat=1,-1,1': expected"),
+        (["controller", "run", "-f", "/nonexistent.yaml"], 2, "/nonexistent.yaml: cannot be read"),
+        (["controller", "replay", "log", "-f", "/nonexistent.yaml"], 2, "/nonexistent.yaml: cannot be read"),
     ],
 )
 def test_error_is_one_sentence_and_an_exit_code(
