@@ -35,10 +35,11 @@ class _SlowToStop:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """Stalls, as a device does that does not answer."""
         try:
             await asyncio.Event().wait()
+            return 0.0
         except asyncio.CancelledError:
             self.stopping.set()
             await self.may_end.wait()
@@ -78,9 +79,9 @@ class _UsedUp:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """As what is inside."""
-        await self._inner.receive(source, grant, target, on_landed)
+        return await self._inner.receive(source, grant, target, on_landed)
 
     async def disconnect(self, source: PeerId) -> None:
         """As what is inside."""
