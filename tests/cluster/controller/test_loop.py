@@ -24,6 +24,7 @@ from planner.role_capacity import Capacity
 from tandem.errors import NotReady
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role
+from tests.cluster.polling import eventually
 
 WINDOW_S = 60.0
 LEASE_S = 0.6
@@ -122,6 +123,16 @@ async def windows(world: World, *loops: ControllerLoop, count: int, rate_rps: fl
             await loop.turn()
 
 
+async def until_leading(loop: ControllerLoop) -> None:
+    """The controller has its turns until it leads."""
+
+    async def leads() -> bool:
+        await loop.turn()
+        return loop.leading
+
+    await eventually(leads)
+
+
 async def test_what_the_controller_wants_is_in_the_registry_under_a_new_version(store: Store) -> None:
     world = World()
     loop = loop_of(world, store)
@@ -150,10 +161,7 @@ async def test_a_controller_that_is_killed_is_followed_by_one_that_goes_on(store
     killed, next_one = loop_of(world, store), loop_of(world, store)
     await killed.turn()
     await windows(world, killed, count=1)
-    async with asyncio.timeout(5.0):
-        while not next_one.leading:
-            await next_one.turn()
-            await asyncio.sleep(0.05)
+    await until_leading(next_one)
     await windows(world, next_one, count=1)
     assert await store.desired() == Desired(2, WANTED)
     await killed.turn()
@@ -256,9 +264,7 @@ async def test_an_outage_of_the_registry_costs_windows_and_the_controller_acts_l
         assert not loop.leading
     finally:
         os.kill(server.pid, signal.SIGCONT)
-    async with asyncio.timeout(5.0):
-        while not loop.leading:
-            await loop.turn()
+    await until_leading(loop)
     await windows(world, loop, count=1)
     assert await store.desired() == Desired(2, WANTED)
 
