@@ -19,6 +19,7 @@ from engine.attention import Span
 from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
+from engine.linear import packed_linear
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
@@ -75,7 +76,9 @@ class Reader:
         self.cache = KvCache(config, 2 * HALF_BLOCKS, BLOCK_SIZE, torch.float32, device)
         self.shape = BlockShape.of_pool(self.cache.pool)
         self._attention = CpuAttention(self.cache, config)
-        self._decoder = Decoder(config, read_weights(folder, config, torch.float32, device, None), True)
+        self._decoder = Decoder(
+            config, read_weights(folder, config, torch.float32, device, None), packed_linear
+        )
         self._table = [BlockId(block) for block in range(2 * HALF_BLOCKS)]
 
     def feed(self, tokens: Tensor, start: int) -> Tensor:

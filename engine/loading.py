@@ -16,11 +16,13 @@ from engine.decoder import Decoder
 from engine.drafting.loading import Target, load_drafting
 from engine.drafting.runner_drafter import RunnerDrafter
 from engine.kv_cache import KvCache
+from engine.layout_choice import choose_linears
+from engine.linear import stored_linear
 from engine.model_config import ModelConfig, read_model_config
 from engine.progress import Progress
 from engine.sampler import Sampler
 from engine.torch_runner import TorchStepRunner
-from engine.weights import read_weights, weight_files
+from engine.weights import linear_shapes, read_weights, unmapped, weight_files
 from tandem.digest import compatibility_digest
 from tandem.errors import ConfigError
 from tandem.worker_config import WorkerConfig
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights and KV may be computed and kept in."""
 
-_REORDER_LIMIT_BYTES = 4 * 1024**3
-"""Up to this size weights are copied into oneDNN's own layout; larger ones stay mapped and shared."""
+_COPY_LIMIT_BYTES = 4 * 1024**3
+"""Up to this size weights are copied into the fastest layouts; larger ones stay mapped and shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +123,8 @@ def _on_cpu(
     if config.pool_blocks < 1:
         raise ConfigError("pool_blocks 0 (what fits) needs a GPU; name a number of blocks for the CPU.")
     dtype, device = DTYPES[config.dtype], torch.device("cpu")
-    stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
     with torch.inference_mode():
-        decoder = Decoder(model, weights, reorder=stored_bytes <= _REORDER_LIMIT_BYTES)
+        decoder = _decoder(config, model, weights, dtype)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
     cache = KvCache(model, config.pool_blocks, config.block_size, dtype, device)
     runner = TorchStepRunner(
@@ -136,3 +137,13 @@ def _on_cpu(
         drafting.drafter,
     )
     return Computing(runner, cache, config.pool_blocks, drafting.drafter)
+
+
+def _decoder(
+    config: WorkerConfig, model: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> Decoder:
+    stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
+    if stored_bytes > _COPY_LIMIT_BYTES:
+        return Decoder(model, weights, stored_linear)
+    product = choose_linears(linear_shapes(model), dtype)
+    return Decoder(model, unmapped(weights), product)

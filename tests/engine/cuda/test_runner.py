@@ -21,6 +21,7 @@ from engine.cuda.runner import CudaStepRunner
 from engine.decoder import Decoder
 from engine.drafting.draft import ROOT, Draft
 from engine.kv_cache import KvCache
+from engine.linear import stored_linear
 from engine.model_config import ModelConfig, read_model_config
 from engine.sampler import Sampler
 from engine.step import SampleRequest, SequenceSlice, StepPlan, StepResult
@@ -52,7 +53,7 @@ def cpu_runner(folder: Path) -> TorchStepRunner:
     weights = read_weights(folder, config, torch.float32, CPU)
     cache = KvCache(config, BLOCKS, BLOCK_SIZE, torch.float32, CPU)
     attention = CpuAttention(cache, config)
-    decoder = Decoder(config, weights, reorder=False)
+    decoder = Decoder(config, weights, stored_linear)
     return TorchStepRunner(decoder, cache, attention, Sampler(config.vocabulary_tokens), CPU, 1)
 
 
