@@ -16,7 +16,7 @@ from cluster.child_process import tail
 from cluster.config import REDIS_PASSWORD_ENV, ClusterConfig, RouterSection
 from cluster.embedded_store import embedded_store
 from cluster.model_facts import read_model_facts
-from cluster.plan import ModelFacts, router_config, thresholds_path, worker_configs
+from cluster.plan import ModelFacts, router_config, thresholds_path, weights_dtype, worker_configs
 from cluster.progress import LaunchProgress, Phase
 from cluster.ray_pools import RayPools, ray_pools
 from cluster.router_host import BoundPorts, RouterSpec
@@ -25,6 +25,7 @@ from cluster.run_folder import RunFolder
 from cluster.store import RegisteredWorker, Store, StoreAddress
 from cluster.worker_host import WorkerSpec
 from engine.model_source import resolve_model
+from engine.pinning import check_cores
 from tandem.errors import ConfigError, NotReady
 from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import WorkerId
@@ -90,6 +91,7 @@ class _Launch:
     async def start(self, stack: AsyncExitStack) -> RunningCluster:
         """The model beside registry and Ray; then workers beside the router; then the proof by a hand-off."""
         _check_ports(self._config.router)
+        _check_cores(self._config)
         reading = asyncio.create_task(self._timed(Phase.MODEL, asyncio.to_thread(self._read_model)))
         stack.push_async_callback(_cancel, reading)
         address = await self._timed(Phase.REGISTRY, self._open_registry(stack))
@@ -138,7 +140,8 @@ class _Launch:
         folder = resolve_model(self._config.model.source, self._progress.model_bytes)
         config = self._config
         return read_model_facts(
-            *(folder, config.model.dtype, config.block_size, config.workers.codec, thresholds_path(config))
+            *(folder, config.model.dtype, config.block_size, config.workers.codec, thresholds_path(config)),
+            weights_dtype=weights_dtype(config),
         )
 
     async def _start_workers(
@@ -229,6 +232,16 @@ def _check_ports(router: RouterSection) -> None:
                     f"router.{key}: {router.bind_host}:{port} cannot be bound ({error.strerror}); allowed: a "
                     "port that nobody uses, or 0 to let the system choose"
                 ) from error
+
+
+def _check_cores(config: ClusterConfig) -> None:
+    """Raises ConfigError for a core that no worker here can run on; nodes of another Ray check their own."""
+    if config.ray.address == "local":
+        for name, pool in (("prefill", config.pools.prefill), ("decode", config.pools.decode)):
+            try:
+                check_cores(pool.cores or ())
+            except ConfigError as error:
+                raise ConfigError(f"pools.{name}.{error}") from error
 
 
 def _reachable(bind_host: str) -> str:

@@ -15,6 +15,7 @@ from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.drafting.loading import Target, load_drafting
 from engine.drafting.runner_drafter import RunnerDrafter
+from engine.int8_linear import int8_linear
 from engine.kv_cache import KvCache
 from engine.layout_choice import choose_linears
 from engine.linear import stored_linear
@@ -82,6 +83,11 @@ def load_engine(
     """
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype {config.dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
+    if config.weights_dtype is not None and (config.weights_dtype != "int8" or config.device != "cpu"):
+        raise ConfigError(
+            f"weights_dtype {config.weights_dtype!r} on {config.device} is not supported; "
+            "supported: int8 on cpu."
+        )
     accelerator = None if config.device == "cpu" else _accelerator(config.device)
     device = torch.device("cpu") if accelerator is None else accelerator.device
     torch.set_num_threads(config.threads)
@@ -101,7 +107,12 @@ def load_engine(
         pool_blocks=computing.pool_blocks,
         eos_ids=model.eos_ids,
         digest=compatibility_digest(
-            folder, config.dtype, config.block_size, config.codec, config.codec_thresholds
+            folder,
+            config.dtype,
+            config.block_size,
+            config.codec,
+            config.codec_thresholds,
+            weights_dtype=config.weights_dtype,
         ),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
         drafter=computing.drafter,
@@ -142,6 +153,8 @@ def _on_cpu(
 def _decoder(
     config: WorkerConfig, model: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Decoder:
+    if config.weights_dtype is not None:
+        return Decoder(model, unmapped(weights), int8_linear)
     stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
     if stored_bytes > _COPY_LIMIT_BYTES:
         return Decoder(model, weights, stored_linear)
