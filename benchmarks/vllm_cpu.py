@@ -37,6 +37,8 @@ ANSWER_TIMEOUT_S = 120.0
 SETTLE_S = 0.3
 """After an engine's turn its threads spin for a while before they sleep."""
 MOST_TOKENS = 1024
+WARM_TOKENS = 3
+"""Output tokens of the requests that warm up."""
 
 DECODE_BATCHES = (1, 8, 32)
 DECODE_TOKENS = (32, 64)
@@ -126,16 +128,19 @@ class Turn:
 
 
 async def compare(sides: Mapping[str, Side], drive: EngineDrive, rounds: int) -> list[dict[str, Any]]:
-    """Each case by both sides in turn, with the same prompts; the first round only warms up."""
+    """Each case by both sides in turn, with the same prompts, after a few steps that only warm up."""
     found = []
     for case in CASES:
+        prompts = [drive.prompt(case.prompt_tokens) for _ in range(case.batch)]
+        for side in sides.values():
+            await side.generate(prompts, min(case.output_tokens, WARM_TOKENS))
         turns: dict[str, list[Turn]] = {name: [] for name in sides}
-        for _ in range(rounds + 1):
+        for _ in range(rounds):
             prompts = [drive.prompt(case.prompt_tokens) for _ in range(2 * case.batch)]
             for name, side in sides.items():
                 turns[name].append(await _turn(side, case, prompts))
                 await asyncio.sleep(SETTLE_S)
-        found.append(case_json(case, {name: taken[1:] for name, taken in turns.items()}))
+        found.append(case_json(case, turns))
     return found
 
 
