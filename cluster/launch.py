@@ -84,7 +84,7 @@ async def running_cluster(
     Must run in the main thread (see ChildProcess). Raises ConfigError, ModelError, or NotReady, which says
     what is not ready and why. Cancelled before it serves, it stops everything without draining.
     """
-    brain = read_brain(config) if config.controller.enabled else None
+    brain = await asyncio.to_thread(read_brain, config) if config.controller.enabled else None
     launch = _Launch(config, progress or LaunchProgress())
     async with AsyncExitStack() as stack:
         cluster = await launch.start(stack)

@@ -69,7 +69,7 @@ async def control_cluster(config: ClusterConfig, routers: Sequence[str], say: Ca
 
     Raises ConfigError, InvalidRequest for a configuration that nobody could control by.
     """
-    brain, redis = read_brain(config), config.redis
+    brain, redis = await asyncio.to_thread(read_brain, config), config.redis
     if redis.url == "embedded" and not config.controller.dry_run:
         raise ConfigError(
             "redis.url: the embedded one is known to its `tandem up` alone; allowed: --dry-run, or "
