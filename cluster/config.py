@@ -401,6 +401,12 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "ClusterConfig":
         self.controller.check_start(self.pools.prefill.replicas, self.pools.decode.replicas)
+        for name, pool in (("prefill", self.pools.prefill), ("decode", self.pools.decode)):
+            if self.controller.enabled and pool.cores is not None:
+                raise ValueError(
+                    f"pools.{name}.cores: shares of cores are cut for the workers of the start; allowed with "
+                    "an enabled controller: null"
+                )
         if self.default_slo_class not in self.slo_classes:
             allowed = ", ".join(sorted(self.slo_classes))
             raise ValueError(f"default_slo_class: {self.default_slo_class!r} is no class; allowed: {allowed}")

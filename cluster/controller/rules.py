@@ -20,8 +20,8 @@ def controller_rules(config: ClusterConfig, attainment: float) -> ControllerRule
         dwell_s=section.dwell_s,
         spare=section.spare,
         calm_windows=section.calm_windows,
-        can_flip=section.flip and interchangeable(config),
-        can_scale=fewest < most,
+        can_flip=section.flip and interchangeable(config) and not pinned(config),
+        can_scale=fewest < most and not pinned(config),
         prefill=_range(section.prefill),
         decode=_range(section.decode),
     )
@@ -35,6 +35,11 @@ def interchangeable(config: ClusterConfig) -> bool:
         decode.num_cpus,
         decode.num_gpus,
     )
+
+
+def pinned(config: ClusterConfig) -> bool:
+    """Whether workers keep to shares of cores, which are cut for the workers of the start."""
+    return config.pools.prefill.cores is not None or config.pools.decode.cores is not None
 
 
 def _range(limits: RoleLimits) -> RoleRange:

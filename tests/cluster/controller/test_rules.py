@@ -48,6 +48,12 @@ def test_workers_on_unlike_resources_cannot_flip(differs: str) -> None:
     assert not controller_rules(config(", flip: false"), 0.9).can_flip
 
 
+def test_workers_that_keep_to_their_cores_neither_flip_nor_come_and_go() -> None:
+    text = "pools: {prefill: {cores: [0]}}\ncontroller: {max_workers: 4}"
+    rules = controller_rules(parse_cluster_config(text, "f"), 0.9)
+    assert (rules.can_flip, rules.can_scale) == (False, False)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -56,6 +62,7 @@ def test_workers_on_unlike_resources_cannot_flip(differs: str) -> None:
         (ON.format(more=", prefill: {min: 2}"), "pools.prefill.replicas: 1 is outside of controller.prefill"),
         (ON.format(more=", min_workers: 3"), "2 workers start; allowed: min_workers up to 2"),
         (ON.format(more=", gain: 0.5"), "controller.gain"),
+        (ON.format(more="") + "pools: {decode: {cores: [0]}}", "pools.decode.cores: shares of cores"),
         (ON.format(more=", windows: 1"), "controller.windows: unknown key"),
     ],
 )
