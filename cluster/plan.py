@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from cluster.config import ClusterConfig, DecodePool, PoolSection, PrefillPool
+from cluster.config import ClusterConfig
+from cluster.config_pools import DecodePool, PoolSection, PrefillPool
 from planner.load_window import RolePlacement
 from router.config import RouterConfig
 from tandem.errors import ConfigError

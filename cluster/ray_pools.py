@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import psutil
 import structlog
 
-from cluster.config import ClusterConfig, PoolSection
+from cluster.config import ClusterConfig
+from cluster.config_pools import PoolSection
 from cluster.worker_actor import CLOSE_TIMEOUT_S, WorkerActor
 from cluster.worker_host import WorkerSpec
 from tandem.errors import ConfigError, NotReady
