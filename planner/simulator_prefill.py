@@ -169,6 +169,12 @@ class PrefillSite:
         if not self.alive:
             return
         plan, took_s, lag_s = ended
+        left_s = self.spec.left_s()
+        if left_s > 0:
+            self._used.longer(left_s)
+            late = (plan, took_s + left_s, lag_s)
+            self._events.at(self._events.now_s + left_s, STEP_END, self._step_ended, late)
+            return
         drawn = [
             SampledToken(request.key, request.sample_index, TOKEN, None)
             for part in plan.slices
