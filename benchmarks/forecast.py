@@ -45,7 +45,7 @@ from tandem.client import AsyncTandemClient
 from tandem.errors import ConfigError, InvalidRequest
 from tandem.slo import SloClass
 
-SHARES = (0.3, 0.45, 0.6)
+SHARES = (0.25, 0.35, 0.45)
 """Default rates, as shares of what the profile says the pair can serve."""
 
 LIMITS = PairLimits()
