@@ -88,8 +88,8 @@ def profile_of(rounds: Sequence[Round], block_tokens: int) -> LiveProfile:
         join_s=0.0,
         handoff_prefill_s=0.0,
         handoff_decode_s=0.0,
-        prefill_unrest=1.0,
-        decode_unrest=1.0,
+        prefill_unrest_s=0.0,
+        decode_unrest_s=0.0,
     )
     pairs = [pair for each in rounds for pair in each.windows]
     if not all(window.prefill_steps and window.answers for pair in pairs for window in pair):

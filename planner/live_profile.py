@@ -16,7 +16,6 @@ from planner.transfer_links import LinkTable, LinkTransfer
 Points = Annotated[tuple[MeasuredStep, ...], Field(min_length=2, max_length=100_000)]
 Transfers = Annotated[tuple[MeasuredTransfer, ...], Field(min_length=1, max_length=100_000)]
 Size = Annotated[int, Field(ge=1, le=1_000_000)]
-Factor = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Cost = Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)]
 
 
@@ -42,8 +41,8 @@ class LiveProfile(Profile):
     `front_door_s` is what a request takes beside its queue and its step until the first token is with the
     client. `join_s` is from the router's news of landed KV to the first decode step, beyond that step's
     usual time. `handoff_prefill_s` and `handoff_decode_s` are what a hand-off adds to a step of either
-    worker that is under way. `prefill_unrest` and `decode_unrest` are how many times as long steps, and with
-    the latter hand-offs, take in a mixed load (planner/live_rehearsal.py).
+    worker that is under way. `prefill_unrest_s` and `decode_unrest_s` are what a step takes longer in a mixed
+    load (planner/live_rehearsal.py).
     """
 
     transfers: Transfers
@@ -52,8 +51,8 @@ class LiveProfile(Profile):
     join_s: Cost
     handoff_prefill_s: Cost
     handoff_decode_s: Cost
-    prefill_unrest: Factor
-    decode_unrest: Factor
+    prefill_unrest_s: Cost
+    decode_unrest_s: Cost
 
 
 def beside(profile: LiveProfile, company: Company) -> Profile:

@@ -18,6 +18,8 @@ from tandem.slo import SloClass
 
 SLO_CLASS = "rehearsal"
 
+ROUNDS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Rehearsed:
@@ -29,15 +31,28 @@ class Rehearsed:
 
 
 def rehearsed(profile: LiveProfile, requests: Sequence[Rehearsed], limits: PairLimits) -> LiveProfile:
-    """The profile with what the rehearsal took over its own forecast, at the median request.
+    """The profile whose forecast of the rehearsal is neither too short nor too long at the median request.
 
-    Raises InvalidRequest for a rehearsal without requests of two tokens or more.
+    Longer steps make longer queues, so that is approached in rounds. Raises InvalidRequest for a
+    rehearsal without requests of two tokens or more.
     """
+    for _ in range(ROUNDS):
+        reading_s, writing_s = _late_s(profile, requests, limits)
+        more_s = {
+            "prefill_unrest_s": max(0.0, profile.prefill_unrest_s + reading_s),
+            "decode_unrest_s": max(0.0, profile.decode_unrest_s + writing_s),
+        }
+        profile = profile.model_copy(update=more_s)
+    return profile
+
+
+def _late_s(profile: LiveProfile, requests: Sequence[Rehearsed], limits: PairLimits) -> tuple[float, float]:
+    """By how much TTFT and TPOT were longer than forecast, at the median request."""
     never = SloClass(SLO_CLASS, math.inf, math.inf, math.inf)
     found = forecast(profile, [one.asked for one in requests], never, limits)
     if not found.tpot_s:
         raise InvalidRequest("A rehearsal needs requests of two tokens or more.", "rehearsal")
     seen = {one.asked.number: one for one in requests}
-    reading = [seen[number].ttft_s / ttft_s for number, ttft_s in found.ttft_s.items()]
-    writing = [seen[number].tpot_s / tpot_s for number, tpot_s in found.tpot_s.items()]
-    return profile.model_copy(update={"prefill_unrest": median(reading), "decode_unrest": median(writing)})
+    reading = [seen[number].ttft_s - ttft_s for number, ttft_s in found.ttft_s.items()]
+    writing = [seen[number].tpot_s - tpot_s for number, tpot_s in found.tpot_s.items()]
+    return median(reading), median(writing)

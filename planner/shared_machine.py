@@ -47,7 +47,7 @@ class SharedMachine:
         self._alone, self._company = ProfileModel(profile), [ProfileModel(one) for one in profiles]
         self._link, self._links = transfer_model(profile), [transfer_model(one) for one in profiles]
         self._join_s = profile.join_s
-        self._unrest = {Side.PREFILL: profile.prefill_unrest, Side.DECODE: profile.decode_unrest}
+        self._unrest_s = {Side.PREFILL: profile.prefill_unrest_s, Side.DECODE: profile.decode_unrest_s}
         self._costs = {Side.PREFILL: profile.handoff_prefill_s, Side.DECODE: profile.handoff_decode_s}
         self._prompts = [one.prompt_tokens for one in profile.company]
         self._batches = [one.decode_batch for one in profile.company]
@@ -58,7 +58,7 @@ class SharedMachine:
     def begin(self, side: Side, shape: StepShape) -> float:
         """A worker begins a step; gives the earliest that it can take. Idempotent in an instant."""
         self._advance()
-        alone_s = self._unrest[side] * self._alone.step_s(shape)
+        alone_s = self._unrest_s[side] + self._alone.step_s(shape)
         owed = self.now_s() < self._owed_until_s[side]
         self._steps[side] = _Step(shape, alone_s + (self._costs[side] if owed else 0.0))
         return alone_s
@@ -76,7 +76,7 @@ class SharedMachine:
     def hand_over(self, tokens: int) -> float:
         """A hand-off begins; gives its time to the first decode step. It adds to the steps that it meets."""
         self._advance()
-        took_s = self._unrest[Side.DECODE] * (self._join_s + self._handoff_s(tokens))
+        took_s = self._join_s + self._handoff_s(tokens)
         for side in Side:
             step = self._steps.get(side)
             if step is None:

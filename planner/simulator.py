@@ -126,6 +126,8 @@ class Simulation:
             role = Role.DECODE
         self._sites[worker_id] = site
         self._router.attach(key, role, spec.pool_blocks, site)
+        if isinstance(site, PrefillSite):
+            site.introduce()
 
     def _prefill_site(self, key: WorkerKey) -> PrefillSite | None:
         site = self._sites.get(key.worker_id)

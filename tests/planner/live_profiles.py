@@ -58,6 +58,6 @@ def live_profile(
         join_s=join_s,
         handoff_prefill_s=handoff_prefill_s,
         handoff_decode_s=handoff_decode_s,
-        prefill_unrest=1.0,
-        decode_unrest=1.0,
+        prefill_unrest_s=0.0,
+        decode_unrest_s=0.0,
     )

@@ -97,9 +97,9 @@ def test_a_rehearsal_that_took_longer_makes_forecasts_longer() -> None:
     rows = [SimRequest(number, float(number), 100, 11, "rehearsal") for number in range(3)]
     never = SloClass("rehearsal", 1e9, 1e9, 1e9)
     found = forecast(profile, rows, never, PairLimits())
-    seen = [Rehearsed(row, 1.25 * found.ttft_s[row.number], 1.5 * found.tpot_s[row.number]) for row in rows]
+    seen = [Rehearsed(row, found.ttft_s[row.number] + 0.03, found.tpot_s[row.number] + 0.005) for row in rows]
     wiser = rehearsed(profile, seen, PairLimits())
-    assert (wiser.prefill_unrest, wiser.decode_unrest) == pytest.approx((1.25, 1.5))
+    assert (wiser.prefill_unrest_s, wiser.decode_unrest_s) == pytest.approx((0.03, 0.005))
     again = forecast(wiser, rows, never, PairLimits())
     assert again.ttft_s == pytest.approx({one.asked.number: one.ttft_s for one in seen})
     assert again.tpot_s == pytest.approx({one.asked.number: one.tpot_s for one in seen})
