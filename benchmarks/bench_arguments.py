@@ -96,7 +96,7 @@ def _add_live(group: "argparse._ArgumentGroup") -> None:
         "--rates",
         type=_positive_numbers,
         metavar="R,R,R",
-        help="requests a second (by default 0.3, 0.45 and 0.6 of what the pair can do)",
+        help="requests a second (by default 0.25, 0.35 and 0.45 of what the pair can do)",
     )
     group.add_argument(
         "--length-scale", type=float, default=0.05, metavar="X", help="multiplies all lengths (0.05)"

@@ -18,10 +18,18 @@ from typing import Any
 
 import httpx
 
-from benchmarks.forecast_report import Compared, Figures, forecast_json, forecast_page, forecast_text
+from benchmarks.forecast_report import (
+    Compared,
+    Figures,
+    compared_text,
+    forecast_json,
+    forecast_page,
+    forecast_text,
+)
 from benchmarks.latency_summary import Outcome, OutcomeKind, spread
+from benchmarks.live_asker import LiveAsker
 from benchmarks.live_cluster import live_cluster
-from benchmarks.live_probe import LiveProbe
+from benchmarks.live_probe import BLOCK_TOKENS, LiveProbe
 from benchmarks.load_generator import offer
 from benchmarks.machine_limits import machine_name
 from benchmarks.targets import GrpcTarget
@@ -29,7 +37,7 @@ from benchmarks.workload import Arrivals, LengthLimits, PlannedRequest, TokenDra
 from planner.arrivals import ArrivalProcess
 from planner.latency import PromptPart, StepShape
 from planner.live_forecast import PairLimits, forecast
-from planner.live_profile import LiveProfile, company_profile
+from planner.live_profile import LiveProfile, beside
 from planner.profile_model import ProfileModel
 from planner.traces import TraceRow, read_trace
 from planner.workload import SimRequest
@@ -37,7 +45,7 @@ from tandem.client import AsyncTandemClient
 from tandem.errors import ConfigError, InvalidRequest
 from tandem.slo import SloClass
 
-SHARES = (0.3, 0.45, 0.6)
+SHARES = (0.25, 0.35, 0.45)
 """Default rates, as shares of what the profile says the pair can serve."""
 
 LIMITS = PairLimits()
@@ -45,6 +53,7 @@ MOST_PROMPT_TOKENS, MOST_OUTPUT_TOKENS = 512, 128
 TIMEOUT_S = 120.0
 MODEL_TOKENS = 2048
 SETTINGS: dict[str, Any] = {
+    "block_size": BLOCK_TOKENS,
     "model": {"context": MODEL_TOKENS},
     "pools": {
         "prefill": {
@@ -86,7 +95,9 @@ async def _measure(chosen: argparse.Namespace, rows: Sequence[TraceRow]) -> dict
     async with live_cluster(SETTINGS) as address:
         async with AsyncTandemClient(address) as client, httpx.AsyncClient() as http:
             models = await client.models()
-            profile = await LiveProbe(client, http, chosen.runs).profile()
+            asker = LiveAsker(client, http)
+            await asker.meet()
+            profile = await LiveProbe(asker, chosen.runs, LIMITS).profile()
         if chosen.profile is not None:
             await asyncio.to_thread(chosen.profile.write_text, profile.model_dump_json() + "\n")
         rates = chosen.rates or _rates(profile, rows, chosen.length_scale)
@@ -96,6 +107,7 @@ async def _measure(chosen: argparse.Namespace, rows: Sequence[TraceRow]) -> dict
             print(f"{rate_rps:g} requests/s, {planned[-1].at_s:.0f} s", file=sys.stderr)
             simulated = _forecast(profile, planned, slo)
             compared.append(Compared(rate_rps, *simulated, await _measured(address, planned, slo)))
+            print(compared_text(compared[-1]), file=sys.stderr)
     conditions = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_name(),
@@ -136,7 +148,7 @@ def _planned(
 def _rates(profile: LiveProfile, rows: Sequence[TraceRow], scale: float) -> list[float]:
     """Shares of the rate at which the first of both workers would never rest."""
     limits = LengthLimits(scale, MOST_PROMPT_TOKENS, MOST_OUTPUT_TOKENS, 1 << 16)
-    model = ProfileModel(company_profile(profile))
+    model = ProfileModel(beside(profile, profile.company[-1]))
     prompts = [limits.prompt_tokens(row.prompt_tokens) for row in rows]
     outputs = [limits.output_tokens(row.output_tokens) for row in rows]
     reading_s = sum(model.step_s(StepShape((PromptPart(tokens),))) for tokens in prompts) / len(rows)
@@ -154,7 +166,7 @@ def _forecast(
         for number, one in enumerate(planned)
     ]
     found = forecast(profile, asked, slo, LIMITS)
-    figures = Figures(spread(found.ttft_s), spread(found.tpot_s), found.attainment)
+    figures = Figures(spread(found.ttft_s.values()), spread(found.tpot_s.values()), found.attainment)
     return found.prefill_busy, found.decode_busy, figures
 
 

@@ -54,6 +54,11 @@ def forecast_json(
     }
 
 
+def compared_text(one: Compared) -> str:
+    """One rate alone, as soon as it is known."""
+    return "\n".join(_rows(_run_json(one)))
+
+
 def forecast_text(result: dict[str, Any]) -> str:
     """The same for people."""
     return "\n".join([*_table(result), _verdict(result)])
@@ -69,8 +74,8 @@ def forecast_page(result: dict[str, Any]) -> str:
         "start (the cluster was not running yet).",
         "",
         "`tandem bench sim --live`: SmolLM2-135M float32, one prefill and one decode worker of one thread.",
-        "The profile is taken through the front door with requests of its own, alone and beside the other",
-        "worker at work.",
+        "The profile is taken through the front door with requests of its own: alone, beside the other",
+        "worker at work, and in a rehearsal.",
         f"Then the first {result['requests']} requests of {result['trace']} are simulated and offered,",
         f"with lengths times {result['length_scale']:g}. Nothing is fitted to a run that is forecast.",
         f"Objectives: TTFT {ttft_s:g} s, TPOT {tpot_s:g} s, gap {gap_s:g} s.",
@@ -114,18 +119,22 @@ def _within(run: dict[str, Any]) -> bool:
 
 def _table(result: dict[str, Any]) -> list[str]:
     lines = ["| req/s | figure | simulated | measured | error |", "|---|---|---|---|---|"]
-    for run in result["runs"]:
-        for name, quantile in _QUANTILES:
-            one = run[f"{name}_{quantile}"]
-            lines.append(
-                f"| {run['rate_rps']:g} | {name.upper()} {quantile} | {_ms(one['simulated_s'])} | "
-                f"{_ms(one['measured_s'])} | {_percent(one['error'])} |"
-            )
-        good = run["attainment"]
+    return lines + [row for run in result["runs"] for row in _rows(run)]
+
+
+def _rows(run: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, quantile in _QUANTILES:
+        one = run[f"{name}_{quantile}"]
         lines.append(
-            f"| {run['rate_rps']:g} | attainment | {good['simulated']:.1%} | {good['measured']:.1%} | "
-            f"{good['difference'] * 100:+.1f} points |"
+            f"| {run['rate_rps']:g} | {name.upper()} {quantile} | {_ms(one['simulated_s'])} | "
+            f"{_ms(one['measured_s'])} | {_percent(one['error'])} |"
         )
+    good = run["attainment"]
+    lines.append(
+        f"| {run['rate_rps']:g} | attainment | {good['simulated']:.1%} | {good['measured']:.1%} | "
+        f"{good['difference'] * 100:+.1f} points |"
+    )
     return lines
 
 

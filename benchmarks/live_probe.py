@@ -1,232 +1,205 @@
 """Edge: measures a live pair of workers through the front door: steps, hand-offs and what the door adds.
 
-Every figure is taken twice: with the other worker idle, and with it at work. The requests are the probe's
+Steps are timed alone and beside the other worker at work: with short prompts and one sequence, whose steps
+read all weights for few tokens, and with longer prompts and more sequences. The requests are the probe's
 own, so that nothing is fitted to a load that is forecast later.
 """
 
 import asyncio
+import math
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
-import httpx
-
-from benchmarks.workload import FIRST_PLAIN_TOKEN
-from planner.live_profile import LiveProfile
-from planner.profile_file import MeasuredStep, MeasuredTransfer
-from tandem.client import AsyncTandemClient, GenerateOptions
+from benchmarks.live_asker import LiveAsker, Stream
+from benchmarks.live_costs import Alone, PromptTimes, Round, Window, profile_of, prompt_point, transfer
+from planner.arrivals import ArrivalProcess, arrival_times_s
+from planner.latency import PromptPart, StepShape
+from planner.live_forecast import PairLimits
+from planner.live_profile import Company, LiveProfile
+from planner.live_rehearsal import SLO_CLASS, Rehearsed, rehearsed
+from planner.profile_file import MeasuredStep
+from planner.profile_model import ProfileModel
+from planner.workload import SimRequest
 from tandem.errors import TandemError
-from tandem.generation import SamplingOptions, Timeline, TokenPrompt
-from tandem.wire import ROLE_FROM_WIRE
 from tandem.worker import Role
 
 BLOCK_TOKENS = 16
-PROMPT_TOKENS = (16, 32, 64, 128, 256, 512)
-BATCHES = (1, 2, 4, 8, 16)
+PROMPT_TOKENS = (3, 9, 21, 45, 93, 189, 381, 509)
+"""No multiples of a matrix product's tiles, at which a step is faster than at the lengths between them."""
+
+BATCHES = (1, 3, 8, 16)
 CONTEXTS = (32, 192)
 STEPS = 32
 """Steps that a batch is timed over."""
 
-MOST_OUTPUT_TOKENS = 1500
-"""Enough for a batch whose prompts are read one after the other beside a busy neighbour."""
+ROUNDS = 2
+"""All is measured so often, minutes apart, since the pace of a shared machine drifts."""
 
-BUSY_STREAMS = 6
-BUSY_PROMPTS, BUSY_PROMPT_TOKENS = 2, 128
-REQUEST_TIMEOUT_S = 300.0
-_STEP_SUM, _STEP_COUNT = "tandem_worker_step_seconds_sum", "tandem_worker_step_seconds_count"
+WINDOWS, HANDOFF_STEPS = 3, 48
+"""Stretches of a round over which hand-offs are timed, and their steps: some dozens of hand-offs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Time to the first token on this process's clock, and the router's timeline."""
+SHORT_PROMPT_TOKENS = 93
+SHORT_RUNS = 2
+"""Short prompts are asked this many times as often: their steps vary more, and cost less to repeat."""
 
-    ttft_s: float
-    timeline: Timeline
-
-
-class Stream:
-    """When the tokens of one answer came, on this process's clock; somebody may wait for a number of them."""
-
-    def __init__(self) -> None:
-        self.arrived_s: list[float] = []
-        self._wanted = 0
-        self._reached = asyncio.Event()
-
-    def came(self, tokens: int) -> None:
-        """Notes tokens that came together."""
-        self.arrived_s += [time.perf_counter()] * tokens
-        if len(self.arrived_s) >= self._wanted:
-            self._reached.set()
-
-    async def reaches(self, tokens: int) -> None:
-        """Waits until so many have come. Raises TimeoutError when that takes too long."""
-        self._wanted = tokens
-        if len(self.arrived_s) < tokens:
-            self._reached.clear()
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                await self._reached.wait()
+REHEARSED = 120
+REHEARSED_PROMPTS, REHEARSED_OUTPUTS = (4, 192), (2, 24)
+REHEARSED_LOAD = 0.3
+"""The rehearsal: requests with lengths even in their logarithm, and the busy share of the prefill worker."""
 
 
 @dataclass(frozen=True, slots=True)
-class PromptTimes:
-    """Medians of single prompts: the step, what the front door adds to it, the hand-off and its bytes."""
+class Neighbour:
+    """How the other worker is kept at work, and which batches are timed beside it."""
 
-    tokens: int
-    step_s: float
-    door_s: float
-    handoff_s: float
-    handoff_bytes: int
+    prompt_tokens: int
+    decode_batch: int
+    batches: tuple[int, ...]
+
+
+NEIGHBOURS = (Neighbour(12, 1, BATCHES), Neighbour(128, 8, (1, 3, 16)))
+READERS = 2
+"""Askers of prompts that want one token: while one is answered, the other's prompt is read."""
+
+HANDOFF_READERS = 3
+"""The same with a hand-off each, so that another prompt is being read when one is handed over."""
 
 
 class LiveProbe:
-    """Asks one cluster of one prefill and one decode worker that nobody else uses."""
+    """Profiles the cluster of one asker, which must have met it."""
 
-    def __init__(self, client: AsyncTandemClient, http: httpx.AsyncClient, runs: int, seed: int = 0) -> None:
-        self._client = client
-        self._http = http
+    def __init__(self, asker: LiveAsker, runs: int, limits: PairLimits) -> None:
+        self._asker = asker
         self._runs = runs
-        self._random = random.Random(seed)
-        self._metrics: dict[Role, str] = {}
-        self._vocabulary = 0
+        self._limits = limits
 
     async def profile(self) -> LiveProfile:
         """Measures everything; takes some minutes. Raises TandemError."""
-        await self._meet()
-        await self.ask(BUSY_PROMPT_TOKENS, 4)
+        await self._asker.ask(PROMPT_TOKENS[-1], 4)
+        rounds = [await self._round() for _ in range(ROUNDS)]
+        profile = profile_of(rounds, BLOCK_TOKENS)
+        return rehearsed(profile, await self._rehearsal(profile), self._limits)
+
+    async def _round(self) -> Round:
+        alone = await self._alone()
+        company = [await self._beside(neighbour) for neighbour in NEIGHBOURS]
+        windows = [await self._handoff_windows() for _ in range(WINDOWS)]
+        return Round(alone, tuple(company), tuple(windows))
+
+    async def _alone(self) -> Alone:
         prompts = [await self._prompt(tokens) for tokens in PROMPT_TOKENS]
-        batches = [await self._batch(*shape) for shape in _shapes()]
-        async with self._decoding(BUSY_STREAMS, BLOCK_TOKENS):
-            prompts_in_company = [await self._prompt(tokens) for tokens in PROMPT_TOKENS]
-        async with self._reading():
-            batches_in_company = [await self._batch(*shape) for shape in _shapes()]
-        return LiveProfile(
-            version=1,
-            kind="tandem profile",
-            points=(*map(_prompt_point, prompts), *batches),
-            transfers=tuple(map(_transfer, prompts)),
-            block_size=BLOCK_TOKENS,
-            kv_bytes_per_token=prompts[-1].handoff_bytes // prompts[-1].tokens,
-            in_company=(*map(_prompt_point, prompts_in_company), *batches_in_company),
-            in_company_transfers=tuple(map(_transfer, prompts_in_company)),
+        batches = [await self._batch(batch, context) for context in CONTEXTS for batch in BATCHES]
+        return Alone(tuple(prompts), tuple(batches))
+
+    async def _beside(self, neighbour: Neighbour) -> Company:
+        async with self._asker.decoding(neighbour.decode_batch, BLOCK_TOKENS):
+            prompts = [await self._prompt(tokens) for tokens in PROMPT_TOKENS]
+        async with self._asker.reading(READERS, neighbour.prompt_tokens, 1):
+            batches = [
+                await self._batch(batch, context) for context in CONTEXTS for batch in neighbour.batches
+            ]
+        return Company(
+            prompt_tokens=neighbour.prompt_tokens,
+            decode_batch=neighbour.decode_batch,
+            points=(*map(prompt_point, prompts), *batches),
+            transfers=tuple(map(transfer, prompts)),
             front_door_s=statistics.median(one.door_s for one in prompts),
-            in_company_front_door_s=statistics.median(one.door_s for one in prompts_in_company),
         )
-
-    async def ask(self, prompt_tokens: int, output_tokens: int, stream: Stream | None = None) -> Answer:
-        """One request with a prompt that nobody asked before. Raises TandemError."""
-        ids = tuple(self._random.randrange(FIRST_PLAIN_TOKEN, self._vocabulary) for _ in range(prompt_tokens))
-        sampling = SamplingOptions(
-            temperature=0.0, max_tokens=output_tokens, min_tokens=output_tokens, ignore_eos=True
-        )
-        options = GenerateOptions(sampling=sampling, timeout_s=REQUEST_TIMEOUT_S)
-        watched = stream or Stream()
-        timeline = None
-        sent_s = time.perf_counter()
-        async for update in self._client.generate(TokenPrompt(ids), options):
-            watched.came(sum(len(delta.token_ids) for delta in update.deltas))
-            timeline = update.timeline or timeline
-        if timeline is None or not watched.arrived_s:
-            raise TandemError("An answer ended without its tokens or its timeline.")
-        return Answer(watched.arrived_s[0] - sent_s, timeline)
-
-    async def _meet(self) -> None:
-        status, models = await self._client.status(), await self._client.models()
-        self._vocabulary = models[0].vocabulary_tokens
-        self._metrics = {ROLE_FROM_WIRE[one.role]: one.metrics_address for one in status.workers}
-        if len(status.workers) != 2 or not all(
-            self._metrics.get(role) for role in (Role.PREFILL, Role.DECODE)
-        ):
-            raise TandemError("A live profile needs one prefill and one decode worker that serve metrics.")
 
     async def _prompt(self, tokens: int) -> PromptTimes:
-        steps_s, doors_s, handoffs_s, moved = [], [], [], 0
-        for _ in range(self._runs):
-            before_s, before = await self._steps(Role.PREFILL)
-            answer = await self.ask(tokens, 3)
-            after_s, after = await self._steps(Role.PREFILL)
-            if after <= before:
+        steps_s, doors_s, handoffs_s, gaps_s, moved = [], [], [], [], 0
+        for _ in range(self._runs * (SHORT_RUNS if tokens <= SHORT_PROMPT_TOKENS else 1)):
+            before = await self._asker.steps(Role.PREFILL)
+            answer = await self._asker.ask(tokens, 3)
+            after = await self._asker.steps(Role.PREFILL)
+            if after.count <= before.count:
                 raise TandemError("The prefill worker counted no step for a prompt.")
-            steps_s.append(after_s - before_s)
-            doors_s.append(answer.ttft_s - steps_s[-1])
+            steps_s.append(after.seconds - before.seconds)
+            doors_s.append(answer.arrived_s[0] - answer.sent_s - steps_s[-1])
             handoffs_s.append(answer.timeline.handoff_s)
+            gaps_s.append(answer.arrived_s[-1] - answer.arrived_s[0])
             moved = answer.timeline.handoff_bytes
         median = statistics.median
-        return PromptTimes(tokens, median(steps_s), median(doors_s), median(handoffs_s), moved)
+        return PromptTimes(
+            tokens, median(steps_s), median(doors_s), median(handoffs_s), moved, median(gaps_s)
+        )
 
     async def _batch(self, batch: int, context: int) -> MeasuredStep:
-        """The mean step while all sequences of a batch decode."""
-        async with self._decoding(batch, context) as streams:
+        """The median step while all sequences of a batch decode."""
+        async with self._asker.decoding(batch, context) as streams:
             first = len(streams[0].arrived_s)
             await streams[0].reaches(first + STEPS)
             last = len(streams[0].arrived_s)
             # The streams are at the same step, some tokens apart by when they joined.
             contexts = sum(context + len(stream.arrived_s) - (last - first) // 2 for stream in streams)
-            arrived_s = streams[0].arrived_s
+            arrived_s = streams[0].arrived_s[first - 1 : last]
             return MeasuredStep(
                 decode_batch=batch,
                 decode_context_tokens=contexts,
-                seconds=(arrived_s[last - 1] - arrived_s[first - 1]) / (last - first),
+                seconds=statistics.median(later - sooner for sooner, later in pairwise(arrived_s)),
                 runs=last - first,
             )
 
-    async def _steps(self, role: Role) -> tuple[float, float]:
-        """Seconds and number of all steps of a worker."""
-        answer = await self._http.get(f"http://{self._metrics[role]}/metrics")
-        values = dict(
-            line.rsplit(" ", 1)
-            for line in answer.text.splitlines()
-            if line.startswith((_STEP_SUM, _STEP_COUNT))
-        )
-        return float(values[_STEP_SUM]), float(values[_STEP_COUNT])
+    async def _handoff_windows(self) -> tuple[Window, Window]:
+        """The pace of both workers without hand-offs and with them."""
+        async with self._asker.decoding(1, BLOCK_TOKENS) as (stream,):
+            without = await self._window(stream, READERS, 1)
+            handing = await self._window(stream, HANDOFF_READERS, 2)
+        return without, handing
 
-    @asynccontextmanager
-    async def _decoding(self, batch: int, context: int) -> AsyncIterator[list[Stream]]:
-        """Keeps the decode worker at work; begins once so many sequences are in its batch."""
-        streams = [Stream() for _ in range(batch)]
-        asking = [asyncio.create_task(self.ask(context, MOST_OUTPUT_TOKENS, stream)) for stream in streams]
-        async with _ended_after(asking):
-            for stream in streams:
-                await stream.reaches(2)
-            yield streams
-            if any(task.done() for task in asking):
-                raise TandemError("A sequence that was to be decoded meanwhile ended too early.")
+    async def _window(self, stream: Stream, askers: int, output_tokens: int) -> Window:
+        async with self._asker.reading(askers, NEIGHBOURS[0].prompt_tokens, output_tokens) as readers:
+            await stream.reaches(len(stream.arrived_s) + 4)
+            begun = await self._asker.steps(Role.PREFILL)
+            answers, first = readers.answers, len(stream.arrived_s)
+            await stream.reaches(first + HANDOFF_STEPS)
+            answers, last = readers.answers - answers, len(stream.arrived_s)
+            ended = await self._asker.steps(Role.PREFILL)
+            return Window(
+                seconds=stream.arrived_s[last - 1] - stream.arrived_s[first - 1],
+                decode_steps=last - first,
+                context_tokens=BLOCK_TOKENS + (first + last) // 2,
+                prompt_tokens=NEIGHBOURS[0].prompt_tokens,
+                prefill_s=ended.seconds - begun.seconds,
+                prefill_steps=ended.count - begun.count,
+                answers=answers,
+            )
 
-    @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[None]:
-        """Keeps the prefill worker at work with prompts that want one token."""
+    async def _rehearsal(self, profile: LiveProfile) -> list[Rehearsed]:
+        """A mixed load, open loop."""
+        asked = _rehearsal_requests(ProfileModel(profile))
+        start_s = time.perf_counter()
 
-        async def read() -> None:
-            while True:
-                await self.ask(BUSY_PROMPT_TOKENS, 1)
+        async def one(request: SimRequest) -> Rehearsed:
+            due_s = start_s + request.at_s
+            await asyncio.sleep(due_s - time.perf_counter())
+            answer = await self._asker.ask(request.prompt_tokens, request.output_tokens)
+            first_s, last_s = answer.arrived_s[0], answer.arrived_s[-1]
+            return Rehearsed(request, first_s - due_s, (last_s - first_s) / (request.output_tokens - 1))
 
-        async with _ended_after([asyncio.create_task(read()) for _ in range(BUSY_PROMPTS)]):
-            yield
-
-
-@asynccontextmanager
-async def _ended_after(tasks: Sequence["asyncio.Task[object]"]) -> AsyncIterator[None]:
-    """Cancels and awaits; raises what one of them died of."""
-    try:
-        yield
-        for task in tasks:
-            if task.done():
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(request)) for request in asked]
+        return [task.result() for task in tasks]
 
 
-def _shapes() -> list[tuple[int, int]]:
-    return [(batch, context) for context in CONTEXTS for batch in BATCHES]
+def _rehearsal_requests(model: ProfileModel) -> list[SimRequest]:
+    """Poisson arrivals at the rate that keeps the prefill worker busy for the share wanted."""
+    draws = random.Random(REHEARSED)
+    lengths = [
+        (_even_in_logarithm(draws, *REHEARSED_PROMPTS), _even_in_logarithm(draws, *REHEARSED_OUTPUTS))
+        for _ in range(REHEARSED)
+    ]
+    reading_s = sum(model.step_s(StepShape((PromptPart(prompt),))) for prompt, _ in lengths)
+    times_s = arrival_times_s(ArrivalProcess.POISSON, REHEARSED_LOAD * REHEARSED / reading_s, draws)
+    return [
+        SimRequest(number, at_s, prompt, output, SLO_CLASS)
+        for number, ((prompt, output), at_s) in enumerate(zip(lengths, times_s, strict=False))
+    ]
 
 
-def _prompt_point(times: PromptTimes) -> MeasuredStep:
-    return MeasuredStep(prompts=((times.tokens, 0),), seconds=times.step_s)
-
-
-def _transfer(times: PromptTimes) -> MeasuredTransfer:
-    return MeasuredTransfer(transport="live", bytes=times.handoff_bytes, seconds=times.handoff_s)
+def _even_in_logarithm(draws: random.Random, least: int, most: int) -> int:
+    return round(math.exp(draws.uniform(math.log(least), math.log(most))))

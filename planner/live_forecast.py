@@ -1,12 +1,12 @@
 """Pure: what one prefill and one decode worker of a live profile would do with a load."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from planner.live_profile import LiveProfile, company_profile, transfer_model
+from planner.live_profile import LiveProfile
 from planner.profile_model import ProfileModel
 from planner.records import Records
-from planner.shared_machine import DecodeSteps, PromptSteps, SharedMachine, SharedTransfer
+from planner.shared_machine import MachineSteps, MachineTransfer, SharedMachine, Side
 from planner.simulator import Simulation
 from planner.simulator_setup import Drive, RouterRules, Setup, SimRole, WorkerSpec
 from planner.workload import SimRequest
@@ -27,12 +27,12 @@ class PairLimits:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The times that clients would see, of the requests that have them; the share that met its objectives;
-    and the busy share of each worker.
+    """The times that clients would see, by the number of the request; the share that met its objectives; and
+    the busy share of each worker. A request of one token has no time per token.
     """
 
-    ttft_s: tuple[float, ...]
-    tpot_s: tuple[float, ...]
+    ttft_s: Mapping[int, float]
+    tpot_s: Mapping[int, float]
     attainment: float
     prefill_busy: float
     decode_busy: float
@@ -42,7 +42,7 @@ def forecast(
     profile: LiveProfile, requests: Sequence[SimRequest], slo: SloClass, limits: PairLimits
 ) -> Forecast:
     """Simulates the pair, step by step, under requests of the one class. Raises what a simulation raises."""
-    machine = SharedMachine()
+    machine = SharedMachine(profile)
     simulation = Simulation(_setup(profile, slo, limits, machine), requests)
     machine.now_s = lambda: simulation.now_s
     result = simulation.run()
@@ -52,43 +52,44 @@ def forecast(
 
 
 def _setup(profile: LiveProfile, slo: SloClass, limits: PairLimits, machine: SharedMachine) -> Setup:
-    beside = company_profile(profile)
-    alone, company = ProfileModel(profile), ProfileModel(beside)
+    alone = ProfileModel(profile)
 
-    def worker(worker_id: WorkerId, role: SimRole, latency: PromptSteps) -> WorkerSpec:
+    def worker(worker_id: WorkerId, role: SimRole, side: Side) -> WorkerSpec:
+        steps = MachineSteps(machine, side, alone)
         return WorkerSpec(
             worker_id,
             role,
-            latency,
+            steps,
             limits.pool_blocks,
             block_size=profile.block_size,
             token_budget=limits.token_budget,
             max_batch=limits.max_batch,
+            left_s=steps.left_s,
         )
 
     workers = (
-        worker(_PREFILL, SimRole.PREFILL, PromptSteps(machine, alone, company)),
-        worker(_DECODE, SimRole.DECODE, DecodeSteps(machine, alone, company)),
+        worker(_PREFILL, SimRole.PREFILL, Side.PREFILL),
+        worker(_DECODE, SimRole.DECODE, Side.DECODE),
     )
-    transfer = SharedTransfer(machine, transfer_model(profile), transfer_model(beside))
-    return Setup(workers, RouterRules((slo,)), transfer, drive=Drive.STEPS)
+    return Setup(workers, RouterRules((slo,)), MachineTransfer(machine), drive=Drive.STEPS)
 
 
 def _seen(
     records: Records, profile: LiveProfile, slo: SloClass, prefill_busy: float, decode_busy: float
 ) -> Forecast:
     """Adds the front door, which is slower the more the decode worker is at work."""
-    door_s = profile.front_door_s + decode_busy * (profile.in_company_front_door_s - profile.front_door_s)
+    beside_s = profile.company[0].front_door_s
+    door_s = profile.front_door_s + decode_busy * (beside_s - profile.front_door_s)
     times = records.times
     rows = zip(times["ttft_s"], times["tpot_s"], times["longest_gap_s"], strict=True)
     met = [
         ttft_s + door_s <= slo.ttft_s and tpot_s <= slo.tpot_s and gap_s <= slo.longest_gap_s
         for ttft_s, tpot_s, gap_s in rows
     ]
-    outputs = records.counts["output_tokens"]
+    written = zip(records.numbers, times["tpot_s"], records.counts["output_tokens"], strict=True)
     return Forecast(
-        tuple(ttft_s + door_s for ttft_s in times["ttft_s"]),
-        tuple(tpot_s for tpot_s, tokens in zip(times["tpot_s"], outputs, strict=True) if tokens > 1),
+        {number: ttft_s + door_s for number, ttft_s in zip(records.numbers, times["ttft_s"], strict=True)},
+        {number: tpot_s for number, tpot_s, tokens in written if tokens > 1},
         sum(met) / len(met),
         prefill_busy,
         decode_busy,

@@ -1,38 +1,63 @@
 """Pure: a profile of a live pair of workers on one machine.
 
-They share its memory bandwidth, and the router takes some of its cores: a step takes longer while the other
-worker is busy. So the profile has every kind of point twice, alone and beside the other one at work.
+They share its memory bandwidth, so a step takes longer beside a step of the other worker, and more so
+beside one that reads all weights for few tokens. So prompts and decode steps are measured alone, and beside
+the other worker at work in several ways. A hand-off is work of both workers' own: it holds up the steps
+under way.
 """
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from planner.profile_file import MeasuredStep, MeasuredTransfer, Profile, Seconds
 from planner.transfer_links import LinkTable, LinkTransfer
 
 Points = Annotated[tuple[MeasuredStep, ...], Field(min_length=2, max_length=100_000)]
 Transfers = Annotated[tuple[MeasuredTransfer, ...], Field(min_length=1, max_length=100_000)]
+Size = Annotated[int, Field(ge=1, le=1_000_000)]
+Cost = Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)]
+
+
+class Company(BaseModel):
+    """What was measured beside the other worker at work in one way.
+
+    Its decode points are beside steps that each read a prompt of `prompt_tokens`; its prompts, their
+    transfers and `front_door_s` are beside decode steps of `decode_batch` sequences.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    prompt_tokens: Size
+    decode_batch: Size
+    points: Points
+    transfers: Transfers
+    front_door_s: Seconds
 
 
 class LiveProfile(Profile):
-    """A profile with the same kinds of points and transfers measured beside a busy other worker, too.
+    """A profile with what company costs; `company` ascends in both sizes.
 
     `front_door_s` is what a request takes beside its queue and its step until the first token is with the
-    client; `in_company_front_door_s` the same while the decode worker is busy.
+    client. `join_s` is from the router's news of landed KV to the first decode step, beyond that step's
+    usual time. `handoff_prefill_s` and `handoff_decode_s` are what a hand-off adds to a step of either
+    worker that is under way. `prefill_unrest_s` and `decode_unrest_s` are what a step takes longer in a mixed
+    load (planner/live_rehearsal.py).
     """
 
-    in_company: Points
-    in_company_transfers: Transfers
+    transfers: Transfers
     front_door_s: Seconds
-    in_company_front_door_s: Seconds
+    company: Annotated[tuple[Company, ...], Field(min_length=1, max_length=16)]
+    join_s: Cost
+    handoff_prefill_s: Cost
+    handoff_decode_s: Cost
+    prefill_unrest_s: Cost
+    decode_unrest_s: Cost
 
 
-def company_profile(profile: LiveProfile) -> Profile:
-    """What was measured beside the other worker, as a profile of its own."""
-    return profile.model_copy(
-        update={"points": profile.in_company, "transfers": profile.in_company_transfers}
-    )
+def beside(profile: LiveProfile, company: Company) -> Profile:
+    """What was measured in one company, as a profile of its own."""
+    return profile.model_copy(update={"points": company.points, "transfers": company.transfers})
 
 
 def transfer_model(profile: Profile) -> LinkTransfer:

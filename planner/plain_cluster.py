@@ -49,7 +49,7 @@ class PlainCluster:
         self._transfer = setup.transfer
         self._requests = iter(requests)
         self._events = EventQueue()
-        self.records = Records(setup.router.slo_classes)
+        self.records = Records(setup.router.slo_classes, setup.allowance)
         self.used = {spec.worker_id: Utilisation(setup.keep_timeline) for spec in setup.workers}
         block_size = setup.workers[0].block_size
         self._block_size = block_size
@@ -84,7 +84,7 @@ class PlainCluster:
         return PlainDecode(spec, load, self._events, used, self._pull, self._written)
 
     def _next_arrival(self) -> None:
-        asked = next(self._requests, None)
+        asked = None if self.records.overdrawn else next(self._requests, None)
         if asked is None:
             return
         if asked.at_s < self._events.now_s:

@@ -47,15 +47,15 @@ class PlanProcesses:
 
 
 def _found(plan_json: str, folder: str, probe: Probe) -> Goodput:
-    simulate = _simulated(plan_json, folder)
+    simulate = _simulated(plan_json, folder, only_whether=True)
     return find_goodput(simulate, probe, simulate.slo.attainment, simulate.tolerance)
 
 
 def _attained(plan_json: str, folder: str, run: Run) -> Reached:
-    return _simulated(plan_json, folder)(*run)
+    return _simulated(plan_json, folder, only_whether=False)(*run)
 
 
-@lru_cache(maxsize=1)
-def _simulated(plan_json: str, folder: str) -> SimulatedCandidate:
+@lru_cache(maxsize=2)
+def _simulated(plan_json: str, folder: str, only_whether: bool) -> SimulatedCandidate:
     plan = PlanFile.model_validate_json(plan_json)
-    return SimulatedCandidate(read_problem(plan, Path(folder)))
+    return SimulatedCandidate(read_problem(plan, Path(folder)), only_whether)

@@ -81,11 +81,10 @@ def ranking(found: Sequence[Goodput], space: Space, bounds: Bounds) -> tuple[Ran
 
 
 def why(found: Goodput, bounds: Bounds) -> str:
-    """Which objective failed first above the goodput, by how much, and whether memory holds the batch."""
-    if found.binding is None or found.failing is None:
+    """Which objective failed first above the goodput, and whether memory holds the batch."""
+    if found.binding is None:
         return "no rate that was tried failed"
-    missed = 1 - found.failing.met.get(found.binding, 0) / found.failing.offered
-    reason = f"{found.binding.value}: {missed:.0%} miss it at {found.failing_rps:.3g} req/s"
+    reason = f"{found.binding.value} fails first, at {found.failing_rps:.3g} req/s"
     limit = bounds.decode(found.candidate.decode or found.candidate.prefill)
     return f"{reason}; KV memory holds the batch at {limit.batch}" if limit.held_by_memory else reason
 

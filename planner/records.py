@@ -1,6 +1,7 @@
 """Pure: what became of each simulated request, in columns, and what that says of the objectives."""
 
 import math
+import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,14 @@ _NOTHING_SPENT = dict.fromkeys(Stage, math.nan)
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """How many requests, from number `first` on, may miss their objectives before a run has shown enough."""
+
+    missed: int
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """How a request ended: with its timeline unless it was refused, and so many tokens written."""
 
@@ -57,8 +66,10 @@ class Ended:
 class Records:
     """One row for each request offered; columns are in order of the requests' ends."""
 
-    def __init__(self, classes: Sequence[SloClass]) -> None:
+    def __init__(self, classes: Sequence[SloClass], allowance: Allowance | None = None) -> None:
         self.classes = {slo.name: slo for slo in classes}
+        self._first = sys.maxsize if allowance is None else allowance.first
+        self._may_miss = 0 if allowance is None else allowance.missed
         self._numbers = array("q")
         self._times = array("d")
         self._counts = array("i")
@@ -87,6 +98,8 @@ class Records:
             workers, replaced = (timeline.prefill_worker, timeline.decode_worker), timeline.replacements
             if ended.error is not None and not missed:
                 missed = timeline.reached.value
+        if missed and asked.number >= self._first:
+            self._may_miss -= 1
         code = self._code
         outcome = FINISHED if ended.error is None else type(ended.error).__name__
         self._append_number(asked.number)
@@ -95,6 +108,11 @@ class Records:
         self._append_names(
             (code(asked.slo_class), code(outcome), code(workers[0]), code(workers[1]), code(missed))
         )
+
+    @property
+    def overdrawn(self) -> bool:
+        """Whether more requests have missed their objectives than are allowed."""
+        return self._may_miss < 0
 
     @property
     def numbers(self) -> Sequence[int]:

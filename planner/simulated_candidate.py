@@ -8,7 +8,7 @@ from math import ceil
 from planner.arrivals import ArrivalProcess, arrival_times_s
 from planner.placement import Candidate, Objective, Reached, Slo, WorkerKind
 from planner.plan_run import Problem
-from planner.records import Records
+from planner.records import Allowance, Records
 from planner.simulator import simulate
 from planner.simulator_setup import RouterRules, Setup, SimRole, WorkerSpec
 from planner.workload import SimRequest
@@ -20,10 +20,15 @@ _CLASS = "planned"
 
 
 class SimulatedCandidate:
-    """Evaluate by simulation: `requests` of the plan for each of its seeds, all counted together."""
+    """Evaluate by simulation: `requests` of the plan for each of its seeds, all counted together.
 
-    def __init__(self, problem: Problem) -> None:
+    With `only_whether` a run ends once it can't meet the share asked for: the share reached is then below
+    it, and no more than that is known.
+    """
+
+    def __init__(self, problem: Problem, only_whether: bool = False) -> None:
         self._problem = problem
+        self._only_whether = only_whether
         self.slo = problem.slo
         self.tolerance = problem.plan.search.tolerance
 
@@ -36,8 +41,9 @@ class SimulatedCandidate:
         for seed in self._problem.plan.workload.seeds:
             count = self._run_length(rate_rps)
             asked = self._requests(rate_rps, bucket, seed, count)
-            records = simulate(self._setup(candidate), asked).records
             first = int(count * self._problem.plan.workload.uncounted)
+            allowance = self._allowance(count, first) if slo_scale == 1.0 else None
+            records = simulate(self._setup(candidate, allowance), asked).records
             counted = count_met(records, self.slo, slo_scale, first)
             offered, good = offered + counted.offered, good + counted.good
             for objective in Objective:
@@ -57,7 +63,14 @@ class SimulatedCandidate:
         for number, ((prompt, output), at_s) in enumerate(islice(zip(pairs, times_s, strict=False), count)):
             yield SimRequest(number, at_s, prompt, output, _CLASS)
 
-    def _setup(self, candidate: Candidate) -> Setup:
+    def _allowance(self, count: int, first: int) -> Allowance | None:
+        """Seeds are counted together: the others could make up for one."""
+        if not self._only_whether:
+            return None
+        seeds = len(self._problem.plan.workload.seeds)
+        return Allowance(ceil(seeds * (count - first) * (1 - self.slo.attainment)), first)
+
+    def _setup(self, candidate: Candidate, allowance: Allowance | None) -> Setup:
         workers: list[WorkerSpec] = []
         if candidate.decode is None:
             workers += self._specs(SimRole.COLOCATED, candidate.prefill, candidate.prefill_workers, "")
@@ -67,7 +80,9 @@ class SimulatedCandidate:
             workers += self._specs(SimRole.DECODE, candidate.decode, candidate.decode_workers, there)
         slo = self.slo
         planned = SloClass(_CLASS, slo.ttft_s, slo.tpot_s, slo.longest_gap_s)
-        return Setup(tuple(workers), RouterRules((planned,)), self._problem.workers.transfer())
+        return Setup(
+            tuple(workers), RouterRules((planned,)), self._problem.workers.transfer(), allowance=allowance
+        )
 
     def _specs(self, role: SimRole, kind: WorkerKind, count: int, node: str) -> Iterator[WorkerSpec]:
         plan, model = self._problem.plan, self._problem.workers.latency(kind)

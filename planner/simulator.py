@@ -52,7 +52,7 @@ class Simulation:
         self._setup = setup
         self._requests = iter(requests)
         self._events = EventQueue()
-        self._records = Records(setup.router.slo_classes)
+        self._records = Records(setup.router.slo_classes, setup.allowance)
         self._shares_prompts = any(spec.prefix_cache for spec in setup.workers)
         colocated = setup.workers[0].role is SimRole.COLOCATED
         self._router = SimulatedRouter(
@@ -126,13 +126,15 @@ class Simulation:
             role = Role.DECODE
         self._sites[worker_id] = site
         self._router.attach(key, role, spec.pool_blocks, site)
+        if isinstance(site, PrefillSite):
+            site.introduce()
 
     def _prefill_site(self, key: WorkerKey) -> PrefillSite | None:
         site = self._sites.get(key.worker_id)
         return site if isinstance(site, PrefillSite) and site.key == key and site.alive else None
 
     def _next_arrival(self) -> None:
-        asked = next(self._requests, None)
+        asked = None if self._records.overdrawn else next(self._requests, None)
         if asked is None:
             self._more_to_come = False
             return

@@ -46,7 +46,14 @@ class DecodeSite:
         self._pulls = pulls
         self._sources: dict[LegId, WorkerKey] = {}
         self._steps = DecodeSteps(
-            self._scheduler, spec.latency, events, used, stepwise, self._tell_tokens, self._stepped
+            self._scheduler,
+            spec.latency,
+            spec.left_s,
+            events,
+            used,
+            stepwise,
+            self._tell_tokens,
+            self._stepped,
         )
 
     @property

@@ -144,6 +144,10 @@ class PrefillSite:
     def tell(self, leg_id: LegId) -> None:
         """The router has heard of all tokens already."""
 
+    def introduce(self) -> None:
+        """The router learns the whole prefix cache, from which the news of it go on."""
+        self._router.cached(self.key, self.pool.snapshot(), whole=True)
+
     def die(self) -> None:
         """Nothing of this life happens any more."""
         self.alive = False
@@ -169,6 +173,12 @@ class PrefillSite:
         if not self.alive:
             return
         plan, took_s, lag_s = ended
+        left_s = self.spec.left_s()
+        if left_s > 0:
+            self._used.longer(left_s)
+            late = (plan, took_s + left_s, lag_s)
+            self._events.at(self._events.now_s + left_s, STEP_END, self._step_ended, late)
+            return
         drawn = [
             SampledToken(request.key, request.sample_index, TOKEN, None)
             for part in plan.slices
@@ -176,11 +186,18 @@ class PrefillSite:
         ]
         outcome = self._scheduler.complete(StepResult(plan.step, tuple(drawn), took_s), self._events.now_s)
         self._busy = False
+        self._tell_cache()
         if lag_s > 0:
             self._events.at(self._events.now_s + lag_s, NEWS, self._tell, outcome)
         else:
             self._tell(outcome)
         self.kick()
+
+    def _tell_cache(self) -> None:
+        if self.spec.prefix_cache:
+            delta = self.pool.drain_events()
+            if delta.stored or delta.removed:
+                self._router.cached(self.key, delta, whole=False)
 
     def _tell(self, outcome: PrefillOutcome) -> None:
         """First tokens go to the router, then the offers."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from decode_worker.grown_tokens import TOKEN
+from engine.blocks import CacheDelta
 from engine.leg import DropReason
 from planner.events import NEWS, EventQueue
 from planner.simulator_setup import RouterRules
@@ -98,6 +99,12 @@ class SimulatedRouter:
     def live(self, leg_id: LegId) -> LiveRequest | None:
         """The request of a leg; None when the leg is over."""
         return self._by_leg.get(leg_id)
+
+    def cached(self, key: WorkerKey, news: CacheDelta, whole: bool) -> None:
+        """A worker's prefix cache changed, or this is all of it. Raises ProtocolError if news are missing."""
+        index = self.placement.index
+        if index.apply(key, news.first_event, news.stored, news.removed, whole):
+            raise ProtocolError(f"News of the prefix cache of {key.worker_id} are missing.")
 
     def arrive(self, asked: SimRequest) -> None:
         """A request came: it is admitted or refused."""

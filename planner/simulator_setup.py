@@ -1,14 +1,20 @@
 """Pure: what a simulation is told: the workers, the router's limits, and what goes wrong when."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from kvtransfer.handoff import SourceTimes
 from planner.latency import LatencyModel, TransferModel
+from planner.records import Allowance
 from tandem.errors import InvalidRequest
 from tandem.ids import WorkerId
 from tandem.slo import SloClass
+
+
+def never_late() -> float:
+    """A step ends when it is due."""
+    return 0.0
 
 
 class SimRole(Enum):
@@ -24,7 +30,9 @@ class WorkerSpec:
     """One worker. `pool_blocks` blocks of `block_size` tokens; `node` decides whether KV stays in a machine.
 
     `policy` is a colocated worker's batching, by its name in planner/batching.py. `whole_prompts` makes a
-    prefill worker batch as DistServe does: up to `token_budget` tokens, no prompt split.
+    prefill worker batch as DistServe does: up to `token_budget` tokens, no prompt split. `left_s` is asked
+    when a step is due, by prefill workers and in single decode steps: seconds that it still needs, because
+    something has slowed it since it began; 0 ends it.
     """
 
     worker_id: WorkerId
@@ -39,6 +47,7 @@ class WorkerSpec:
     prefix_cache: bool = False
     policy: str = "sarathi"
     whole_prompts: bool = False
+    left_s: Callable[[], float] = never_late
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ class Setup:
     """A simulation but for its requests.
 
     `transfer_attempts` is how many transports a pull tries. `flip_s` is how long a drained worker takes to
-    change its role.
+    change its role. No more requests come once those that missed their objectives exceed the `allowance`.
     """
 
     workers: tuple[WorkerSpec, ...]
@@ -107,6 +116,7 @@ class Setup:
     flip_s: float = 1.0
     drive: Drive = Drive.AUTO
     keep_timeline: bool = False
+    allowance: Allowance | None = None
 
     def classes(self) -> Mapping[str, SloClass]:
         """The SLO classes by name."""

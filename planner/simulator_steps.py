@@ -46,6 +46,7 @@ class DecodeSteps:
         self,
         scheduler: RunAheadScheduler,
         latency: LatencyModel,
+        left_s: Callable[[], float],
         events: EventQueue,
         used: Utilisation,
         stepwise: bool,
@@ -54,6 +55,7 @@ class DecodeSteps:
     ) -> None:
         self._scheduler = scheduler
         self._latency = latency
+        self._left_s = left_s
         self._events = events
         self._used = used
         self._stepwise = stepwise
@@ -189,6 +191,11 @@ class DecodeSteps:
         if self._stopped:
             return
         now_s = self._events.now_s
+        left_s = self._left_s()
+        if left_s > 0:
+            self._used.longer(left_s)
+            self._events.at(now_s + left_s, STEP_END, self._step_ended, plan)
+            return
         drawn = [
             SampledToken(request.key, request.sample_index, TOKEN, None)
             for part in plan.slices

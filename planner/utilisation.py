@@ -38,3 +38,7 @@ class Utilisation:
         self.output_tokens += decode_batch * steps
         if self.keep_spans and len(self.spans) < MOST_SPANS:
             self.spans.append(Span(start_s, took_s, prompt_tokens, decode_batch, steps))
+
+    def longer(self, by_s: float) -> None:
+        """The step under way takes longer than was planned; the timeline keeps the plan."""
+        self.busy_s += by_s

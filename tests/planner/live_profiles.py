@@ -1,7 +1,10 @@
 """A live profile with round numbers."""
 
-from planner.live_profile import LiveProfile
+from planner.live_profile import Company, LiveProfile
 from planner.profile_file import MeasuredStep, MeasuredTransfer
+
+SHORT, LONG = 10, 1000
+"""Prompts of the two companies."""
 
 
 def points(slower: float) -> tuple[MeasuredStep, ...]:
@@ -19,16 +22,42 @@ def transfers(seconds: float) -> tuple[MeasuredTransfer, ...]:
     return (MeasuredTransfer(transport="live", bytes=1600, seconds=seconds),)
 
 
-def live_profile(slower: float = 2.0, door_s: float = 0.005) -> LiveProfile:
-    """Everything takes `slower` times as long in company."""
+def company(prompt_tokens: int, batch: int, slower: float, transfer_s: float, door_s: float) -> Company:
+    """Everything takes `slower` times as long beside such steps."""
+    return Company(
+        prompt_tokens=prompt_tokens,
+        decode_batch=batch,
+        points=points(slower),
+        transfers=transfers(transfer_s),
+        front_door_s=door_s,
+    )
+
+
+def live_profile(
+    slower: float = 2.0,
+    slower_beside_long: float | None = None,
+    door_s: float = 0.005,
+    company_transfer_s: float = 0.03,
+    handoff_prefill_s: float = 0.0,
+    handoff_decode_s: float = 0.0,
+    join_s: float = 0.0,
+) -> LiveProfile:
+    """Everything takes `slower` times as long in company; beside a long prompt another factor, if given."""
+    beside_long = slower if slower_beside_long is None else slower_beside_long
     return LiveProfile(
         version=1,
         kind="tandem profile",
         points=points(1.0),
         transfers=transfers(0.01),
         kv_bytes_per_token=100,
-        in_company=points(slower),
-        in_company_transfers=transfers(0.03),
         front_door_s=door_s,
-        in_company_front_door_s=door_s,
+        company=(
+            company(SHORT, 1, slower, company_transfer_s, door_s),
+            company(LONG, 16, beside_long, company_transfer_s, door_s),
+        ),
+        join_s=join_s,
+        handoff_prefill_s=handoff_prefill_s,
+        handoff_decode_s=handoff_decode_s,
+        prefill_unrest_s=0.0,
+        decode_unrest_s=0.0,
     )

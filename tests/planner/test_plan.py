@@ -71,7 +71,7 @@ def test_a_plan_meets_the_objectives_in_the_simulator_and_not_at_a_rate_above(tm
         runs = [(best.candidate, rate, 0, 1.0) for rate in (best.rate_rps, 1.2 * best.rate_rps)]
         at, above = (reached.share for reached in processes.attainments(runs))
     assert at >= 0.9 > above
-    assert "miss it at" in best.why
+    assert "fails first, at" in best.why
 
 
 def test_the_best_is_within_2_percent_of_simulating_every_candidate(tmp_path: Path) -> None:
@@ -86,6 +86,20 @@ def test_the_best_is_within_2_percent_of_simulating_every_candidate(tmp_path: Pa
     planned = _planned(problem, tmp_path)
     assert planned.simulated < len(every)
     assert planned.ranked[0].per_price >= 0.98 * best
+
+
+def test_a_run_that_cannot_pass_any_more_ends_early_and_changes_no_answer(tmp_path: Path) -> None:
+    problem = _problem(tmp_path, workload=_document()["workload"] | {"requests": 400})
+    kinds = worker_kinds(problem.space, problem.workers, problem.buckets[0].longest_tokens)
+    whole, shortened = SimulatedCandidate(problem), SimulatedCandidate(problem, only_whether=True)
+    for one in bounded(problem.space, problem.bounds(0), candidates(problem.space, kinds)):
+        probe = Probe(one.candidate, one.bound_rps)
+        found = [find_goodput(evaluate, probe, 0.9, 0.05) for evaluate in (whole, shortened)]
+        assert (found[0].rate_rps, found[0].runs) == (found[1].rate_rps, found[1].runs)
+        assert found[0].binding == found[1].binding
+        overloaded = [evaluate(one.candidate, 2 * one.bound_rps) for evaluate in (whole, shortened)]
+        assert overloaded[1].share < 0.9
+        assert overloaded[1].offered < overloaded[0].offered
 
 
 def test_processes_of_their_own_answer_as_this_one_does(tmp_path: Path) -> None:
@@ -207,7 +221,7 @@ def test_the_command_prints_a_ranked_table(tmp_path: Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert "1 x prefill (a100-80g tp1 pp1) + 1 x decode" in said
     assert "held back by" in said
-    assert "miss it at" in said
+    assert "fails first, at" in said
 
 
 def test_buckets_may_be_served_by_devices_of_their_own(tmp_path: Path) -> None:

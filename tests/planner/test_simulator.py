@@ -45,8 +45,26 @@ def test_a_prefix_cache_gives_the_same_records_in_runs_and_in_steps(seed: int, r
         asked.append(
             request._replace(prompt_tokens=request.prompt_tokens + 512 * len(prefix), prefix_ids=prefix)
         )
-    setup = disaggregated(blocks=300, prefix_cache=True, drive=Drive.RUNS)
+    rules = RouterRules((CHAT,), context_tokens=4096, dispatch="prefix_aware")
+    setup = disaggregated(blocks=300, prefix_cache=True, drive=Drive.RUNS, rules=rules)
     assert rows(setup, asked) == rows(replace(setup, drive=Drive.STEPS), asked)
+
+
+def test_prompts_go_where_their_prefix_is_cached() -> None:
+    """Three kinds of prompt, four workers: spread in turn, each kind is read by every worker."""
+    asked = [
+        SimRequest(number, 2.0 * number, 1100, 5, "chat", (number % 3, 3 + number % 3))
+        for number in range(60)
+    ]
+    cached = {}
+    for dispatch in ("round_robin", "prefix_aware"):
+        rules = RouterRules((CHAT,), context_tokens=4096, dispatch=dispatch)
+        setup = disaggregated(prefill=4, prefix_cache=True, rules=rules)
+        records = simulate(setup, asked).records
+        cached[dispatch] = sum(records.counts["cached_tokens"])
+    # Each kind is read once; of the other 57 prompts two prefixes of 512 tokens are known.
+    assert cached["prefix_aware"] == 57 * 1024
+    assert cached["round_robin"] < cached["prefix_aware"]
 
 
 @settings(max_examples=20)

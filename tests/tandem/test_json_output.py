@@ -90,7 +90,7 @@ def relay() -> dict[str, Any]:
 
 def planned() -> dict[str, Any]:
     candidate = Candidate(Mode.DISAGGREGATED, WorkerKind("l4"), 1, WorkerKind("l4"), 1)
-    ranked = Ranked(candidate, 2.0, 2, 2.0, "time per token: 11% miss it at 2.1 req/s")
+    ranked = Ranked(candidate, 2.0, 2, 2.0, "time per token fails first, at 2.1 req/s")
     return plan_json(PlanResult(Mix(((candidate, 1),), 2.0, 2.0), (ranked,), 9, 8, 1, ("a roofline",)))
 
 
