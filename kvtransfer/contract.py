@@ -166,6 +166,10 @@ OnLanded = Callable[[int, int], None]
 """`on_landed(first, count)`: target[first : first + count] are whole, and written no more by this receive."""
 
 
+OnRefused = Callable[[TransferFault], None]
+"""Is told on the event loop of a data connection, or a request on one, that a source refused."""
+
+
 class SourceTransport(Protocol):
     """The giving side of one transport, for all sinks of a worker."""
 
@@ -184,11 +188,12 @@ class SourceTransport(Protocol):
         """Whether it only works between processes of one host."""
         ...
 
-    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
+    async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
         """Opens what must be open before `endpoint` is asked; raises OSError if it cannot.
 
         `on_link_lost` is called on the event loop when the last link to a sink broke: the sink is dead, or it
-        had ended all its reading before it closed the link.
+        had ended all its reading before it closed the link. `on_refused` is called for every peer, and every
+        request of one, that is turned away.
         """
         ...
 
@@ -272,6 +277,10 @@ class TransferObserver(Protocol):
 
     def refused(self, fault: TransferFault) -> None:
         """A sink's request, or the bytes of one, were refused here."""
+        ...
+
+    def link_refused(self, transport: str, fault: TransferFault) -> None:
+        """A data connection to this source, or a request on one, was refused."""
         ...
 
 

@@ -21,6 +21,7 @@ class Heard:
     failures: list[tuple[str, TransferFault]] = field(default_factory=list)
     roads: list[tuple[str, str]] = field(default_factory=list)
     refusals: list[TransferFault] = field(default_factory=list)
+    link_refusals: list[tuple[str, TransferFault]] = field(default_factory=list)
 
     def transferred(self, transport: str) -> None:
         self.landed.append(transport)
@@ -33,6 +34,9 @@ class Heard:
 
     def refused(self, fault: TransferFault) -> None:
         self.refusals.append(fault)
+
+    def link_refused(self, transport: str, fault: TransferFault) -> None:
+        self.link_refusals.append((transport, fault))
 
 
 async def test_fallback_and_return_are_heard() -> None:
