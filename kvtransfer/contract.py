@@ -8,12 +8,14 @@ of a pair and the source serves them in that order).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from kvtransfer.communicator import CommunicatorLimits
 from tandem.errors import TransferFault
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.worker import WorkerRecord
+from tandem.worker_config import TlsConfig
 
 
 class BlockMemory(Protocol):
@@ -316,7 +318,8 @@ class TransferConfig:
     be acknowledged; `forget_s` is how long a source remembers an ended hand-off. `max_pulls` bounds the
     transfers of a sink at one time; others wait by priority. A transfer that shows no progress for `stall_s`,
     not counting what its bytes take at `slowest_bytes_per_s`, is given up. A transport that failed is left
-    aside for `backoff_s`, doubled with every failure in a row up to `backoff_cap_s`.
+    aside for `backoff_s`, doubled with every failure in a row up to `backoff_cap_s`. With `tls`, tcp speaks
+    TLS and only with those whom its authority knows. `communicators` bounds what NCCL may take.
     """
 
     transports: tuple[str, ...] = ("shm", "tcp")
@@ -336,3 +339,5 @@ class TransferConfig:
     slowest_bytes_per_s: float = 16e6
     backoff_s: float = 1.0
     backoff_cap_s: float = 30.0
+    tls: TlsConfig | None = None
+    communicators: CommunicatorLimits = field(default_factory=CommunicatorLimits)

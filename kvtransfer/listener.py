@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import structlog
 
@@ -32,8 +32,13 @@ class LinkListener:
     """
 
     def __init__(
-        self, greeting_timeout_s: float, serve: Callable[[socket.socket, PeerId], Awaitable[None]]
+        self,
+        greeting_timeout_s: float,
+        serve: Callable[[socket.socket, PeerId], Awaitable[None]],
+        secure: Callable[[socket.socket], Awaitable[socket.socket]] | None = None,
     ) -> None:
+        """`secure` takes an accepted connection and gives the one to be used instead, or raises."""
+        self._secure = secure
         self._greeting_timeout_s = greeting_timeout_s
         self._serve = serve
         self._tickets = TicketBook()
@@ -108,10 +113,13 @@ class LinkListener:
                 self._connections.add(task)
                 task.add_done_callback(self._connections.discard)
 
-    async def _attend(self, connection: socket.socket) -> None:
-        with connection:
+    async def _attend(self, accepted: socket.socket) -> None:
+        with ExitStack() as held:
+            connection = held.enter_context(accepted)
             try:
                 with self.counting():
+                    if self._secure is not None:
+                        connection = held.enter_context(await self._secure(accepted))
                     async with asyncio.timeout(self._greeting_timeout_s):
                         sink = await self._greeted(connection)
             except (OSError, TransferError) as error:

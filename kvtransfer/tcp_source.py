@@ -18,6 +18,7 @@ from kvtransfer.contract import BlockMemory, OnRefused, PeerId, Transfer, Transf
 from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.listener import LinkListener
 from kvtransfer.threads import outlast, run_to_end
+from kvtransfer.tls import Tunnels
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -97,7 +98,8 @@ class TcpSource:
     def __init__(self, memory: BlockMemory, config: TransferConfig) -> None:
         self._memory = memory
         self._config = config
-        self._listener = LinkListener(config.connect_timeout_s, self._serve)
+        self._tunnels = None if config.tls is None else Tunnels(config.tls)
+        self._listener = LinkListener(config.connect_timeout_s, self._serve, self._secure)
         self._address: str | None = None
         self._posts: dict[tuple[PeerId, int], _Post] = {}
         self._posted = asyncio.Condition()
@@ -146,11 +148,25 @@ class TcpSource:
         for post in tuple(self._posts.values()):
             post.cancel()
         await self._listener.close()
+        if self._tunnels is not None:
+            await asyncio.to_thread(self._tunnels.close)
         self._executor.shutdown(wait=True)
+
+    async def _secure(self, accepted: socket.socket) -> socket.socket:
+        _tune(accepted)
+        if self._tunnels is None:
+            return accepted
+        tunnel = self._tunnels.begin(accepted, True, self._config.connect_timeout_s)
+        try:
+            near = await asyncio.wrap_future(tunnel.opened)
+        except asyncio.CancelledError:
+            tunnel.discard()
+            raise
+        near.setblocking(False)
+        return near
 
     async def _serve(self, connection: socket.socket, sink: PeerId) -> None:
         loop = asyncio.get_running_loop()
-        _tune(connection)
         await loop.sock_sendall(connection, framing.encode_welcome(accepted=True))
         while True:
             asked = await self._listener.read_ask(connection, self._config.connect_timeout_s)
