@@ -5,12 +5,15 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from typing import Any, Final
 
 import torch
 
 from benchmarks.kv_adoption import measured_adoption
+from benchmarks.kv_codec_rates import CodecRates, codec_rates
 from benchmarks.kv_layouts import SMOLLM2_BLOCKS, Layout, Placement, layouts
 from benchmarks.kv_pulls import measured
 from benchmarks.kv_report import adoption_json, case_json, handoff_json, overlap_json, text
@@ -29,6 +32,9 @@ HANDOFF_PULLS: Final = 60
 
 OVERLAP_ROUNDS: Final = 3
 """Two prompts of 1,200 tokens each: seconds a round."""
+
+CODEC_ROUNDS: Final = 5
+"""Each codes and decodes 6 MB a round: tens of milliseconds."""
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -49,7 +55,8 @@ async def _measure(rounds: int, quick: bool) -> dict[str, Any]:
     loaded, busy = await _loaded_handoffs(HANDOFF_PULLS // 3 if quick else HANDOFF_PULLS)
     adoptions = await measured_adoption(layouts(quick)[0], rounds)
     overlap = None if quick else await measure_overlap(min(rounds, OVERLAP_ROUNDS))
-    return result_json(cases, rounds, loaded, busy, adoptions, overlap)
+    codecs = codec_rates(min(rounds, CODEC_ROUNDS))
+    return result_json(cases, rounds, loaded, busy, adoptions, overlap, codecs)
 
 
 async def _loaded_handoffs(pulls: int) -> tuple[CaseTimes, int]:
@@ -70,6 +77,7 @@ def result_json(
     busy: int,
     adoptions: list[AdoptionTimes],
     overlap: OverlapFigures | None,
+    codecs: Sequence[CodecRates] = (),
 ) -> dict[str, Any]:
     """Output of `tandem bench kv --json`; the keys are documented in docs/json-output.md."""
     return {
@@ -80,4 +88,5 @@ def result_json(
         "handoff": handoff_json(loaded, busy),
         "adoption": [adoption_json(times) for times in adoptions],
         "overlap": None if overlap is None else overlap_json(overlap),
+        "codecs": [asdict(rates) for rates in codecs],
     }
