@@ -82,13 +82,13 @@ def serve_json(chosen: argparse.Namespace, arrivals: str, summary: LoadSummary) 
 
 
 async def _measure(chosen: argparse.Namespace) -> Measured:
+    rows = _rows(chosen)
     served = await _ask_cluster(chosen.address)
     objectives = {**served.slo_classes, **_objectives(chosen.slo)}
     shares = _shares(chosen.classes) or {next(iter(objectives)): 1.0}
     for name in shares:
         if name not in objectives:
             raise InvalidRequest(f"Unknown SLO class {name!r}; known: {', '.join(objectives)}.", "--class")
-    rows = _rows(chosen)
     requests = _plan(chosen, rows, served, shares)
     target: Target = (
         GrpcTarget(chosen.address) if chosen.api == "grpc" else HttpTarget(chosen.http_address, served.model)
@@ -141,6 +141,8 @@ def _seeded(seed: int) -> Callable[[str], TokenDraws]:
 def _rows(chosen: argparse.Namespace) -> Sequence[TraceRow]:
     if chosen.limit < 1:
         raise InvalidRequest(f"--limit must be 1 or more, not {chosen.limit}.", "--limit")
+    if chosen.rate is not None and not chosen.rate > 0:
+        raise InvalidRequest(f"--rate must be positive, not {chosen.rate}.", "--rate")
     if chosen.trace is None and chosen.rate is None:
         raise InvalidRequest("Without --trace, --rate is needed.", "--rate")
     if chosen.trace is None:

@@ -19,6 +19,7 @@ from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, Transf
 from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.listener import is_quiet
 from kvtransfer.threads import outlast, run_beside, run_to_end, timed
+from kvtransfer.tls import Tunnels
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -54,7 +55,8 @@ class _Share:
 class _Line:
     """One data connection, used by one thread at a time and stopped from any."""
 
-    def __init__(self, address: str, ticket: bytes, timeout_s: float) -> None:
+    def __init__(self, address: str, ticket: bytes, timeout_s: float, tunnels: Tunnels | None) -> None:
+        self._tunnels = tunnels
         self._address = address
         self._ticket = ticket
         self._timeout_s = timeout_s
@@ -75,9 +77,11 @@ class _Line:
             made = socket.create_connection((host.strip("[]"), int(port)), self._timeout_s)
         except (OSError, ValueError) as error:
             self._fail(f"The source's port cannot be reached: {error}.", error)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tunnels is not None:
+            made = self._tunnels.begin(made, False, self._timeout_s).opened.result()
         self._socket = made
         self.check()
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         vectors.prepare(made, self._timeout_s)
         try:
             made.sendall(framing.encode_greeting(self._ticket))
@@ -161,6 +165,7 @@ class TcpSink:
         self._config = config
         self._clock = clock
         self._pairs: dict[PeerId, _Pair] = {}
+        self._tunnels = None if config.tls is None else Tunnels(config.tls)
         self._executor = ThreadPoolExecutor(max(1, config.max_pulls), "kv-tcp-sink")
         self._helpers = ThreadPoolExecutor((STREAMS - 1) * max(1, config.max_pulls), "kv-tcp-helper")
 
@@ -245,6 +250,8 @@ class TcpSink:
         """Closes all connections and ends the threads."""
         for source in tuple(self._pairs):
             await self.disconnect(source)
+        if self._tunnels is not None:
+            await asyncio.to_thread(self._tunnels.close)
         self._executor.shutdown(wait=True)
         self._helpers.shutdown(wait=True)
 
@@ -266,7 +273,7 @@ class TcpSink:
         line.fetch(_Share(self._memory, grant, first, targets, on_landed), check)
 
     def _new_line(self, pair: _Pair) -> _Line:
-        return _Line(pair.address, pair.ticket, self._config.connect_timeout_s)
+        return _Line(pair.address, pair.ticket, self._config.connect_timeout_s, self._tunnels)
 
     def _give_back(self, source: PeerId, pair: _Pair, line: _Line) -> None:
         if self._pairs.get(source) is pair:

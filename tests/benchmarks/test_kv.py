@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from benchmarks.kv import result_json
+from benchmarks.kv_codec_rates import codec_rates
 from benchmarks.kv_handoffs import HANDOFF, measured_handoffs
 from benchmarks.kv_layouts import (
     SINK_STEP,
@@ -96,3 +97,13 @@ async def test_handoffs_are_made_as_a_decode_worker_makes_them() -> None:
         assert all(
             handoff.reserve_s > 0 and handoff.beyond_bytes_s > handoff.reserve_s for handoff in handoffs
         )
+
+
+def test_every_codec_is_told_with_what_it_saves_and_costs() -> None:
+    identity, *coded = codec_rates(rounds=1)
+    assert (identity.codec, identity.ratio, identity.max_error) == ("identity", 1.0, 0.0)
+    assert [rates.codec for rates in coded] == ["fp8", "int8", "oaken"]
+    for rates in coded:
+        assert rates.ratio == rates.encoded_bytes / rates.block_bytes < 0.3
+        assert 0 < rates.mean_error < rates.max_error < 0.5
+        assert min(rates.encode_gbps, rates.decode_gbps) > 0

@@ -7,12 +7,21 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from kvtransfer.contract import BlockRange, KvReady, OnLanded, PeerId, PullGrant, PullReport, SinkTransport
+from kvtransfer.contract import (
+    BlockMemory,
+    BlockRange,
+    KvReady,
+    OnLanded,
+    PeerId,
+    PullGrant,
+    PullReport,
+    SinkTransport,
+)
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
 from kvtransfer.handoff import HandoffState, ReleaseReason
 from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.ids import BlockId
-from tests.kvtransfer.pair import Pair, Pool, blocks, config, connected_pair, eventually, key, outcome_of
+from tests.kvtransfer.pair import Pair, blocks, config, connected_pair, eventually, key, outcome_of
 
 MIB = 1 << 20
 LAYERS = 4
@@ -32,7 +41,7 @@ def transport(request: pytest.FixtureRequest) -> str:
 class BreakingSink(FaultySink):
     """Lets so many transfers pass, then breaks every one; `grants` are those that passed."""
 
-    def __init__(self, inner: SinkTransport, pool: Pool, passing: int) -> None:
+    def __init__(self, inner: SinkTransport, pool: BlockMemory, passing: int) -> None:
         super().__init__(inner, pool, FaultSchedule(1, {Fault.NONE: 1.0}))
         self.passing = passing
         self.grants: list[PullGrant] = []
@@ -51,7 +60,7 @@ class BreakingSink(FaultySink):
         return await super().receive(source, grant, target, on_landed)
 
 
-def prefill(pool: Pool, ready: KvReady, seed: int) -> None:
+def prefill(pool: BlockMemory, ready: KvReady, seed: int) -> None:
     """Writes what a state of the offer promises; the rest of its blocks stays noise of another seed."""
     leg = random.Random(seed).randbytes(len(GIVEN) * pool.block_bytes)
     for index, block in enumerate(GIVEN):
@@ -76,7 +85,7 @@ async def grow(pair: Pair, leg: str, ready: KvReady, pieces: Callable[[], int], 
 async def test_pieces_land_while_the_prefill_runs(transport: str) -> None:
     passing: list[BreakingSink] = []
 
-    def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+    def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
         passing.append(BreakingSink(inner, pool, 99))
         return passing[0]
 
@@ -184,7 +193,7 @@ class TestFallbackInTheMiddle:
     async def test_pieces_that_landed_are_not_moved_again(self) -> None:
         sinks: dict[str, BreakingSink] = {}
 
-        def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
             sinks[inner.name] = BreakingSink(inner, pool, 2 if inner.name == "shm" else 99)
             return sinks[inner.name]
 
@@ -201,7 +210,7 @@ class TestFallbackInTheMiddle:
             assert sum(grant.length_bytes for grant in (*shm, *tcp)) == len(GIVEN) * MIB
 
     async def test_wrong_bytes_are_found_at_the_commit_and_moved_by_the_next(self) -> None:
-        def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
             weight = {Fault.CORRUPT: 1.0} if inner.name == "shm" else {Fault.NONE: 1.0}
             return FaultySink(inner, pool, FaultSchedule(1, weight))
 
@@ -217,7 +226,7 @@ class TestFallbackInTheMiddle:
     async def test_silent_transport_is_replaced_within_2_s_and_comes_back(self) -> None:
         silent = FaultSchedule(1, {Fault.DROP: 1.0})
 
-        def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
             return FaultySink(inner, pool, silent) if inner.name == "shm" else inner
 
         settings = config("shm", "tcp", backoff_s=0.3)

@@ -5,13 +5,13 @@ import time
 
 import pytest
 
-from kvtransfer.contract import BlockRange, PeerId, SinkTransport, SourceTransport
+from kvtransfer.contract import BlockMemory, BlockRange, PeerId, SinkTransport, SourceTransport
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.tcp_sink import TcpSink
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import Incarnation
-from tests.kvtransfer.pair import Pool, blocks, config, connected_pair, eventually, key, outcome_of
+from tests.kvtransfer.pair import blocks, config, connected_pair, eventually, key, outcome_of
 
 
 class TestSendingTransport:
@@ -102,7 +102,7 @@ class TestFallback:
     """From one transport to the next."""
 
     async def test_next_transport_serves_when_the_first_fails(self) -> None:
-        def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
             broken = FaultSchedule(1, {Fault.DISCONNECT: 1.0})
             return FaultySink(inner, pool, broken) if inner.name == "shm" else inner
 
