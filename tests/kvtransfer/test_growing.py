@@ -1,6 +1,7 @@
 """Hand-offs that begin while their prefill runs: pieces over real transports, as they get ready."""
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from kvtransfer.contract import (
 )
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
 from kvtransfer.handoff import HandoffState, ReleaseReason
+from kvtransfer.offers import PullAnswer, PullAsk
 from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.ids import BlockId
 from tests.kvtransfer.pair import Pair, blocks, config, connected_pair, eventually, key, outcome_of
@@ -108,12 +110,25 @@ async def test_pieces_land_while_the_prefill_runs(transport: str) -> None:
         assert pair.released == [(key("a"), ReleaseReason.COMMITTED)]
 
 
-async def test_growing_offer_outlives_lease_and_park_time_while_a_sink_waits(transport: str) -> None:
-    settings = config(transport, lease_s=0.6, park_s=0.2)
+async def test_growing_offer_outlives_lease_and_park_time_while_a_sink_waits(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source's clock is put forward with every question of the sink, twice as far as it parks offers."""
+    monkeypatch.setattr("kvtransfer.pulling.WAIT_S", 0.01)
+    settings = config(transport, lease_s=3.0, park_s=1.0)
     async with connected_pair(settings, 8, MIB) as pair:
+        asked: list[PullAsk] = []
+        answer = pair.source.pull
+
+        async def later(ask: PullAsk) -> PullAnswer:
+            asked.append(ask)
+            return await answer(ask)
+
+        monkeypatch.setattr(pair.source, "pull", later)
+        monkeypatch.setattr(pair.source, "_clock", lambda: time.monotonic() + 2.0 * len(asked))
         pair.source.offer(key("a"), GIVEN, KvReady(0, 0))
         pulling = pull(pair, "a")
-        await asyncio.sleep(1.5)
+        await eventually(lambda: len(asked) >= 6, within_s=10.0)
         assert not pulling.done()
         prefill(pair.source_pool, ALL, 9)
         pair.source.advance(key("a"), ALL)
@@ -239,6 +254,9 @@ class TestFallbackInTheMiddle:
                 assert time.monotonic() - began_s < 2.5, "each pull waited for the silent transport anew"
             assert len(silent.drawn) == 1
             silent.weights = {Fault.NONE: 1.0}
-            await asyncio.sleep(0.3)
-            pair.source.offer(key("c"), GIVEN)
-            assert (await pair.pull(key("c"), BlockRange(0, len(GIVEN)), TARGETS)).transport == "shm"
+            async with asyncio.timeout(10.0):
+                for number in itertools.count():
+                    pair.source.offer(key(f"c-{number}"), GIVEN)
+                    report = await pair.pull(key(f"c-{number}"), BlockRange(0, len(GIVEN)), TARGETS)
+                    if report.transport == "shm":
+                        break

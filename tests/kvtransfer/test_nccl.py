@@ -198,7 +198,7 @@ class TestFailures:
             await pair.connect()
             transfer = Transfer(key("a"), 7, BlockRange(0, 1))
             sending = asyncio.create_task(pair.source.send(SINK, transfer, blocks(1), 0, BLOCK_BYTES))
-            await asyncio.sleep(0.02)
+            await eventually(lambda: bool(pair.source._box._posts), within_s=2)
             sending.cancel()
             await asyncio.wait((sending,))
             grant = PullGrant(transfer, blocks(1), 0, BLOCK_BYTES, BLOCK_BYTES, time.monotonic() + 5)
