@@ -58,7 +58,7 @@ class HostPages(Protocol):
         ...
 
     def taking(self, part: Part, check: Callable[[], None]) -> Taking:
-        """(first, count, views to be filled) until the part is whole; it is in the pool when this has ended."""
+        """(first, count, views to be filled) until the part is whole; all is in the pool when it ends."""
         ...
 
 
