@@ -6,11 +6,12 @@ wire; only the device's own copies touch the pool, and none is under way when a 
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from kvtransfer.block_copy import batches
 from kvtransfer.contract import BlockMemory, DeviceBlockMemory
 from kvtransfer.device import Device, DevicePool, Lane, Mark, PieceCopy, Pieces, Pinned
 from kvtransfer.pack_plan import Chunk, chunks
@@ -26,13 +27,13 @@ MOST_PAIRS: Final = 8
 WAIT_S: Final = 0.02
 """Pause between two looks at whether a transfer that waits for slots should go on."""
 
-LANDED_BYTES: Final = 4 * 1024 * 1024
+LANDED_BYTES: Final = 1024 * 1024
 """Bytes after which blocks in host memory are told of: they are in the CPU's cache still."""
 
 QUIET_S: Final = 1.0
 """Bound of copies that are under way when a transfer ends; they wait for no peer."""
 
-Views = Sequence[memoryview]
+Views = Iterable[memoryview]
 Taking = Generator[tuple[int, int, Views], None, None]
 
 
@@ -76,14 +77,12 @@ class MappedPages:
 
     def taking(self, part: Part, check: Callable[[], None]) -> Taking:
         """See HostPages."""
-        step = max(LANDED_BYTES // part.size_bytes, 1)
-        for first in range(0, len(part.blocks), step):
-            count = min(step, len(part.blocks) - first)
+        for first, count in batches(len(part.blocks), part.size_bytes, LANDED_BYTES):
             yield first, count, self._views(part, first, count)
 
     def _views(self, part: Part, first: int, count: int) -> Views:
         window = slice(part.offset_bytes, part.offset_bytes + part.size_bytes)
-        return [self._memory.view(block)[window] for block in part.blocks[first : first + count]]
+        return (self._memory.view(block)[window] for block in part.blocks[first : first + count])
 
 
 @dataclass(frozen=True, slots=True)

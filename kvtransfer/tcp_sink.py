@@ -21,7 +21,7 @@ from kvtransfer.device import Device
 from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.host_pages import HostPages, Part, pages_of
 from kvtransfer.listener import is_quiet
-from kvtransfer.threads import outlast, run_beside, run_to_end
+from kvtransfer.threads import outlast, run_beside, run_to_end, timed
 from kvtransfer.tls import Tunnels
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
@@ -38,7 +38,7 @@ STREAMED_PART_BYTES: Final = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """Blocks of a grant from `first` on that come over one connection."""
+    """The targets of a grant's blocks from `first` on, which come over one connection."""
 
     grant: PullGrant
     first: int
@@ -201,7 +201,7 @@ class TcpSink:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """Receives in a thread; looks at the lease after every few megabytes."""
         pair = self._pairs.get(source)
         if pair is None:
@@ -229,7 +229,7 @@ class TcpSink:
 
         succeeded = False
         try:
-            await run_to_end(self._executor, fetch, stop)
+            copy_s = await run_to_end(self._executor, partial(timed, fetch, self._clock), stop)
             succeeded = True
         finally:
             ended.set_result(None)
@@ -239,6 +239,7 @@ class TcpSink:
                     line.close()
         for line in lines:
             self._give_back(source, pair, line)
+        return copy_s
 
     async def disconnect(self, source: PeerId) -> None:
         """Stops what runs with a source, waits until it stopped, and closes its connections."""
