@@ -289,7 +289,9 @@ class Pulling:
             raise TransferError(TransferFault.LEASE, "The lease ended during the transfer.") from error
         finally:
             receiving.cancel()
-            await outlast(receiving)
+            if await outlast(receiving):
+                # Else the pull would go on over another transport, and its deadline is used up.
+                raise asyncio.CancelledError
 
     async def _wait_until_ready(self) -> None:
         """Lets the source tell when more is ready; a lost answer costs one more question."""

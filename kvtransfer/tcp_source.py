@@ -13,11 +13,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 from kvtransfer import framing, vectors
 from kvtransfer.contract import BlockMemory, OnRefused, PeerId, Transfer, TransferConfig
+from kvtransfer.device import Device
 from kvtransfer.framing import Header, HeaderKind
+from kvtransfer.host_pages import HostPages, Part, pages_of
 from kvtransfer.listener import LinkListener
 from kvtransfer.threads import outlast, run_to_end
 from kvtransfer.tls import Tunnels
@@ -100,8 +103,13 @@ class TcpSource:
     direct = False
     same_host = False
 
-    def __init__(self, memory: BlockMemory, config: TransferConfig) -> None:
+    def __init__(
+        self, memory: BlockMemory, config: TransferConfig, open_device: Callable[[int], Device]
+    ) -> None:
+        """`open_device` is asked for the device of a pool that is on one."""
         self._memory = memory
+        self._open_device = open_device
+        self._pages: HostPages | None = None
         self._config = config
         self._tunnels = None if config.tls is None else Tunnels(config.tls)
         self._listener = LinkListener(config.connect_timeout_s, self._serve, self._secure)
@@ -112,7 +120,8 @@ class TcpSource:
         self._executor = ThreadPoolExecutor(MAX_SENDS, "kv-tcp-source")
 
     async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
-        """Binds `bind_host` on a port of the system's choice."""
+        """Binds `bind_host` on a port of the system's choice. Raises OSError, also without the device."""
+        self._pages = pages_of(self._memory, self._open_device)
         family = socket.AF_INET6 if ":" in self._config.bind_host else socket.AF_INET
         listener = socket.create_server((self._config.bind_host, 0), family=family, backlog=64)
         port = listener.getsockname()[1]
@@ -204,13 +213,21 @@ class TcpSource:
         return self._posts.get(place)
 
     async def _give(self, connection: socket.socket, post: _Post, asked: Header, share: range) -> None:
+        pages = self._pages
+        if pages is None:
+            raise TransferError(TransferFault.DISCONNECTED, "The source was not started.")
+
         def work() -> None:
             vectors.prepare(connection, self._config.connect_timeout_s)
-            length = len(share) * (post.part.stop - post.part.start)
-            header = framing.encode_header(replace(asked, kind=HeaderKind.BYTES, length_bytes=length))
-            # Made as they are sent: the sink has the first ones by the time of the last.
-            views = (self._memory.view(post.blocks[index])[post.part] for index in share)
-            vectors.gather_send(connection, itertools.chain([memoryview(header)], views), post.check)
+            size = post.part.stop - post.part.start
+            header = replace(asked, kind=HeaderKind.BYTES, length_bytes=len(share) * size)
+            first = [memoryview(framing.encode_header(header))]
+            part = Part(post.blocks[share.start : share.stop], post.part.start, size)
+            with closing(pages.giving(part, post.check)) as chunks:
+                for views in chunks:
+                    # Made as they are sent: the sink has the first ones by the time of the last.
+                    vectors.gather_send(connection, itertools.chain(first, views), post.check)
+                    first = []
 
         error: TransferError | None = TransferError(TransferFault.DISCONNECTED, "The connection was closed.")
         try:

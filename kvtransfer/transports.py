@@ -36,7 +36,7 @@ SOURCES: Final[Mapping[str, Callable[[BlockMemory, TransferConfig], SourceTransp
         "nccl": lambda memory, config: NcclSource(memory, config, _nccl(config)),
         "cuda_ipc": lambda memory, config: CudaIpcSource(memory, config, IPC),
         "shm": ShmSource,
-        "tcp": TcpSource,
+        "tcp": lambda memory, config: TcpSource(memory, config, _open_device),
     }
 )
 SINKS: Final[Mapping[str, Callable[[BlockMemory, TransferConfig, Callable[[], float]], SinkTransport]]] = (
@@ -45,7 +45,7 @@ SINKS: Final[Mapping[str, Callable[[BlockMemory, TransferConfig, Callable[[], fl
             "nccl": lambda memory, config, clock: NcclSink(memory, config, clock, _nccl(config)),
             "cuda_ipc": lambda memory, config, clock: CudaIpcSink(memory, config, clock, IPC),
             "shm": ShmSink,
-            "tcp": TcpSink,
+            "tcp": lambda memory, config, clock: TcpSink(memory, config, clock, _open_device),
         }
     )
 )

@@ -89,16 +89,6 @@ async def test_pulls_go_between_two_processes() -> None:
     assert (len(case.memcpy_s), len(case.raw_tcp_s)) == (2, 2)
 
 
-async def test_handoffs_are_made_as_a_decode_worker_makes_them() -> None:
-    times = await measured_handoffs([Road("shm", True), Road("tcp", True)], pulls=2)
-    for road, handoffs in times.roads.items():
-        assert [handoff.report.transport for handoff in handoffs] == [road.transport] * 2
-        assert [handoff.report.moved_bytes for handoff in handoffs] == [7_372_800] * 2
-        assert all(
-            handoff.reserve_s > 0 and handoff.beyond_bytes_s > handoff.reserve_s for handoff in handoffs
-        )
-
-
 def test_every_codec_is_told_with_what_it_saves_and_costs() -> None:
     identity, *coded = codec_rates(rounds=1)
     assert (identity.codec, identity.ratio, identity.max_error) == ("identity", 1.0, 0.0)
@@ -107,3 +97,13 @@ def test_every_codec_is_told_with_what_it_saves_and_costs() -> None:
         assert rates.ratio == rates.encoded_bytes / rates.block_bytes < 0.3
         assert 0 < rates.mean_error < rates.max_error < 0.5
         assert min(rates.encode_gbps, rates.decode_gbps) > 0
+
+
+async def test_handoffs_are_made_as_a_decode_worker_makes_them() -> None:
+    times = await measured_handoffs([Road("shm", True), Road("tcp", True)], pulls=2)
+    for road, handoffs in times.roads.items():
+        assert [handoff.report.transport for handoff in handoffs] == [road.transport] * 2
+        assert [handoff.report.moved_bytes for handoff in handoffs] == [7_372_800] * 2
+        assert all(
+            handoff.reserve_s > 0 and handoff.beyond_bytes_s > handoff.reserve_s for handoff in handoffs
+        )

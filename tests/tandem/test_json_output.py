@@ -65,8 +65,11 @@ def status() -> dict[str, Any]:
     worker = cluster_pb2.WorkerStatus(
         worker=worker_pb2.WorkerAddress(worker_id="w"), role=worker_pb2.ROLE_DECODE
     )
+    role = cluster_pb2.RoleStatus(role=worker_pb2.ROLE_DECODE, desired=2, actual=1)
     return status_json(
-        cluster_pb2.StatusResponse(workers=[worker], slo_classes=[cluster_pb2.SloClassStatus(name="a")])
+        cluster_pb2.StatusResponse(
+            workers=[worker], slo_classes=[cluster_pb2.SloClassStatus(name="a")], roles=[role]
+        )
     )
 
 
