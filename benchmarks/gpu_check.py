@@ -22,7 +22,7 @@ from benchmarks import gpu_peer
 from benchmarks.gpu_engine import llama_steps
 from benchmarks.gpu_kernels import kernels
 from benchmarks.gpu_report import GpuFigure, GpuMachine, render
-from benchmarks.gpu_transfers import ipc_against_copy, nccl_between_hosts, sigkill
+from benchmarks.gpu_transfers import ipc_against_copy, nccl_between_hosts, sigkill, tcp_through_host
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 NO_DEVICE: Final = "There is no CUDA device here, so nothing was checked."
@@ -34,6 +34,7 @@ CHECKS: Final[Mapping[str, Check]] = MappingProxyType(
     {
         "cuda_ipc": ipc_against_copy,
         "nccl": nccl_between_hosts,
+        "tcp": tcp_through_host,
         "sigkill": sigkill,
         "kernels": kernels,
         "engine": llama_steps,

@@ -63,6 +63,18 @@ async def nccl_between_hosts() -> list[GpuFigure]:
     ]
 
 
+async def tcp_through_host() -> list[GpuFigure]:
+    """The fallback of a pool on a GPU: tcp on loopback, through pinned memory on both sides."""
+    spec = ("tcp", *NCCL_BLOCKS)
+    reports, equal = await pulls(spec, 3)
+    rate = statistics.median(report.moved_bytes / report.move_s for report in reports)
+    what = f"tcp through pinned memory, {spec[1]} x {spec[2]} bytes"
+    return [
+        GpuFigure(f"{what}: bytes", "equal" if equal else "wrong", "equal", equal),
+        GpuFigure(f"{what}: rate", f"{rate / 1e9:.2f} GB/s"),
+    ]
+
+
 async def sigkill() -> list[GpuFigure]:
     """Either peer is killed in the middle of a transfer."""
     figures = []

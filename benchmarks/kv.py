@@ -5,11 +5,14 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 import torch
 
 from benchmarks.kv_adoption import measured_adoption
+from benchmarks.kv_codec_rates import CodecRates, codec_rates
 from benchmarks.kv_handoffs import measured_handoffs
 from benchmarks.kv_layouts import layouts
 from benchmarks.kv_pulls import measured
@@ -25,6 +28,9 @@ HANDOFF_PULLS: Final = 60
 
 OVERLAP_ROUNDS: Final = 3
 """Two prompts of 1,200 tokens each: seconds a round."""
+
+CODEC_ROUNDS: Final = 5
+"""Each codes and decodes 6 MB a round: tens of milliseconds."""
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -46,7 +52,8 @@ async def _measure(rounds: int, quick: bool) -> dict[str, Any]:
     handoffs = await measured_handoffs(checked, HANDOFF_PULLS // 3 if quick else HANDOFF_PULLS)
     adoptions = await measured_adoption(layouts(quick)[0], rounds)
     overlap = None if quick else await measure_overlap(min(rounds, OVERLAP_ROUNDS))
-    return result_json(cases, rounds, handoffs, adoptions, overlap)
+    codecs = codec_rates(min(rounds, CODEC_ROUNDS))
+    return result_json(cases, rounds, handoffs, adoptions, overlap, codecs)
 
 
 def result_json(
@@ -55,6 +62,7 @@ def result_json(
     handoffs: HandoffTimes,
     adoptions: list[AdoptionTimes],
     overlap: OverlapFigures | None,
+    codecs: Sequence[CodecRates] = (),
 ) -> dict[str, Any]:
     """Output of `tandem bench kv --json`; the keys are documented in docs/json-output.md."""
     return {
@@ -65,4 +73,5 @@ def result_json(
         "handoff": handoff_json(handoffs),
         "adoption": [adoption_json(times) for times in adoptions],
         "overlap": None if overlap is None else overlap_json(overlap),
+        "codecs": [asdict(rates) for rates in codecs],
     }

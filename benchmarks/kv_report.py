@@ -95,8 +95,19 @@ def text(result: dict[str, Any]) -> str:
             "",
             *_adoption_lines(result["adoption"]),
             *_overlap_lines(result["overlap"]),
+            *_codec_lines(result["codecs"]),
         ]
     )
+
+
+def _codec_lines(codecs: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if codecs:
+        yield "\nWire codecs, on drawn numbers and one core:"
+    for rates in codecs:
+        size = f"{rates['encoded_bytes']:,} of {rates['block_bytes']:,} B ({rates['ratio']:.0%})"
+        error = f"error {rates['mean_error']:.2%} in the mean, {rates['max_error']:.1%} at most"
+        speed = f"encodes {rates['encode_gbps']:.2f}, decodes {rates['decode_gbps']:.2f} GB/s"
+        yield f"  {rates['codec']:8} {size}, {error}; {speed}"
 
 
 def _road_json(

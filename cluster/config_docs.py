@@ -70,6 +70,8 @@ def _first_line(section: type[BaseModel]) -> str:
 def _inner_section(annotation: Any) -> type[BaseModel] | None:
     if get_origin(annotation) is dict:
         annotation = get_args(annotation)[1]
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(iter(get_args(annotation)))
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 

@@ -11,7 +11,7 @@ from tandem.errors import ConfigError
 from tandem.ids import Incarnation, WorkerId
 from tandem.slo import SloClass
 from tandem.worker import Role
-from tandem.worker_config import SpeculativeConfig, WorkerConfig
+from tandem.worker_config import NcclConfig, SpeculativeConfig, TlsConfig, WorkerConfig
 
 UNBORN = Incarnation(0)
 """Incarnation in a plan; each start of the worker takes a real one from the registry."""
@@ -149,12 +149,24 @@ def _worker(
         checksum=config.workers.checksum,
         codec=config.workers.codec,
         codec_thresholds=thresholds_path(config),
+        tls=_tls(config),
+        nccl=_nccl(config),
     )
     if isinstance(pool, PrefillPool):
         return replace(worker, token_budget=pool.token_budget, overlap_min_tokens=pool.overlap_min_tokens)
     if isinstance(pool, DecodePool):
         return replace(worker, max_batch=pool.max_batch, speculative=_speculative(config))
     return worker
+
+
+def _tls(config: ClusterConfig) -> TlsConfig | None:
+    files = config.workers.tls
+    return None if files is None else TlsConfig(Path(files.cert), Path(files.key), Path(files.ca))
+
+
+def _nccl(config: ClusterConfig) -> NcclConfig:
+    section = config.workers.nccl
+    return NcclConfig(section.max_communicators, int(section.staging), section.open_s, section.abort_s)
 
 
 def _speculative(config: ClusterConfig) -> SpeculativeConfig | None:

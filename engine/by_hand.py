@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 from engine.model_source import resolve_model
@@ -16,7 +17,7 @@ from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import Incarnation, WorkerId
 from tandem.logs import configure_logging
 from tandem.worker import Role
-from tandem.worker_config import WorkerConfig
+from tandem.worker_config import TlsConfig, WorkerConfig
 
 OpenWorker = Callable[[WorkerConfig, str | None], AbstractAsyncContextManager[Worker[Any]]]
 
@@ -49,6 +50,9 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
             metrics_port=options.metrics_port,
             transports=tuple(options.transports.split(",")),
             overlap_min_tokens=options.overlap_min_tokens or None,
+            codec=options.codec,
+            codec_thresholds=options.codec_thresholds,
+            tls=None if options.tls is None else TlsConfig(*options.tls),
         )
         asyncio.run(_serve(open_worker, config))
     except TandemError as error:
@@ -106,6 +110,15 @@ def _parser(role: Role) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0, help="0 lets the system choose")
     parser.add_argument("--metrics-port", type=int, help="Prometheus; default: none")
     parser.add_argument("--transports", default="shm,tcp", help="best first")
+    parser.add_argument("--codec", default="identity", help="how KV is written: identity, fp8, int8 or oaken")
+    parser.add_argument("--codec-thresholds", type=Path, help="file that oaken needs")
+    parser.add_argument(
+        "--tls",
+        nargs=3,
+        type=Path,
+        metavar=("CERT", "KEY", "CA"),
+        help="PEM files; encrypts KV that moves over tcp (default: in the clear)",
+    )
     parser.add_argument(
         "--overlap-min-tokens",
         type=int,

@@ -52,6 +52,13 @@ class TransferMetrics:
             registry=registry,
         )
 
+        self._link_refusals = Counter(
+            "tandem_worker_link_refusals",
+            "Data connections, and requests on them, that a source refused, by transport and fault.",
+            ["transport", "fault"],
+            registry=registry,
+        )
+
     def transferred(self, transport: str) -> None:
         """A transfer landed."""
         self._landed.labels(transport).inc()
@@ -72,3 +79,7 @@ class TransferMetrics:
     def refused(self, fault: TransferFault) -> None:
         """Something was refused."""
         self._refusals.labels(fault.value).inc()
+
+    def link_refused(self, transport: str, fault: TransferFault) -> None:
+        """A data connection, or a request on one, was refused."""
+        self._link_refusals.labels(transport, fault.value).inc()

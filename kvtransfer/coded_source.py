@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,13 +23,13 @@ _log = structlog.get_logger("tandem.kvtransfer")
 class _Encoding:
     """An offer's way into its encoded form: `ready` in the pool, the first `done` blocks encoded.
 
-    `busy` while a thread reads its blocks; `released` is why the offer ended, kept until the thread is done.
+    `batch` is what a thread encodes, or will soon; `released` is why the offer ended, kept until then.
     """
 
     blocks: tuple[BlockId, ...]
     ready: KvReady
     done: int = 0
-    busy: bool = False
+    batch: Future[None] | None = None
     released: ReleaseReason | None = None
 
 
@@ -82,22 +82,22 @@ class CodedSource(HandoffSource):
     def _go_on(self, key: HandoffKey) -> None:
         """Starts on the next batch of an offer unless one is under way or nothing is there to encode."""
         encoding = self._encodings.get(key)
-        if encoding is None or encoding.busy:
+        if encoding is None or encoding.batch is not None:
             return
         total = len(encoding.blocks)
         ready = total if complete(encoding.ready, total, self._staged.pool_layers) else encoding.ready.blocks
         batch = encoding.blocks[encoding.done : min(ready, encoding.done + self._staged.batch_blocks)]
         if not batch:
             return
-        encoding.busy = True
-        running = asyncio.get_running_loop().run_in_executor(self._encoder, self._staged.encode, batch)
+        encoding.batch = self._encoder.submit(self._staged.encode, batch)
+        running = asyncio.wrap_future(encoding.batch)
         self._batches.add(running)
         running.add_done_callback(partial(self._batch_ended, key, len(batch)))
 
     def _batch_ended(self, key: HandoffKey, count: int, batch: asyncio.Future[None]) -> None:
         self._batches.discard(batch)
         encoding = self._encodings[key]
-        encoding.busy = False
+        encoding.batch = None
         if encoding.released is not None:
             self._offer_ended(key, encoding.released)
             return
@@ -112,8 +112,10 @@ class CodedSource(HandoffSource):
 
     def _offer_ended(self, key: HandoffKey, reason: ReleaseReason) -> None:
         encoding = self._encodings.get(key)
-        if encoding is not None and encoding.busy:
+        if encoding is not None and encoding.batch is not None:
             encoding.released = reason
+            # One that has not begun is not begun: the thread goes on with offers that are wanted.
+            encoding.batch.cancel()
             return
         self._encodings.pop(key, None)
         self._on_blocks_free(key, reason)

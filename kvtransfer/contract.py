@@ -8,12 +8,14 @@ of a pair and the source serves them in that order).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from kvtransfer.communicator import CommunicatorLimits
 from tandem.errors import TransferFault
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.worker import WorkerRecord
+from tandem.worker_config import TlsConfig
 
 
 class BlockMemory(Protocol):
@@ -173,6 +175,10 @@ class OnLanded(Protocol):
         ...
 
 
+OnRefused = Callable[[TransferFault], None]
+"""Is told on the event loop of a data connection, or a request on one, that a source refused."""
+
+
 class SourceTransport(Protocol):
     """The giving side of one transport, for all sinks of a worker."""
 
@@ -191,11 +197,12 @@ class SourceTransport(Protocol):
         """Whether it only works between processes of one host."""
         ...
 
-    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
+    async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
         """Opens what must be open before `endpoint` is asked; raises OSError if it cannot.
 
         `on_link_lost` is called on the event loop when the last link to a sink broke: the sink is dead, or it
-        had ended all its reading before it closed the link.
+        had ended all its reading before it closed the link. `on_refused` is called for every peer, and every
+        request of one, that is turned away.
         """
         ...
 
@@ -284,6 +291,10 @@ class TransferObserver(Protocol):
         """A sink's request, or the bytes of one, were refused here."""
         ...
 
+    def link_refused(self, transport: str, fault: TransferFault) -> None:
+        """A data connection to this source, or a request on one, was refused."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PullReport:
@@ -319,7 +330,8 @@ class TransferConfig:
     be acknowledged; `forget_s` is how long a source remembers an ended hand-off. `max_pulls` bounds the
     transfers of a sink at one time; others wait by priority. A transfer that shows no progress for `stall_s`,
     not counting what its bytes take at `slowest_bytes_per_s`, is given up. A transport that failed is left
-    aside for `backoff_s`, doubled with every failure in a row up to `backoff_cap_s`.
+    aside for `backoff_s`, doubled with every failure in a row up to `backoff_cap_s`. With `tls`, tcp speaks
+    TLS and only with those whom its authority knows. `communicators` bounds what NCCL may take.
     """
 
     transports: tuple[str, ...] = ("shm", "tcp")
@@ -339,3 +351,5 @@ class TransferConfig:
     slowest_bytes_per_s: float = 16e6
     backoff_s: float = 1.0
     backoff_cap_s: float = 30.0
+    tls: TlsConfig | None = None
+    communicators: CommunicatorLimits = field(default_factory=CommunicatorLimits)

@@ -70,6 +70,10 @@ class CudaDevice:
         with torch.cuda.stream(self._own):
             return CudaStaging(torch.empty(size_bytes, dtype=torch.uint8, device=f"cuda:{self._index}"))
 
+    def pinned(self, size_bytes: int) -> "CudaPinned":
+        """See Device; with unified addressing the host's address is the device's, too."""
+        return CudaPinned(torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True))
+
     def free_bytes(self) -> int:
         """See Device."""
         return int(torch.cuda.mem_get_info(self._index)[0])
@@ -107,6 +111,19 @@ class CudaStaging:
     @property
     def address(self) -> int:
         """See Staging."""
+        return self._memory.data_ptr()
+
+
+class CudaPinned:
+    """See Pinned."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self.view = memory.numpy().data
+
+    @property
+    def address(self) -> int:
+        """See Pinned."""
         return self._memory.data_ptr()
 
 

@@ -14,7 +14,15 @@ from functools import partial
 from typing import Final
 
 from kvtransfer import framing, links
-from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, Transfer, TransferConfig
+from kvtransfer.contract import (
+    BlockMemory,
+    OnLanded,
+    OnRefused,
+    PeerId,
+    PullGrant,
+    Transfer,
+    TransferConfig,
+)
 from kvtransfer.cuda_driver import HANDLE_BYTES, MemorySharing
 from kvtransfer.device import Device, DevicePool, Lane, Mark, PieceCopy, Pieces
 from kvtransfer.listener import LinkListener
@@ -78,7 +86,7 @@ class CudaIpcSource:
         self._listener = LinkListener(config.connect_timeout_s, self._serve)
         self._address: str | None = None
 
-    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
+    async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
         """Raises OSError, saying why, when the pool is not on a GPU or cannot be shared."""
         pool = DevicePool.of(self._memory)
         self._kit.open_device(pool.device_index)
@@ -92,7 +100,7 @@ class CudaIpcSource:
             listener.close()
             raise
         self._address = IpcAddress(link, shared.handle, shared.offset_bytes, pool.num_blocks).encode()
-        self._listener.start(listener, on_link_lost)
+        self._listener.start(listener, on_link_lost, on_refused)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """Link and handle; None when the pool is not shared."""
@@ -113,7 +121,9 @@ class CudaIpcSource:
         loop = asyncio.get_running_loop()
         accepted = links.same_user(connection)
         await loop.sock_sendall(connection, framing.encode_welcome(accepted=accepted))
-        if accepted:
+        if not accepted:
+            self._listener.refuse(TransferFault.REFUSED)
+        else:
             # Nothing follows on the link: the first bytes, or its end, end it.
             await loop.sock_recv(connection, 1)
 

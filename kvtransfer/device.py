@@ -71,8 +71,26 @@ class Device(Protocol):
         """Memory on the device. Raises TransferError (UNSUPPORTED) when there is none left."""
         ...
 
+    def pinned(self, size_bytes: int) -> "Pinned":
+        """Host memory that the device's copies reach. Raises TransferError when there is none left."""
+        ...
+
     def free_bytes(self) -> int:
         """Device memory that nobody holds."""
+        ...
+
+
+class Pinned(Protocol):
+    """Page-locked host memory that is given back when the last reference to it is gone."""
+
+    @property
+    def address(self) -> int:
+        """Where it begins, for the device."""
+        ...
+
+    @property
+    def view(self) -> memoryview:
+        """Its writable bytes."""
         ...
 
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from kvtransfer.contract import (
     BlockMemory,
     OnLanded,
+    OnRefused,
     PeerId,
     PullGrant,
     SinkTransport,
@@ -157,9 +158,9 @@ class SourceAround:
         """As what is inside."""
         return self._inner.same_host
 
-    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
+    async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
         """As what is inside."""
-        await self._inner.start(on_link_lost)
+        await self._inner.start(on_link_lost, on_refused)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """As what is inside."""

@@ -3,14 +3,16 @@
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import structlog
 
 from kvtransfer import framing
-from kvtransfer.contract import PeerId
+from kvtransfer.contract import OnRefused, PeerId
+from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.tickets import TicketBook
-from tandem.errors import TransferError
+from tandem.errors import TransferError, TransferFault
 
 MAX_CONNECTIONS = 1024
 """Data connections held at one time; more are closed unanswered."""
@@ -25,12 +27,18 @@ class LinkListener:
     """Accepts connections on one socket and hands each, once its ticket is proved, to `serve`.
 
     `serve(connection, sink)` gets a non-blocking socket, must answer the greeting itself and returns when the
-    connection is over. When a sink's last connection is over, `on_link_lost` is called.
+    connection is over. When a sink's last connection is over, `on_link_lost` is called. What is refused here
+    is counted; what `serve` refuses, it tells by `refuse` or reads inside of `counting`.
     """
 
     def __init__(
-        self, greeting_timeout_s: float, serve: Callable[[socket.socket, PeerId], Awaitable[None]]
+        self,
+        greeting_timeout_s: float,
+        serve: Callable[[socket.socket, PeerId], Awaitable[None]],
+        secure: Callable[[socket.socket], Awaitable[socket.socket]] | None = None,
     ) -> None:
+        """`secure` takes an accepted connection and gives the one to be used instead, or raises."""
+        self._secure = secure
         self._greeting_timeout_s = greeting_timeout_s
         self._serve = serve
         self._tickets = TicketBook()
@@ -38,16 +46,43 @@ class LinkListener:
         self._connections: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._on_link_lost: Callable[[PeerId], None] = lambda _peer: None
+        self.refuse: OnRefused = lambda _fault: None
 
-    def start(self, listener: socket.socket, on_link_lost: Callable[[PeerId], None]) -> None:
+    def start(
+        self, listener: socket.socket, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused
+    ) -> None:
         """Begins to accept; owns the socket from now on."""
         listener.setblocking(False)
         self._on_link_lost = on_link_lost
+        self.refuse = on_refused
         self._accepting = asyncio.create_task(self._accept(listener))
 
     def admit(self, sink: PeerId, ticket: bytes) -> None:
         """Honours a sink's ticket from now on."""
         self._tickets.admit(sink, ticket)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts what is wrong with what a peer says inside; a TimeoutError leaves as a TransferError."""
+        try:
+            yield
+        except TransferError as error:
+            self.refuse(error.fault)
+            raise
+        except TimeoutError as error:
+            self.refuse(TransferFault.TIMEOUT)
+            raise TransferError(TransferFault.TIMEOUT, "The peer did not say all in time.") from error
+
+    async def read_ask(self, connection: socket.socket, within_s: float) -> Header:
+        """A sink's next request: waits for its beginning without a bound, and `within_s` for the rest.
+
+        Raises OSError when the link ends instead, TransferError for a request that is cut short or none.
+        """
+        with self.counting():
+            asked = await read_header(connection, within_s)
+            if asked.kind is not HeaderKind.ASK:
+                raise TransferError(TransferFault.UNSUPPORTED, f"A sink sent {asked.kind.name}.")
+            return asked
 
     async def close(self) -> None:
         """Ends all connections and waits for their servers; idempotent."""
@@ -71,26 +106,36 @@ class LinkListener:
                     continue
                 if len(self._connections) >= MAX_CONNECTIONS:
                     connection.close()
+                    self.refuse(TransferFault.REFUSED)
                     continue
                 connection.setblocking(False)
                 task = asyncio.create_task(self._attend(connection))
                 self._connections.add(task)
                 task.add_done_callback(self._connections.discard)
 
-    async def _attend(self, connection: socket.socket) -> None:
-        with connection:
+    async def _attend(self, accepted: socket.socket) -> None:
+        with ExitStack() as held:
+            connection = held.enter_context(accepted)
             try:
-                async with asyncio.timeout(self._greeting_timeout_s):
-                    greeting = await read_exactly(connection, framing.GREETING_BYTES)
-                    sink = self._tickets.holder(framing.decode_greeting(greeting))
-                    if sink is None:
-                        welcome = framing.encode_welcome(accepted=False)
-                        await asyncio.get_running_loop().sock_sendall(connection, welcome)
-                        return
+                with self.counting():
+                    if self._secure is not None:
+                        connection = held.enter_context(await self._secure(accepted))
+                    async with asyncio.timeout(self._greeting_timeout_s):
+                        sink = await self._greeted(connection)
             except (OSError, TransferError) as error:
                 _log.info("data connection refused", error=str(error))
                 return
             await self._keep_link(connection, sink)
+
+    async def _greeted(self, connection: socket.socket) -> PeerId:
+        """Who proved a ticket. Raises OSError or TransferError."""
+        greeting = await read_exactly(connection, framing.GREETING_BYTES)
+        sink = self._tickets.holder(framing.decode_greeting(greeting))
+        if sink is None:
+            welcome = framing.encode_welcome(accepted=False)
+            await asyncio.get_running_loop().sock_sendall(connection, welcome)
+            raise TransferError(TransferFault.REFUSED, "Nobody was given this ticket.")
+        return sink
 
     async def _keep_link(self, connection: socket.socket, sink: PeerId) -> None:
         self._links[sink] += 1
@@ -107,12 +152,31 @@ class LinkListener:
                 self._on_link_lost(sink)
 
 
-async def read_exactly(connection: socket.socket, length: int) -> bytes:
-    """Reads `length` bytes from a non-blocking socket. Raises OSError when the stream ends before."""
+async def read_header(connection: socket.socket, within_s: float) -> Header:
+    """The next header: waits for its first byte without a bound, for the others `within_s`.
+
+    Keep-alive ends the wait when the peer's host is gone. Raises OSError when the stream ends instead,
+    TransferError when it ends half way or what came makes no sense, TimeoutError.
+    """
+    first = await read_exactly(connection, 1)
+    async with asyncio.timeout(within_s):
+        fixed = await read_exactly(connection, framing.HEADER_BYTES, first)
+        whole = await read_exactly(connection, framing.HEADER_BYTES + framing.leg_bytes(fixed), fixed)
+    return framing.decode_header(fixed, whole[framing.HEADER_BYTES :])
+
+
+async def read_exactly(connection: socket.socket, length: int, begun: bytes = b"") -> bytes:
+    """Reads from a non-blocking socket until there are `length` bytes, the ones in `begun` included.
+
+    Raises OSError when the stream ends before the first of all, TransferError (TRUNCATED) when later.
+    """
     loop = asyncio.get_running_loop()
-    received = bytearray()
+    received = bytearray(begun)
     while len(received) < length:
         part = await loop.sock_recv(connection, length - len(received))
+        if not part and received:
+            message = f"The stream ended after {len(received)} of {length} bytes."
+            raise TransferError(TransferFault.TRUNCATED, message)
         if not part:
             raise ConnectionResetError("The peer closed the data connection.")
         received += part

@@ -20,16 +20,10 @@ _EPOCH: Final = struct.Struct("!Q")
 
 
 async def read_epoch(connection: socket.socket, within_s: float) -> int:
-    """The epoch that follows a greeting. Raises OSError."""
+    """The epoch that follows a greeting. Raises OSError, TransferError when it is cut short."""
     async with asyncio.timeout(within_s):
         (epoch,) = _EPOCH.unpack(await read_exactly(connection, _EPOCH.size))
     return int(epoch)
-
-
-async def read_header(connection: socket.socket) -> Header:
-    """The next header. Raises OSError when the link ends, TransferError when it makes no sense."""
-    fixed = await read_exactly(connection, framing.HEADER_BYTES)
-    return framing.decode_header(fixed, await read_exactly(connection, framing.leg_bytes(fixed)))
 
 
 async def write_header(connection: socket.socket, header: Header) -> None:
@@ -40,8 +34,8 @@ async def write_header(connection: socket.socket, header: Header) -> None:
 async def open_link(address: NcclAddress, ticket: bytes, within_s: float) -> socket.socket:
     """Connects and proves ticket and epoch.
 
-    Raises TransferError: REFUSED for a wrong ticket or an epoch that the source has left behind, TIMEOUT,
-    DISCONNECTED.
+    Raises TransferError: REFUSED for a wrong ticket, STALE_EPOCH for an epoch that the source has left
+    behind, UNSUPPORTED when it has no room, TIMEOUT, DISCONNECTED.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     connection = socket.socket(family, socket.SOCK_STREAM)

@@ -16,6 +16,7 @@ from kvtransfer.communicator import CommunicatorCounts
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, TransferConfig
 from kvtransfer.device import Device, DevicePool
 from kvtransfer.framing import Header, HeaderKind
+from kvtransfer.listener import read_header
 from kvtransfer.nccl import NcclBinding
 from kvtransfer.nccl_address import NcclAddress
 from kvtransfer.nccl_communicator import NcclKit, PairCommunicator, Rank
@@ -38,7 +39,7 @@ class _Pair:
     communicator: PairCommunicator
     link: socket.socket
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    answers: asyncio.Queue[Header] = field(default_factory=lambda: asyncio.Queue(1))
+    answers: asyncio.Queue[Header | TransferError] = field(default_factory=lambda: asyncio.Queue(1))
     watching: asyncio.Task[None] | None = None
 
     @property
@@ -141,7 +142,7 @@ class NcclSink:
             raise
         communicator.on_over = partial(links.cut, link)
         pair = self._pairs[source] = _Pair(told, communicator, link)
-        pair.watching = asyncio.create_task(_watch_link(pair))
+        pair.watching = asyncio.create_task(_watch_link(pair, self._config.connect_timeout_s))
         communicator.open()
         return pair
 
@@ -162,6 +163,8 @@ class NcclSink:
                 ask = Header(HeaderKind.ASK, grant.transfer, grant.length_bytes)
                 await nccl_link.write_header(pair.link, ask)
                 answer = await pair.answers.get()
+            if isinstance(answer, TransferError):
+                raise answer
             agreed = answer.kind is HeaderKind.REFUSED
             framing.check_header(answer, grant.transfer, grant.length_bytes)
             agreed = True
@@ -184,12 +187,18 @@ class NcclSink:
         return self._opened
 
 
-async def _watch_link(pair: _Pair) -> None:
-    """Passes answers on; the link's end ends the communicator, and with it what runs there."""
+async def _watch_link(pair: _Pair, within_s: float) -> None:
+    """Passes answers on; the link's end ends the communicator, and with it what runs there.
+
+    Whoever waits for an answer then is told why there is none.
+    """
     try:
         while True:
-            pair.answers.put_nowait(await nccl_link.read_header(pair.link))
-    except (OSError, TransferError, asyncio.QueueFull):
+            pair.answers.put_nowait(await read_header(pair.link, within_s))
+    except (OSError, TransferError, asyncio.QueueFull) as error:
         pair.communicator.end()
+        if pair.answers.empty():
+            broke = TransferError(TransferFault.DISCONNECTED, f"The link ended: {error}")
+            pair.answers.put_nowait(error if isinstance(error, TransferError) else broke)
     finally:
         pair.link.close()

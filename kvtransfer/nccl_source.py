@@ -16,7 +16,7 @@ import structlog
 
 from kvtransfer import framing, links, nccl_link
 from kvtransfer.communicator import CommunicatorCounts
-from kvtransfer.contract import BlockMemory, PeerId, Transfer, TransferConfig
+from kvtransfer.contract import BlockMemory, OnRefused, PeerId, Transfer, TransferConfig
 from kvtransfer.device import Device, DevicePool
 from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.listener import LinkListener
@@ -69,14 +69,14 @@ class NcclSource:
         self._epochs = itertools.count(1)
         self._box = PostBox()
 
-    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
+    async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
         """Raises OSError, saying why, where there is no CuPy with NCCL or the pool is not on a GPU."""
         pool = DevicePool.of(self._memory)
         self._opened = self._kit.load_binding(), self._kit.open_device(pool.device_index), pool
         family = socket.AF_INET6 if ":" in self._config.bind_host else socket.AF_INET
         listener = socket.create_server((self._config.bind_host, 0), family=family, backlog=64)
         self._port = listener.getsockname()[1]
-        self._listener.start(listener, on_link_lost)
+        self._listener.start(listener, on_link_lost, on_refused)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """The sink's communicator: the one it was told of while it can be used, else one of a new epoch."""
@@ -125,17 +125,20 @@ class NcclSource:
     async def _serve(self, connection: socket.socket, sink: PeerId) -> None:
         """One link, from the epoch that follows its greeting to its end."""
         nccl_link.tune(connection)
-        epoch = await nccl_link.read_epoch(connection, self._config.connect_timeout_s)
+        with self._listener.counting():
+            epoch = await nccl_link.read_epoch(connection, self._config.connect_timeout_s)
         pair = self._pairs.get(sink)
-        welcome = pair is not None and pair.address.epoch == epoch and not pair.linked
-        if pair is None or not welcome or not self._shelf.admit(pair.communicator):
-            refusal = framing.encode_welcome(accepted=False)
+        current = pair is not None and pair.address.epoch == epoch and not pair.linked
+        if pair is None or not current or not self._shelf.admit(pair.communicator):
+            fault = TransferFault.UNSUPPORTED if current else TransferFault.STALE_EPOCH
+            self._listener.refuse(fault)
+            refusal = framing.encode_welcome(accepted=False, fault=fault)
             await asyncio.get_running_loop().sock_sendall(connection, refusal)
             return
         pair.linked = True
         pair.communicator.on_over = partial(links.cut, connection)
         answering = asyncio.create_task(self._answer(connection, sink, pair))
-        reading = asyncio.create_task(_read_asks(connection, pair.asks))
+        reading = asyncio.create_task(self._read_asks(connection, pair.asks))
         try:
             await asyncio.wait((answering, reading), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -148,6 +151,11 @@ class NcclSource:
                 if not task.cancelled() and task.exception() is not None:
                     _log.info("link ended", sink=sink.worker_id, error=str(task.exception()))
 
+    async def _read_asks(self, connection: socket.socket, asks: asyncio.Queue[Header]) -> None:
+        """Until the link ends (OSError) or the sink says what makes no sense (TransferError)."""
+        while True:
+            asks.put_nowait(await self._listener.read_ask(connection, self._config.connect_timeout_s))
+
     async def _answer(self, connection: socket.socket, sink: PeerId, pair: _Pair) -> None:
         """Opens the communicator and serves requests until one fails."""
         pair.communicator.open()
@@ -155,10 +163,15 @@ class NcclSource:
         await asyncio.get_running_loop().sock_sendall(connection, welcome)
         await pair.communicator.ready(self._kit.limits.open_s)
         while True:
-            asked = (await pair.asks.get()).transfer
-            post = await self._box.meet(sink, asked)
-            if post is None or not await self._served(connection, pair, post):
-                await nccl_link.write_header(connection, Header(HeaderKind.REFUSED, asked, 0))
+            asked = await pair.asks.get()
+            post = await self._box.meet(sink, asked.transfer)
+            if post is None or not _fits(asked, post) or not await self._served(connection, pair, post):
+                await nccl_link.write_header(connection, self._refusal(asked, post))
+
+    def _refusal(self, asked: Header, post: Post | None) -> Header:
+        fault = _fault_of(asked, post)
+        self._listener.refuse(fault)
+        return Header(HeaderKind.REFUSED, asked.transfer, 0, fault=fault)
 
     async def _served(self, connection: socket.socket, pair: _Pair, post: Post) -> bool:
         """Whether the sink was told that bytes come; raises when the pair is over.
@@ -199,7 +212,13 @@ class NcclSource:
         await pair.communicator.run(partial(send_part, part=part), Watch())
 
 
-async def _read_asks(connection: socket.socket, asks: asyncio.Queue[Header]) -> None:
-    """Until the link ends (OSError) or the sink says what makes no sense (TransferError)."""
-    while True:
-        asks.put_nowait(await nccl_link.read_header(connection))
+def _fault_of(asked: Header, post: Post | None) -> TransferFault:
+    if post is None:
+        return framing.fault_of_ask(asked, None, 0, 1)
+    return framing.fault_of_ask(asked, post.transfer, len(post.blocks), post.part_bytes)
+
+
+def _fits(asked: Header, post: Post) -> bool:
+    """Whether a request is for exactly what was granted."""
+    length_bytes = len(post.blocks) * post.part_bytes
+    return asked.transfer == post.transfer and (asked.length_bytes, asked.offset_bytes) == (length_bytes, 0)

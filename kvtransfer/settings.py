@@ -1,5 +1,6 @@
 """Pure: the part of a worker's settings that concerns KV transfers."""
 
+from kvtransfer.communicator import CommunicatorLimits
 from kvtransfer.contract import TransferConfig
 from tandem.worker_config import WorkerConfig
 
@@ -13,4 +14,11 @@ def transfer_config(config: WorkerConfig) -> TransferConfig:
         lease_s=config.lease_s,
         park_s=config.park_s,
         checksum=config.checksum,
+        tls=config.tls,
+        communicators=CommunicatorLimits(
+            open_s=config.nccl.open_s,
+            abort_s=config.nccl.abort_s,
+            max_open=config.nccl.max_communicators,
+            slot_bytes=config.nccl.staging_bytes // 2,
+        ),
     )

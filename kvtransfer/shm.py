@@ -20,7 +20,7 @@ from typing import Final
 
 from kvtransfer import framing
 from kvtransfer.block_copy import Parts, Span, copy_parts, shares_of
-from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, Transfer, TransferConfig
+from kvtransfer.contract import BlockMemory, OnLanded, OnRefused, PeerId, PullGrant, Transfer, TransferConfig
 from kvtransfer.listener import LinkListener, is_quiet
 from kvtransfer.native_rows import Sums
 from kvtransfer.threads import contained, outlast, run_beside, run_to_end, timed
@@ -52,7 +52,7 @@ class ShmSource:
         self._listener = LinkListener(config.connect_timeout_s, self._serve)
         self._read_only: int | None = None
 
-    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
+    async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
         """Raises OSError when the pool cannot be shared or abstract sockets are not to be had."""
         descriptor = self._memory.fileno()
         if descriptor is None:
@@ -66,7 +66,7 @@ class ShmSource:
         except OSError:
             listener.close()
             raise
-        self._listener.start(listener, on_link_lost)
+        self._listener.start(listener, on_link_lost, on_refused)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """Name of the abstract socket; None when the pool is not shared."""
@@ -92,6 +92,7 @@ class ShmSource:
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, user, _ = _CREDENTIALS.unpack(raw)
         if user != os.geteuid() or self._read_only is None:
+            self._listener.refuse(TransferFault.REFUSED)
             await loop.sock_sendall(connection, framing.encode_welcome(accepted=False))
             return
         # A fresh connection's buffer is empty, so these few bytes never block.
@@ -264,7 +265,8 @@ class _Attaching:
         welcome, descriptors, _, _ = socket.recv_fds(self._link, framing.WELCOME_BYTES, 1)
         try:
             if len(welcome) != framing.WELCOME_BYTES:
-                raise TransferError(TransferFault.DISCONNECTED, "The source closed its socket.")
+                fault = TransferFault.TRUNCATED if welcome else TransferFault.DISCONNECTED
+                raise TransferError(fault, "The source closed its socket before it had answered.")
             framing.check_welcome(welcome)
             if len(descriptors) != 1:
                 raise TransferError(TransferFault.UNSUPPORTED, "The source gave no descriptor of its pool.")

@@ -86,7 +86,8 @@ class HandoffSource:
         failure: OSError | None = None
         for transport in tuple(self._transports.values()):
             try:
-                await transport.start(partial(self._link_lost, transport.name))
+                name = transport.name
+                await transport.start(partial(self._link_lost, name), partial(self._link_refused, name))
             except OSError as error:
                 failure = error
                 del self._transports[transport.name]
@@ -332,6 +333,10 @@ class HandoffSource:
             if offer.transport == transport:
                 offer.machine.link_lost(self._clock())
                 self._settle(offer)
+
+    def _link_refused(self, transport: str, fault: TransferFault) -> None:
+        if self._observer is not None:
+            self._observer.link_refused(transport, fault)
 
     def _settle(self, offer: Offer) -> HandoffState:
         state = self._book.settle(offer)

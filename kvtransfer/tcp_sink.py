@@ -7,18 +7,22 @@ connection that failed is closed; its end tells the source that the sink takes n
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, NoReturn
 
 from kvtransfer import framing, vectors
-from kvtransfer.block_copy import batches, shares_of
+from kvtransfer.block_copy import shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, TransferConfig
+from kvtransfer.device import Device
 from kvtransfer.framing import Header, HeaderKind
+from kvtransfer.host_pages import HostPages, Part, pages_of
 from kvtransfer.listener import is_quiet
 from kvtransfer.threads import outlast, run_beside, run_to_end, timed
+from kvtransfer.tls import Tunnels
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -31,30 +35,23 @@ STREAMED_BYTES: Final = 4 * 1024 * 1024
 STREAMED_PART_BYTES: Final = 256 * 1024
 """Only parts of at least so many bytes are spread: with smaller ones two threads contend for the GIL."""
 
-LANDED_BYTES: Final = 1024 * 1024
-"""Bytes after which the blocks that came are told of: they are in the CPU's cache still."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Share:
     """The targets of a grant's blocks from `first` on, which come over one connection."""
 
-    memory: BlockMemory
     grant: PullGrant
     first: int
-    targets: Sequence[BlockId]
+    part: Part
+    pages: HostPages
     on_landed: OnLanded | None
-
-    def views(self, begin: int, count: int) -> Iterator[memoryview]:
-        """The bytes of some of the targets."""
-        part = slice(self.grant.part_offset, self.grant.part_offset + self.grant.part_bytes)
-        return (self.memory.view(block)[part] for block in self.targets[begin : begin + count])
 
 
 class _Line:
     """One data connection, used by one thread at a time and stopped from any."""
 
-    def __init__(self, address: str, ticket: bytes, timeout_s: float) -> None:
+    def __init__(self, address: str, ticket: bytes, timeout_s: float, tunnels: Tunnels | None) -> None:
+        self._tunnels = tunnels
         self._address = address
         self._ticket = ticket
         self._timeout_s = timeout_s
@@ -75,9 +72,11 @@ class _Line:
             made = socket.create_connection((host.strip("[]"), int(port)), self._timeout_s)
         except (OSError, ValueError) as error:
             self._fail(f"The source's port cannot be reached: {error}.", error)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tunnels is not None:
+            made = self._tunnels.begin(made, False, self._timeout_s).opened.result()
         self._socket = made
         self.check()
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         vectors.prepare(made, self._timeout_s)
         try:
             made.sendall(framing.encode_greeting(self._ticket))
@@ -93,7 +92,7 @@ class _Line:
         if self._socket is None:
             raise TransferError(TransferFault.DISCONNECTED, "The data connection is closed.")
         size = share.grant.part_bytes
-        length, offset = len(share.targets) * size, share.first * size
+        length, offset = len(share.part.blocks) * size, share.first * size
         ask = Header(HeaderKind.ASK, share.grant.transfer, length, offset)
         try:
             self._socket.sendall(framing.encode_header(ask))
@@ -101,10 +100,11 @@ class _Line:
             self._fail(f"The data connection broke: {error}.", error)
         header = self._read_header(self._socket)
         framing.check_header(header, share.grant.transfer, length, offset)
-        for begin, count in batches(len(share.targets), size, LANDED_BYTES):
-            vectors.scatter_receive(self._socket, share.views(begin, count), check)
-            if share.on_landed is not None:
-                share.on_landed(share.first + begin, count)
+        with closing(share.pages.taking(share.part, check)) as steps:
+            for begin, count, views in steps:
+                vectors.scatter_receive(self._socket, views, check)
+                if share.on_landed is not None and share.pages.lands_in_place:
+                    share.on_landed(share.first + begin, count)
 
     def stop(self) -> None:
         """Makes whatever blocks on the connection fail soon; it cannot be used any more."""
@@ -156,11 +156,21 @@ class TcpSink:
 
     name = "tcp"
 
-    def __init__(self, memory: BlockMemory, config: TransferConfig, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        memory: BlockMemory,
+        config: TransferConfig,
+        clock: Callable[[], float],
+        open_device: Callable[[int], Device],
+    ) -> None:
+        """`open_device` is asked for the device of a pool that is on one."""
         self._memory = memory
+        self._open_device = open_device
+        self._pages: HostPages | None = None
         self._config = config
         self._clock = clock
         self._pairs: dict[PeerId, _Pair] = {}
+        self._tunnels = None if config.tls is None else Tunnels(config.tls)
         self._executor = ThreadPoolExecutor(max(1, config.max_pulls), "kv-tcp-sink")
         self._helpers = ThreadPoolExecutor((STREAMS - 1) * max(1, config.max_pulls), "kv-tcp-helper")
 
@@ -169,6 +179,7 @@ class TcpSink:
         if block_bytes != self._memory.block_bytes:
             message = f"The source's blocks have {block_bytes} bytes, ours {self._memory.block_bytes}."
             raise TransferError(TransferFault.LENGTH, message)
+        self._reach()
         pair = self._pairs.get(source)
         if pair is not None and (pair.address, pair.ticket) != (address, ticket):
             await self.disconnect(source)
@@ -245,6 +256,8 @@ class TcpSink:
         """Closes all connections and ends the threads."""
         for source in tuple(self._pairs):
             await self.disconnect(source)
+        if self._tunnels is not None:
+            await asyncio.to_thread(self._tunnels.close)
         self._executor.shutdown(wait=True)
         self._helpers.shutdown(wait=True)
 
@@ -262,11 +275,20 @@ class TcpSink:
                 raise TransferError(TransferFault.LEASE, "The lease ended before all blocks had come.")
 
         first, count = share
-        targets = target[first : first + count]
-        line.fetch(_Share(self._memory, grant, first, targets, on_landed), check)
+        part = Part(target[first : first + count], grant.part_offset, grant.part_bytes)
+        line.fetch(_Share(grant, first, part, self._reach(), on_landed), check)
+
+    def _reach(self) -> HostPages:
+        """The pool, whose device is opened at first use. Raises TransferError (UNSUPPORTED), saying why."""
+        if self._pages is None:
+            try:
+                self._pages = pages_of(self._memory, self._open_device)
+            except OSError as error:
+                raise TransferError(TransferFault.UNSUPPORTED, str(error)) from error
+        return self._pages
 
     def _new_line(self, pair: _Pair) -> _Line:
-        return _Line(pair.address, pair.ticket, self._config.connect_timeout_s)
+        return _Line(pair.address, pair.ticket, self._config.connect_timeout_s, self._tunnels)
 
     def _give_back(self, source: PeerId, pair: _Pair, line: _Line) -> None:
         if self._pairs.get(source) is pair:

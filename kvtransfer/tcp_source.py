@@ -13,13 +13,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 from kvtransfer import framing, vectors
-from kvtransfer.contract import BlockMemory, PeerId, Transfer, TransferConfig
+from kvtransfer.contract import BlockMemory, OnRefused, PeerId, Transfer, TransferConfig
+from kvtransfer.device import Device
 from kvtransfer.framing import Header, HeaderKind
-from kvtransfer.listener import LinkListener, read_exactly
+from kvtransfer.host_pages import HostPages, Part, pages_of
+from kvtransfer.listener import LinkListener
 from kvtransfer.threads import outlast, run_to_end
+from kvtransfer.tls import Tunnels
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -50,14 +54,14 @@ class _Post:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def take(self, asked: Header, connection: socket.socket) -> range | None:
-        """What there is of a share, which this connection now sends; None when it is not to be had."""
+        """The blocks of a share, which this connection now sends; None when it is not to be had."""
         size = self.part.stop - self.part.start
         first, count = asked.offset_bytes // size, asked.length_bytes // size
-        blocks = range(first, min(first + count, len(self.blocks)))
+        blocks = range(first, first + count)
         whole = asked.offset_bytes % size == 0 and asked.length_bytes % size == 0
-        if not whole or self.stop.is_set() or asked.transfer != self.transfer:
+        if not whole or blocks.stop > len(self.blocks) or asked.transfer != self.transfer:
             return None
-        if not self.given.isdisjoint(blocks):
+        if self.stop.is_set() or not self.given.isdisjoint(blocks):
             return None
         self.given.update(blocks)
         self.connections.add(connection)
@@ -99,24 +103,31 @@ class TcpSource:
     direct = False
     same_host = False
 
-    def __init__(self, memory: BlockMemory, config: TransferConfig) -> None:
+    def __init__(
+        self, memory: BlockMemory, config: TransferConfig, open_device: Callable[[int], Device]
+    ) -> None:
+        """`open_device` is asked for the device of a pool that is on one."""
         self._memory = memory
+        self._open_device = open_device
+        self._pages: HostPages | None = None
         self._config = config
-        self._listener = LinkListener(config.connect_timeout_s, self._serve)
+        self._tunnels = None if config.tls is None else Tunnels(config.tls)
+        self._listener = LinkListener(config.connect_timeout_s, self._serve, self._secure)
         self._address: str | None = None
         self._posts: dict[tuple[PeerId, int], _Post] = {}
         self._posted = asyncio.Condition()
         self._past: deque[tuple[PeerId, int]] = deque(maxlen=PAST_KEPT)
         self._executor = ThreadPoolExecutor(MAX_SENDS, "kv-tcp-source")
 
-    async def start(self, on_link_lost: Callable[[PeerId], None]) -> None:
-        """Binds `bind_host` on a port of the system's choice."""
+    async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
+        """Binds `bind_host` on a port of the system's choice. Raises OSError, also without the device."""
+        self._pages = pages_of(self._memory, self._open_device)
         family = socket.AF_INET6 if ":" in self._config.bind_host else socket.AF_INET
         listener = socket.create_server((self._config.bind_host, 0), family=family, backlog=64)
         port = listener.getsockname()[1]
         host = self._config.advertise_host
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._listener.start(listener, on_link_lost)
+        self._listener.start(listener, on_link_lost, on_refused)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """host:port as sinks reach it."""
@@ -151,31 +162,43 @@ class TcpSource:
         for post in tuple(self._posts.values()):
             post.cancel()
         await self._listener.close()
+        if self._tunnels is not None:
+            await asyncio.to_thread(self._tunnels.close)
         self._executor.shutdown(wait=True)
+
+    async def _secure(self, accepted: socket.socket) -> socket.socket:
+        _tune(accepted)
+        if self._tunnels is None:
+            return accepted
+        tunnel = self._tunnels.begin(accepted, True, self._config.connect_timeout_s)
+        try:
+            near = await asyncio.wrap_future(tunnel.opened)
+        except asyncio.CancelledError:
+            tunnel.discard()
+            raise
+        near.setblocking(False)
+        return near
 
     async def _serve(self, connection: socket.socket, sink: PeerId) -> None:
         loop = asyncio.get_running_loop()
-        _tune(connection)
         await loop.sock_sendall(connection, framing.encode_welcome(accepted=True))
         while True:
-            # Idle until the sink wants something; keep-alive ends the wait when its host is gone.
-            first = await loop.sock_recv(connection, 1)
-            if not first:
-                return
-            async with asyncio.timeout(self._config.connect_timeout_s):
-                asked = await self._read_request(connection, first)
+            asked = await self._listener.read_ask(connection, self._config.connect_timeout_s)
             post = await self._meet(sink, asked)
             share = None if post is None else post.take(asked, connection)
             if post is None or share is None:
-                refusal = Header(HeaderKind.REFUSED, asked.transfer, 0)
-                await loop.sock_sendall(connection, framing.encode_header(refusal))
+                await loop.sock_sendall(connection, framing.encode_header(self._refusal(asked, post)))
                 continue
             await self._give(connection, post, asked, share)
 
-    async def _read_request(self, connection: socket.socket, first: bytes) -> Header:
-        fixed = first + await read_exactly(connection, framing.HEADER_BYTES - len(first))
-        leg = await read_exactly(connection, framing.leg_bytes(fixed))
-        return framing.decode_header(fixed, leg)
+    def _refusal(self, asked: Header, post: _Post | None) -> Header:
+        if post is None:
+            fault = framing.fault_of_ask(asked, None, 0, 1)
+        else:
+            part_bytes = post.part.stop - post.part.start
+            fault = framing.fault_of_ask(asked, post.transfer, len(post.blocks), part_bytes)
+        self._listener.refuse(fault)
+        return Header(HeaderKind.REFUSED, asked.transfer, 0, fault=fault)
 
     async def _meet(self, sink: PeerId, asked: Header) -> _Post | None:
         """The granted transfer that was asked for; None when there is none within MEETING_S."""
@@ -190,13 +213,21 @@ class TcpSource:
         return self._posts.get(place)
 
     async def _give(self, connection: socket.socket, post: _Post, asked: Header, share: range) -> None:
+        pages = self._pages
+        if pages is None:
+            raise TransferError(TransferFault.DISCONNECTED, "The source was not started.")
+
         def work() -> None:
             vectors.prepare(connection, self._config.connect_timeout_s)
-            length = len(share) * (post.part.stop - post.part.start)
-            header = framing.encode_header(replace(asked, kind=HeaderKind.BYTES, length_bytes=length))
-            # Made as they are sent: the sink has the first ones by the time of the last.
-            views = (self._memory.view(post.blocks[index])[post.part] for index in share)
-            vectors.gather_send(connection, itertools.chain([memoryview(header)], views), post.check)
+            size = post.part.stop - post.part.start
+            header = replace(asked, kind=HeaderKind.BYTES, length_bytes=len(share) * size)
+            first = [memoryview(framing.encode_header(header))]
+            part = Part(post.blocks[share.start : share.stop], post.part.start, size)
+            with closing(pages.giving(part, post.check)) as chunks:
+                for views in chunks:
+                    # Made as they are sent: the sink has the first ones by the time of the last.
+                    vectors.gather_send(connection, itertools.chain(first, views), post.check)
+                    first = []
 
         error: TransferError | None = TransferError(TransferFault.DISCONNECTED, "The connection was closed.")
         try:
@@ -217,7 +248,9 @@ def _tune(connection: socket.socket) -> None:
     """
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if ipaddress.ip_address(connection.getpeername()[0]).is_loopback:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, UNPACED)
+        # A system that forbids the choice keeps its own.
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, UNPACED)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 4)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)

@@ -25,24 +25,27 @@ def _open_device(index: int) -> Device:
     return open_device(index)
 
 
-NCCL: Final = NcclKit(load_binding, _open_device)
+def _nccl(config: TransferConfig) -> NcclKit:
+    return NcclKit(load_binding, _open_device, config.communicators)
+
+
 IPC: Final = IpcKit(_open_device, open_sharing)
 
 SOURCES: Final[Mapping[str, Callable[[BlockMemory, TransferConfig], SourceTransport]]] = MappingProxyType(
     {
-        "nccl": lambda memory, config: NcclSource(memory, config, NCCL),
+        "nccl": lambda memory, config: NcclSource(memory, config, _nccl(config)),
         "cuda_ipc": lambda memory, config: CudaIpcSource(memory, config, IPC),
         "shm": ShmSource,
-        "tcp": TcpSource,
+        "tcp": lambda memory, config: TcpSource(memory, config, _open_device),
     }
 )
 SINKS: Final[Mapping[str, Callable[[BlockMemory, TransferConfig, Callable[[], float]], SinkTransport]]] = (
     MappingProxyType(
         {
-            "nccl": lambda memory, config, clock: NcclSink(memory, config, clock, NCCL),
+            "nccl": lambda memory, config, clock: NcclSink(memory, config, clock, _nccl(config)),
             "cuda_ipc": lambda memory, config, clock: CudaIpcSink(memory, config, clock, IPC),
             "shm": ShmSink,
-            "tcp": TcpSink,
+            "tcp": lambda memory, config, clock: TcpSink(memory, config, clock, _open_device),
         }
     )
 )

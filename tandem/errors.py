@@ -147,6 +147,7 @@ class TransferFault(Enum):
     LEASE = "lease"
     REFUSED = "refused"
     UNSUPPORTED = "unsupported"
+    TLS = "tls"
 
 
 class TransferError(TandemError):

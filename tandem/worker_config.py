@@ -28,6 +28,25 @@ class SpeculativeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """PEM files of a worker: its certificate, the key of it, and the authority that signed everyone's."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+
+@dataclass(frozen=True, slots=True)
+class NcclConfig:
+    """Bounds on NCCL: open communicators of a worker, staging bytes of each, and opening and aborting one."""
+
+    max_communicators: int = 8
+    staging_bytes: int = 32 << 20
+    open_s: float = 15.0
+    abort_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """One worker's settings.
 
@@ -40,7 +59,7 @@ class WorkerConfig:
     while they are read (None: of none).
     `port` 0 lets the system choose; `metrics_port` None serves no metrics. The cluster token comes from the
     environment variable TANDEM_CLUSTER_TOKEN, never from here. `codec` is how KV is written on its way;
-    `codec_thresholds` is the file that oaken needs.
+    `codec_thresholds` is the file that oaken needs. `tls` encrypts what moves over tcp.
     """
 
     worker_id: WorkerId
@@ -72,4 +91,6 @@ class WorkerConfig:
     checksum: bool = True
     codec: str = "identity"
     codec_thresholds: Path | None = None
+    tls: TlsConfig | None = None
+    nccl: NcclConfig = NcclConfig()
     speculative: SpeculativeConfig | None = None

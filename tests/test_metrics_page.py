@@ -77,6 +77,7 @@ def test_worker_metrics_are_documented() -> None:
     metrics.transfers.road_taken(source, "", "shm")
     metrics.transfers.road_taken(source, "shm", "tcp")
     metrics.transfers.refused(TransferFault.DIGEST)
+    metrics.transfers.link_refused("tcp", TransferFault.TRUNCATED)
     assert _documented("Worker") == _exposed(metrics.registry)
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from benchmarks.kv import result_json
+from benchmarks.kv_codec_rates import codec_rates
 from benchmarks.kv_handoffs import HANDOFF, measured_handoffs
 from benchmarks.kv_layouts import (
     SINK_STEP,
@@ -86,6 +87,16 @@ async def test_pulls_go_between_two_processes() -> None:
         assert [pull.report.moved_bytes for pull in pulls] == [3 * 24_576] * 2
         assert all(pull.pull_s >= pull.report.move_s > 0 for pull in pulls)
     assert (len(case.memcpy_s), len(case.raw_tcp_s)) == (2, 2)
+
+
+def test_every_codec_is_told_with_what_it_saves_and_costs() -> None:
+    identity, *coded = codec_rates(rounds=1)
+    assert (identity.codec, identity.ratio, identity.max_error) == ("identity", 1.0, 0.0)
+    assert [rates.codec for rates in coded] == ["fp8", "int8", "oaken"]
+    for rates in coded:
+        assert rates.ratio == rates.encoded_bytes / rates.block_bytes < 0.3
+        assert 0 < rates.mean_error < rates.max_error < 0.5
+        assert min(rates.encode_gbps, rates.decode_gbps) > 0
 
 
 async def test_handoffs_are_made_as_a_decode_worker_makes_them() -> None:

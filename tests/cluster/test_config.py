@@ -69,6 +69,13 @@ def test_sizes_are_read_with_units() -> None:
         ("default_slo_class: fast", ["default_slo_class: 'fast' is no class; allowed: batch, interactive"]),
         ("router: {grpc_port: 70000}", ["router.grpc_port", "65535"]),
         ("redis: {url: 'http://x'}", ["redis.url", "embedded, redis://host:port/db"]),
+        ("workers: {tls: {cert: c.pem, key: k.pem}}", ["workers.tls.ca: Field required"]),
+        (
+            "workers: {transports: [shm], tls: {cert: c.pem, key: k.pem, ca: a.pem}}",
+            ["workers: tls: belongs to the transport tcp"],
+        ),
+        ("workers: {nccl: {max_communicators: 0}}", ["workers.nccl.max_communicators"]),
+        ("workers: {nccl: {staging: 1KiB}}", ["workers.nccl.staging"]),
         ("redis: {tls_ca: ca.pem}", ["redis.tls_ca: needs a redis.url that starts with rediss://"]),
         ("ray: {address: cloud}", ["ray.address", "local, auto, ray://host:port (got 'cloud')"]),
         ("ray: {address: auto}", ["redis.url", "embedded", "rediss://host:port/db"]),

@@ -7,9 +7,11 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.config_file import parse_cluster_config
 from cluster.plan import ModelFacts, router_config, worker_configs
+from kvtransfer.settings import transfer_config
 from tandem.errors import ConfigError
 from tandem.slo import SloClass
 from tandem.worker import Role
+from tandem.worker_config import TlsConfig
 
 FACTS = ModelFacts(Path("/model"), "d1", layers=2, kv_heads=1, head_dim=8, context_tokens=256)
 BLOCK_BYTES = 2 * 2 * 16 * 1 * 8 * 4
@@ -77,6 +79,20 @@ def test_settings_reach_the_workers_they_are_for() -> None:
     assert (prefill.token_budget, prefill.metrics_port, decode.metrics_port) == (99, 9100, 0)
     assert (decode.max_batch, decode.transports, decode.checksum) == (20, ("tcp",), False)
     assert (decode.lease_s, decode.park_s, decode.context_tokens) == (3.0, 4.0, 256)
+
+
+def test_bounds_of_nccl_and_files_of_tls_reach_the_transports() -> None:
+    text = """
+workers:
+  tls: {cert: /c.pem, key: /k.pem, ca: /a.pem}
+  nccl: {max_communicators: 3, staging: 8MiB, open_s: 5, abort_s: 0.5}
+"""
+    for worker in worker_configs(parse_cluster_config(text, "my.yaml"), FACTS, cores=2):
+        settings = transfer_config(worker)
+        assert settings.tls == TlsConfig(Path("/c.pem"), Path("/k.pem"), Path("/a.pem"))
+        limits = settings.communicators
+        assert (limits.max_open, limits.slot_bytes) == (3, 4 << 20)
+        assert (limits.open_s, limits.abort_s) == (5.0, 0.5)
 
 
 def test_router_is_told_the_same_context_digest_and_classes() -> None:

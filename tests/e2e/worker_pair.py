@@ -1,10 +1,11 @@
 """A prefill and a decode worker with a tiny random model in this process, and a router's hand on them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc.aio
@@ -122,15 +123,20 @@ class Pair:
 
 @asynccontextmanager
 async def worker_pair(
-    folder: Path, transport: str, *, overlap_min_tokens: int | None = None, **decode_changes: object
+    folder: Path,
+    transport: str,
+    *,
+    overlap_min_tokens: int | None = None,
+    both: Mapping[str, object] = MappingProxyType({}),
+    **decode_changes: object,
 ) -> AsyncIterator[Pair]:
-    """Both workers, attached."""
+    """Both workers, attached; `both` are settings of the two."""
     async with AsyncExitStack() as stack:
         hands = []
         prefill_changes: dict[str, object] = {"overlap_min_tokens": overlap_min_tokens}
         changes: dict[Role, dict[str, object]] = {Role.PREFILL: prefill_changes, Role.DECODE: decode_changes}
         for role, kind in ((Role.PREFILL, PrefillWorker), (Role.DECODE, DecodeWorker)):
-            config = worker_config(folder, role, transports=(transport,), **changes[role])
+            config = worker_config(folder, role, transports=(transport,), **both, **changes[role])
             worker: Worker[Any] = await stack.enter_async_context(kind.open(config, TOKEN))
             channel = await stack.enter_async_context(grpc_edge.channel(worker.record.address))
             hand = Hand(worker, worker_pb2_grpc.WorkerServiceStub(channel))

@@ -121,6 +121,15 @@ class HostStaging:
         self.address = ctypes.addressof(self._bytes)
 
 
+class HostPinned(HostStaging):
+    """See Pinned."""
+
+    @property
+    def view(self) -> memoryview:
+        """See Pinned."""
+        return memoryview(self._bytes).cast("B")
+
+
 class HostDevice:
     """See Device; free bytes go down by what staging takes."""
 
@@ -140,6 +149,10 @@ class HostDevice:
         """See Device."""
         self._free_bytes -= size_bytes
         return HostStaging(size_bytes)
+
+    def pinned(self, size_bytes: int) -> "HostPinned":
+        """See Device."""
+        return HostPinned(size_bytes)
 
     def free_bytes(self) -> int:
         """See Device."""

@@ -10,6 +10,7 @@ from kvtransfer.communicator import CommunicatorLimits
 from kvtransfer.contract import BlockRange, PeerId, PullGrant, Transfer
 from kvtransfer.nccl_sink import NcclSink
 from kvtransfer.nccl_source import NcclSource
+from tandem.errors import TransferFault
 from tandem.ids import BlockId
 from tandem.worker import Role
 from tests.kvtransfer.fake_nccl import QUICK, DevicePoolInHost, FakeNccl, Mischief, host_kit
@@ -23,7 +24,7 @@ BLOCK_BYTES = 8192
 
 @dataclass(slots=True)
 class NcclPair:
-    """Two pools of known bytes and the transports between them; `lost` are the links that the source lost."""
+    """Two pools of known bytes and the transports between them; what it told is in `lost` and `refused`."""
 
     source_pool: DevicePoolInHost
     sink_pool: DevicePoolInHost
@@ -32,6 +33,7 @@ class NcclPair:
     source_nccl: FakeNccl
     sink_nccl: FakeNccl
     lost: list[PeerId] = field(default_factory=list)
+    refused: list[TransferFault] = field(default_factory=list)
     numbers: int = 0
 
     async def connect(self, sink: PeerId = SINK) -> str:
@@ -79,7 +81,7 @@ async def nccl_pair(
     source = NcclSource(source_pool, settings, host_kit(source_nccl, limits))
     sink = NcclSink(sink_pool, settings, time.monotonic, host_kit(sink_nccl, limits))
     pair = NcclPair(source_pool, sink_pool, source, sink, source_nccl, sink_nccl)
-    await source.start(pair.lost.append)
+    await source.start(pair.lost.append, pair.refused.append)
     try:
         yield pair
     finally:

@@ -19,7 +19,7 @@ async def serve() -> None:
     """Until the process is killed."""
     pool = DevicePoolInHost(8, BLOCK_BYTES)
     source = NcclSource(pool, config("nccl"), host_kit(FakeNccl(Mischief(send_nothing=True))))
-    await source.start(lambda _peer: None)
+    await source.start(lambda _peer: None, lambda _fault: None)
     print(source.endpoint(SINK, TICKET), flush=True)
     await source.send(SINK, TRANSFER, blocks(0, 1, 2, 3), 0, BLOCK_BYTES)
 

@@ -6,10 +6,13 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+from kvtransfer.coded_sink import CodedSink
+from kvtransfer.coded_source import CodedSource
 from kvtransfer.contract import (
+    BlockMemory,
     BlockRange,
     HandoffKey,
     PullReport,
@@ -22,11 +25,13 @@ from kvtransfer.handoff import ReleaseReason
 from kvtransfer.handoff_service import HandoffServicer
 from kvtransfer.sink import HandoffSink
 from kvtransfer.source import HandoffSource
+from kvtransfer.staging import StagedMemory
 from kvtransfer.transports import sink_transports, source_transports
 from tandem import grpc_edge
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.v1.worker_pb2_grpc import add_HandoffServiceServicer_to_server
 from tandem.worker import Role, WorkerRecord
+from tests.kvtransfer.coding import Coding
 
 TOKEN = "a token"
 
@@ -95,8 +100,8 @@ class Roads:
     """What makes the pools of a pair, and the transports between them."""
 
     pool: Callable[[int, int], Pool]
-    giving: Callable[[Pool, TransferConfig], Sequence[SourceTransport]]
-    taking: Callable[[Pool, TransferConfig], Sequence[SinkTransport]]
+    giving: Callable[[BlockMemory, TransferConfig], Sequence[SourceTransport]]
+    taking: Callable[[BlockMemory, TransferConfig], Sequence[SinkTransport]]
 
 
 HOST_ROADS = Roads(
@@ -115,6 +120,12 @@ class Pair:
     sink: HandoffSink
     source_record: WorkerRecord
     released: list[tuple[HandoffKey, ReleaseReason]] = field(default_factory=list)
+    coding: Coding | None = None
+
+    def expected(self, given: Sequence[BlockId]) -> list[bytes]:
+        """What the sink must hold of blocks of the source: them, or what the codec leaves of them."""
+        held = self.source_pool.read(given)
+        return held if self.coding is None else self.coding.through(held)
 
     async def pull(
         self, name: HandoffKey, wanted: BlockRange, targets: Sequence[BlockId], remaining_s: float = 20.0
@@ -136,7 +147,7 @@ async def eventually(condition: Callable[[], bool], within_s: float) -> None:
 
 @asynccontextmanager
 async def served_source(
-    pool: Pool,
+    pool: BlockMemory,
     settings: TransferConfig,
     released: list[tuple[HandoffKey, ReleaseReason]],
     transports: Sequence[SourceTransport] | None = None,
@@ -144,8 +155,10 @@ async def served_source(
 ) -> AsyncIterator[tuple[HandoffSource, WorkerRecord]]:
     """A source behind a gRPC server on the host of its data connections."""
     me = record("prefill-0", Role.PREFILL)
-    source = HandoffSource(
-        *(me, pool, settings, time.monotonic, lambda *end: released.append(end), transports, observer)
+    rest = (settings, time.monotonic, lambda *end: released.append(end), transports, observer)
+    source: HandoffSource
+    source = (
+        CodedSource(me, pool, *rest) if isinstance(pool, StagedMemory) else HandoffSource(me, pool, *rest)
     )
     await source.start()
     server = grpc_edge.server(TOKEN)
@@ -164,33 +177,41 @@ async def connected_pair(
     settings: TransferConfig,
     num_blocks: int = 32,
     block_bytes: int = 8192,
-    wrap_sink: Callable[[SinkTransport, Pool], SinkTransport] | None = None,
+    wrap_sink: Callable[[SinkTransport, BlockMemory], SinkTransport] | None = None,
     wrap_source: Callable[[SourceTransport], SourceTransport] | None = None,
     sink_settings: TransferConfig | None = None,
     sink_digest: str = "d",
     observer: TransferObserver | None = None,
     roads: Roads = HOST_ROADS,
+    coding: Coding | None = None,
 ) -> AsyncIterator[Pair]:
-    """A source and a sink over real sockets, closed at the end, sink first."""
+    """A source and a sink over real sockets, closed at the end, sink first.
+
+    With `coding` blocks move encoded: transports and what wraps them see the encoded pools.
+    """
     source_pool, sink_pool = roads.pool(num_blocks, block_bytes), roads.pool(num_blocks, block_bytes)
-    source_pool.fill(1)
-    sink_pool.fill(2)
-    giving = roads.giving(source_pool, settings)
-    taking = roads.taking(sink_pool, sink_settings or settings)
-    if wrap_source is not None:
-        giving = tuple(wrap_source(transport) for transport in giving)
-    if wrap_sink is not None:
-        taking = tuple(wrap_sink(transport, sink_pool) for transport in taking)
-    released: list[tuple[HandoffKey, ReleaseReason]] = []
-    async with served_source(source_pool, settings, released, giving, observer) as (source, source_record):
-        me = record("decode-0", Role.DECODE, digest=sink_digest)
-        sink = HandoffSink(
-            *(me, sink_pool, sink_settings or settings, time.monotonic, TOKEN, taking, observer)
-        )
-        try:
-            yield Pair(source_pool, sink_pool, source, sink, source_record, released)
-        finally:
-            await sink.close()
+    for seed, pool in enumerate((source_pool, sink_pool), start=1):
+        pool.fill(seed) if coding is None else coding.fill(pool, seed)
+    with ExitStack() as stack:
+        of, to = [
+            pool if coding is None else stack.enter_context(coding.staged(pool))
+            for pool in (source_pool, sink_pool)
+        ]
+        giving = roads.giving(of, settings)
+        taking = roads.taking(to, sink_settings or settings)
+        if wrap_source is not None:
+            giving = tuple(wrap_source(transport) for transport in giving)
+        if wrap_sink is not None:
+            taking = tuple(wrap_sink(transport, to) for transport in taking)
+        released: list[tuple[HandoffKey, ReleaseReason]] = []
+        async with served_source(of, settings, released, giving, observer) as (source, source_record):
+            me = record("decode-0", Role.DECODE, digest=sink_digest)
+            rest = (sink_settings or settings, time.monotonic, TOKEN, taking, observer)
+            made = CodedSink(me, to, *rest) if isinstance(to, StagedMemory) else HandoffSink(me, to, *rest)
+            try:
+                yield Pair(source_pool, sink_pool, source, made, source_record, released, coding)
+            finally:
+                await made.close()
     source_pool.close()
     sink_pool.close()
 

@@ -91,7 +91,7 @@ async def ipc_pair() -> AsyncIterator[IpcPair]:
     kit = IpcKit(lambda _index: HostDevice(), lambda _index: sharing)
     source = CudaIpcSource(source_pool, config("cuda_ipc"), kit)
     sink = CudaIpcSink(sink_pool, config("cuda_ipc"), time.monotonic, kit)
-    await source.start(lost.append)
+    await source.start(lost.append, lambda _fault: None)
     try:
         yield IpcPair(source_pool, sink_pool, source, sink, sharing, lost)
     finally:
@@ -231,10 +231,10 @@ class TestAbsence:
         host, device = Pool(2, BLOCK_BYTES), DevicePoolInHost(2, BLOCK_BYTES)
         kit = IpcKit(lambda _index: HostDevice(), lambda _index: HostSharing(refuses=True))
         with pytest.raises(OSError, match="not on a GPU"):
-            await CudaIpcSource(host, config("cuda_ipc"), kit).start(lambda _peer: None)
+            await CudaIpcSource(host, config("cuda_ipc"), kit).start(lambda _peer: None, lambda _fault: None)
         refused = CudaIpcSource(device, config("cuda_ipc"), kit)
         with pytest.raises(OSError, match="cannot be shared"):
-            await refused.start(lambda _peer: None)
+            await refused.start(lambda _peer: None, lambda _fault: None)
         assert refused.endpoint(SINK, TICKET) is None
         host.close()
         device.close()

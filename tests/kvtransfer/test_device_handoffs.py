@@ -17,8 +17,14 @@ from kvtransfer.tcp_source import TcpSource
 from tandem.errors import TransferError
 from tandem.worker import Role
 from tests.kvtransfer.device_roads import Makers, checksums_in_host, ipc_makers, nccl_makers
-from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl
+from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, HostDevice
 from tests.kvtransfer.pair import TOKEN, Pair, Pool, blocks, config, key, record, served_source
+
+
+def opened(_index: int) -> HostDevice:
+    """The device of every pool here."""
+    return HostDevice()
+
 
 GIVEN, TARGETS = blocks(7, 8, 9, 3, 30, 0), blocks(1, 2, 3, 20, 5, 11)
 
@@ -35,8 +41,8 @@ async def device_pair(makers: Makers, settings: TransferConfig) -> AsyncIterator
     source_pool, sink_pool = DevicePoolInHost(32, 8192), DevicePoolInHost(32, 8192)
     source_pool.fill(1)
     sink_pool.fill(2)
-    giving = (makers[0](source_pool, settings), TcpSource(source_pool, settings))
-    taking = (makers[1](sink_pool, settings), TcpSink(sink_pool, settings, time.monotonic))
+    giving = (makers[0](source_pool, settings), TcpSource(source_pool, settings, opened))
+    taking = (makers[1](sink_pool, settings), TcpSink(sink_pool, settings, time.monotonic, opened))
     released: list[object] = []
     async with served_source(source_pool, settings, released, giving) as (source, at):  # type: ignore[arg-type]
         me = record("decode-0", Role.DECODE)

@@ -8,11 +8,12 @@ import time
 
 import pytest
 
-from kvtransfer.contract import BlockRange, KvReady, SinkTransport, SourceTransport
+from kvtransfer.contract import BlockMemory, BlockRange, KvReady, SinkTransport, SourceTransport
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
 from tandem.errors import TransferError
 from tandem.ids import BlockId
-from tests.kvtransfer.pair import Pair, Pool, config, connected_pair, key
+from tests.kvtransfer.coding import Coding, coding
+from tests.kvtransfer.pair import Pair, config, connected_pair, key
 
 NUM_BLOCKS = 48
 BLOCK_BYTES = 16 * 1024
@@ -33,6 +34,8 @@ WEIGHTS = {
     Fault.REORDER: 1.0,
     Fault.DISCONNECT: 1.0,
 }
+CODECS = ("fp8", "int8", "oaken")
+CODED_EVERY = 5
 SCHEDULES = 2000
 TOGETHER = 10
 """Schedules in one event loop: most of one's time is waiting."""
@@ -55,7 +58,7 @@ async def hand_over(pair: Pair, leg: str, given: list[BlockId], targets: list[Bl
         return False
     finally:
         assert time.monotonic() - began_s < PULL_S + LATE_S
-    assert pair.sink_pool.read(targets) == pair.source_pool.read(given)
+    assert pair.sink_pool.read(targets) == pair.expected(given)
     return True
 
 
@@ -92,11 +95,17 @@ async def run_schedule(seed: int) -> None:
         raise
 
 
+def coding_of(seed: int) -> Coding | None:
+    """Every fifth schedule has a codec, one after the other."""
+    turn, rest = divmod(seed, CODED_EVERY)
+    return None if rest else coding(CODECS[turn % len(CODECS)], BLOCK_BYTES)
+
+
 async def hand_over_all(seed: int) -> None:
     """Twenty hand-offs over transports that fail by the seed, and what must hold after them."""
     chance = random.Random(seed)
 
-    def wrap_sink(inner: SinkTransport, pool: Pool) -> SinkTransport:
+    def wrap_sink(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
         return FaultySink(inner, pool, FaultSchedule(chance.randrange(1 << 30), WEIGHTS, delay_s=0.01))
 
     def wrap_source(inner: SourceTransport) -> SourceTransport:
@@ -105,7 +114,9 @@ async def hand_over_all(seed: int) -> None:
     names = chance.choice((("shm", "tcp"), ("tcp", "shm"), ("shm",), ("tcp",)))
     times = {"lease_s": 0.3, "connect_timeout_s": 0.3, "fence_margin_s": 0.05, "regrasp_s": 0.1}
     settings = config(*names, **times, stall_s=0.1, backoff_s=0.02)
-    async with connected_pair(settings, NUM_BLOCKS, BLOCK_BYTES, wrap_sink, wrap_source) as pair:
+    async with connected_pair(
+        settings, NUM_BLOCKS, BLOCK_BYTES, wrap_sink, wrap_source, coding=coding_of(seed)
+    ) as pair:
         order = [BlockId(block) for block in range(NUM_BLOCKS)]
         chance.shuffle(order)
         guard = [BlockId(block) for block in range(8 * AT_ONCE, NUM_BLOCKS)]
@@ -127,7 +138,7 @@ async def hand_over_all(seed: int) -> None:
 
 async def test_pairs_leave_no_descriptor_and_no_thread() -> None:
     async def once() -> None:
-        def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
             return FaultySink(inner, pool, FaultSchedule(3, {Fault.NONE: 1.0, Fault.DISCONNECT: 1.0}))
 
         async with connected_pair(config("shm", "tcp"), NUM_BLOCKS, 4096, wrap) as pair:

@@ -64,6 +64,12 @@ async def test_real_nccl_brings_the_right_bytes_between_two_processes_on_one_dev
     assert {report.transport for report in reports} == {"nccl"}
 
 
+async def test_tcp_brings_the_right_bytes_through_pinned_memory() -> None:
+    reports, equal = await gpu_transfers.pulls(("tcp", 64, 737_280), rounds=2)
+    assert equal
+    assert {report.transport for report in reports} == {"tcp"}
+
+
 async def test_killed_peers_free_the_other_side() -> None:
     pytest.importorskip("cupy")
     for figure in await gpu_transfers.sigkill():

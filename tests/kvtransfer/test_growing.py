@@ -1,6 +1,7 @@
 """Hand-offs that begin while their prefill runs: pieces over real transports, as they get ready."""
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import kvtransfer.handoff_client
 import kvtransfer.source
 from kvtransfer.checksums import XXH3
 from kvtransfer.contract import (
+    BlockMemory,
     BlockRange,
     KvReady,
     OnLanded,
@@ -24,12 +26,12 @@ from kvtransfer.contract import (
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
 from kvtransfer.handoff import HandoffState, ReleaseReason
 from kvtransfer.handoff_wire import grant_from_wire
-from kvtransfer.offers import PullAsk
+from kvtransfer.offers import PullAnswer, PullAsk
 from kvtransfer.pairing import Introduction
 from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation, WorkerId
 from tandem.v1.worker_pb2 import PullResponse
-from tests.kvtransfer.pair import Pair, Pool, blocks, config, connected_pair, eventually, key, outcome_of
+from tests.kvtransfer.pair import Pair, blocks, config, connected_pair, eventually, key, outcome_of
 
 MIB = 1 << 20
 LAYERS = 4
@@ -49,7 +51,7 @@ def transport(request: pytest.FixtureRequest) -> str:
 class BreakingSink(FaultySink):
     """Lets so many transfers pass, then breaks every one; `grants` are those that passed."""
 
-    def __init__(self, inner: SinkTransport, pool: Pool, passing: int) -> None:
+    def __init__(self, inner: SinkTransport, pool: BlockMemory, passing: int) -> None:
         super().__init__(inner, pool, FaultSchedule(1, {Fault.NONE: 1.0}))
         self.passing = passing
         self.grants: list[PullGrant] = []
@@ -68,7 +70,7 @@ class BreakingSink(FaultySink):
         return await super().receive(source, grant, target, on_landed)
 
 
-def prefill(pool: Pool, ready: KvReady, seed: int) -> None:
+def prefill(pool: BlockMemory, ready: KvReady, seed: int) -> None:
     """Writes what a state of the offer promises; the rest of its blocks stays noise of another seed."""
     leg = random.Random(seed).randbytes(len(GIVEN) * pool.block_bytes)
     for index, block in enumerate(GIVEN):
@@ -93,7 +95,7 @@ async def grow(pair: Pair, leg: str, ready: KvReady, pieces: Callable[[], int], 
 async def test_pieces_land_while_the_prefill_runs(transport: str) -> None:
     passing: list[BreakingSink] = []
 
-    def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+    def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
         passing.append(BreakingSink(inner, pool, 99))
         return passing[0]
 
@@ -116,12 +118,25 @@ async def test_pieces_land_while_the_prefill_runs(transport: str) -> None:
         assert pair.released == [(key("a"), ReleaseReason.COMMITTED)]
 
 
-async def test_growing_offer_outlives_lease_and_park_time_while_a_sink_waits(transport: str) -> None:
-    settings = config(transport, lease_s=0.6, park_s=0.2)
+async def test_growing_offer_outlives_lease_and_park_time_while_a_sink_waits(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source's clock is put forward with every question of the sink, twice as far as it parks offers."""
+    monkeypatch.setattr("kvtransfer.pulling.WAIT_S", 0.01)
+    settings = config(transport, lease_s=3.0, park_s=1.0)
     async with connected_pair(settings, 8, MIB) as pair:
+        asked: list[PullAsk] = []
+        answer = pair.source.pull
+
+        async def later(ask: PullAsk) -> PullAnswer:
+            asked.append(ask)
+            return await answer(ask)
+
+        monkeypatch.setattr(pair.source, "pull", later)
+        monkeypatch.setattr(pair.source, "_clock", lambda: time.monotonic() + 2.0 * len(asked))
         pair.source.offer(key("a"), GIVEN, KvReady(0, 0))
         pulling = pull(pair, "a")
-        await asyncio.sleep(1.5)
+        await eventually(lambda: len(asked) >= 6, within_s=10.0)
         assert not pulling.done()
         prefill(pair.source_pool, ALL, 9)
         pair.source.advance(key("a"), ALL)
@@ -249,7 +264,7 @@ class TestFallbackInTheMiddle:
     async def test_pieces_that_landed_are_not_moved_again(self) -> None:
         sinks: dict[str, BreakingSink] = {}
 
-        def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
             sinks[inner.name] = BreakingSink(inner, pool, 2 if inner.name == "shm" else 99)
             return sinks[inner.name]
 
@@ -266,7 +281,7 @@ class TestFallbackInTheMiddle:
             assert sum(grant.length_bytes for grant in (*shm, *tcp)) == len(GIVEN) * MIB
 
     async def test_wrong_bytes_are_found_at_the_commit_and_moved_by_the_next(self) -> None:
-        def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
             weight = {Fault.CORRUPT: 1.0} if inner.name == "shm" else {Fault.NONE: 1.0}
             return FaultySink(inner, pool, FaultSchedule(1, weight))
 
@@ -282,7 +297,7 @@ class TestFallbackInTheMiddle:
     async def test_silent_transport_is_replaced_within_2_s_and_comes_back(self) -> None:
         silent = FaultSchedule(1, {Fault.DROP: 1.0})
 
-        def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
             return FaultySink(inner, pool, silent) if inner.name == "shm" else inner
 
         settings = config("shm", "tcp", backoff_s=0.3)
@@ -295,6 +310,9 @@ class TestFallbackInTheMiddle:
                 assert time.monotonic() - began_s < 2.5, "each pull waited for the silent transport anew"
             assert len(silent.drawn) == 1
             silent.weights = {Fault.NONE: 1.0}
-            await asyncio.sleep(0.3)
-            pair.source.offer(key("c"), GIVEN)
-            assert (await pair.pull(key("c"), BlockRange(0, len(GIVEN)), TARGETS)).transport == "shm"
+            async with asyncio.timeout(10.0):
+                for number in itertools.count():
+                    pair.source.offer(key(f"c-{number}"), GIVEN)
+                    report = await pair.pull(key(f"c-{number}"), BlockRange(0, len(GIVEN)), TARGETS)
+                    if report.transport == "shm":
+                        break

@@ -198,7 +198,7 @@ class TestFailures:
             await pair.connect()
             transfer = Transfer(key("a"), 7, BlockRange(0, 1))
             sending = asyncio.create_task(pair.source.send(SINK, transfer, blocks(1), 0, BLOCK_BYTES))
-            await asyncio.sleep(0.02)
+            await eventually(lambda: bool(pair.source._box._posts), within_s=2)
             sending.cancel()
             await asyncio.wait((sending,))
             grant = PullGrant(transfer, blocks(1), 0, BLOCK_BYTES, BLOCK_BYTES, time.monotonic() + 5)
@@ -305,7 +305,8 @@ class TestEpochs:
             assert pair.source.endpoint(SINK, TICKET) != old
             with pytest.raises(TransferError) as caught:
                 await pair.sink.connect(SOURCE, old, TICKET, BLOCK_BYTES)
-            assert caught.value.fault is TransferFault.REFUSED
+            assert caught.value.fault is TransferFault.STALE_EPOCH
+            assert pair.refused == [TransferFault.STALE_EPOCH]
             assert pair.sink_nccl.made == []
 
     async def test_wrong_ticket_opens_nothing(self) -> None:
@@ -358,7 +359,7 @@ class TestAbsence:
         pool = Pool(4, BLOCK_BYTES)
         source = NcclSource(pool, config("nccl"), host_kit(FakeNccl()))
         with pytest.raises(OSError, match="The KV pool is not on a GPU"):
-            await source.start(lambda _peer: None)
+            await source.start(lambda _peer: None, lambda _fault: None)
         assert source.endpoint(SINK, TICKET) is None
         pool.close()
 

@@ -6,11 +6,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from engine.transfer_metrics import TransferMetrics
-from kvtransfer.contract import BlockRange, PeerId, SinkTransport, TransferObserver
+from kvtransfer.contract import BlockMemory, BlockRange, PeerId, SinkTransport, TransferObserver
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import Incarnation, WorkerId
-from tests.kvtransfer.pair import Pool, blocks, config, connected_pair, key
+from tests.kvtransfer.pair import blocks, config, connected_pair, key
 
 
 @dataclass(slots=True)
@@ -21,6 +21,7 @@ class Heard:
     failures: list[tuple[str, TransferFault]] = field(default_factory=list)
     roads: list[tuple[str, str]] = field(default_factory=list)
     refusals: list[TransferFault] = field(default_factory=list)
+    link_refusals: list[tuple[str, TransferFault]] = field(default_factory=list)
 
     def transferred(self, transport: str) -> None:
         self.landed.append(transport)
@@ -34,12 +35,15 @@ class Heard:
     def refused(self, fault: TransferFault) -> None:
         self.refusals.append(fault)
 
+    def link_refused(self, transport: str, fault: TransferFault) -> None:
+        self.link_refusals.append((transport, fault))
+
 
 async def test_fallback_and_return_are_heard() -> None:
     heard = Heard()
     schedule = FaultSchedule(1, {Fault.DISCONNECT: 1.0})
 
-    def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+    def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
         return FaultySink(inner, pool, schedule) if inner.name == "shm" else inner
 
     settings = config("shm", "tcp", backoff_s=0.0)

@@ -6,13 +6,21 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from kvtransfer.contract import BlockRange, OnLanded, PeerId, PullGrant, SinkTransport, SourceTransport
+from kvtransfer.contract import (
+    BlockMemory,
+    BlockRange,
+    OnLanded,
+    PeerId,
+    PullGrant,
+    SinkTransport,
+    SourceTransport,
+)
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.tcp_sink import TcpSink
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation
-from tests.kvtransfer.pair import Pair, Pool, blocks, config, connected_pair, eventually, key, outcome_of
+from tests.kvtransfer.pair import Pair, blocks, config, connected_pair, eventually, key, outcome_of
 
 
 class _SlowToStop:
@@ -180,7 +188,7 @@ class TestFallback:
     """From one transport to the next."""
 
     async def test_next_transport_serves_when_the_first_fails(self) -> None:
-        def wrap(inner: SinkTransport, pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
             broken = FaultSchedule(1, {Fault.DISCONNECT: 1.0})
             return FaultySink(inner, pool, broken) if inner.name == "shm" else inner
 
@@ -195,7 +203,7 @@ class TestFallback:
     async def test_pull_that_is_cancelled_while_a_stalled_transfer_ends_takes_no_other_road(self) -> None:
         made: list[_SlowToStop] = []
 
-        def wrap(inner: SinkTransport, _pool: Pool) -> SinkTransport:
+        def wrap(inner: SinkTransport, _pool: BlockMemory) -> SinkTransport:
             if inner.name != "shm":
                 return inner
             made.append(_SlowToStop(inner))

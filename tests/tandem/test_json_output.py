@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.forecast_report import Compared, Figures, forecast_json
 from benchmarks.kv import result_json
+from benchmarks.kv_codec_rates import codec_rates
 from benchmarks.kv_layouts import SMALL_BLOCKS, Layout, Placement
 from benchmarks.kv_times import AdoptionTimes, CaseTimes, HandoffTimes, OverlapFigures, Road, Timed
 from benchmarks.latency_summary import Outcome, OutcomeKind, Spread, TokenArrival, summarise
@@ -101,7 +102,7 @@ def kv() -> dict[str, Any]:
     adoption = AdoptionTimes(1, 65_536, (0.001,), (0.001,), (0.001,), (0.001,))
     overlap = OverlapFigures(1200, 125e6, 55_296_000, 3, 0.442, 2.0, 2.1, 0.480, 0.012, 0.025)
     handoffs = HandoffTimes(layout, 2, case.roads)
-    return result_json([case], 1, handoffs, [adoption], overlap)
+    return result_json([case], 1, handoffs, [adoption], overlap, codec_rates(1))
 
 
 def forecast() -> dict[str, Any]:
