@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field, model_validator
 
 from cluster.config_section import MOST_REPLICAS, Port, Section
+from cluster.core_shares import cores_fault
 
 
 class PoolSection(Section):
@@ -59,27 +60,11 @@ class PoolSection(Section):
         "(`tandem status` shows it), null serves none.",
     )
 
-    def cores_of(self, index: int) -> tuple[int, ...]:
-        """The cores of worker `index`; empty for any."""
-        share = len(self.cores or ()) // self.replicas
-        return (self.cores or ())[index * share : (index + 1) * share]
-
     @model_validator(mode="after")
     def _cores_suffice(self) -> "PoolSection":
-        if self.cores is None:
-            return self
-        count = len(self.cores)
-        if len(set(self.cores)) < count:
-            raise ValueError("cores: names a core twice; allowed: each once")
-        if count % self.replicas:
-            raise ValueError(
-                f"cores: {count} for {self.replicas} workers; allowed: a multiple of {self.replicas}"
-            )
-        if self.threads != "auto" and self.threads > count // self.replicas:
-            raise ValueError(
-                f"threads: {self.threads} on {count // self.replicas} of the cores; "
-                f"allowed: auto, 1 to {count // self.replicas}"
-            )
+        fault = cores_fault(self.cores, self.replicas, self.threads)
+        if fault is not None:
+            raise ValueError(fault)
         return self
 
 

@@ -5,6 +5,7 @@ from pathlib import Path, PurePath
 
 from cluster.config import ClusterConfig
 from cluster.config_pools import DecodePool, PoolSection, PrefillPool
+from cluster.core_shares import cores_of
 from planner.load_window import RolePlacement
 from router.config import RouterConfig
 from tandem.errors import ConfigError
@@ -122,7 +123,7 @@ def worker_configs(config: ClusterConfig, model: ModelFacts, cores: int) -> tupl
 def _worker(
     config: ClusterConfig, model: ModelFacts, role: Role, pool: PoolSection, index: int, auto_threads: int
 ) -> WorkerConfig:
-    bind, cores = config.workers.bind_host, pool.cores_of(index)
+    bind, cores = config.workers.bind_host, cores_of(pool.cores, pool.replicas, index)
     worker = WorkerConfig(
         worker_id=WorkerId(f"{role.value}-{index}"),
         incarnation=UNBORN,

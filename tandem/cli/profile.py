@@ -10,7 +10,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser = commands.add_parser(
         "profile",
         help="measure this hardware for the planner",
-        description="Measures prefill and decode steps over a grid of sizes; takes about two minutes.",
+        description="Measures steps over a grid of sizes, and hand-offs; takes about a minute.",
     )
     parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
     parser.add_argument("--dtype", default="float32", help="as in cluster.yaml (float32)")
