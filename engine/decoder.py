@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,11 @@ from engine.attention import BatchAttention
 from engine.contract import LayerListener
 from engine.linear import Linear, onednn_for
 from engine.model_config import ModelConfig
-from engine.rope import inverse_frequencies, rotate, rotation
+from engine.rope import inverse_frequencies, rotation
+from engine.row_passes import RowPasses, TorchRows
+
+if TYPE_CHECKING:
+    from engine.native.team import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +35,25 @@ class _Layer:
 class Decoder:
     """Token ids in, logits out; K and V go through the attention given with each call."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], reorder: bool) -> None:
-        """`weights` as weights.expected_tensors names them; `reorder` as in Linear."""
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], reorder: bool, team: "Team | None" = None
+    ) -> None:
+        """`weights` as weights.expected_tensors names them; `reorder` as in Linear.
+
+        With a `team`, which takes float32 on the CPU, native loops do what they can.
+        """
         self._config = config
         if reorder and onednn_for(weights["model.embed_tokens.weight"]) is not None:
             weights = _unmapped(weights)
         self._embeddings = weights["model.embed_tokens.weight"]
         self._dtype = self._embeddings.dtype
-        self._epsilon = torch.tensor(config.norm_eps, device=self._embeddings.device)
+        self._rows = _row_passes(config, self._embeddings.device, team)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self._embeddings.device)
-        self._layers = tuple(_layer(config, weights, index, reorder) for index in range(config.layers))
-        self._norm = weights["model.norm.weight"]
+        self._layers = tuple(_layer(config, weights, index, reorder, team) for index in range(config.layers))
+        following = [layer.input_norm for layer in self._layers[1:]]
+        self._norms_after = (*following, weights["model.norm.weight"])
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-        self._head = Linear(weights[head], None, reorder)
+        self._head = Linear(weights[head], None, reorder, team)
 
     def forward(
         self,
@@ -71,19 +82,21 @@ class Decoder:
         """Feeds a flat batch as `forward` does; returns the normed last hidden states [rows, hidden]."""
         hidden = self.embed(token_ids)  # [tokens, hidden]
         cosine, sine = rotation(positions, self._frequencies, self._dtype)
-        last = len(self._layers) - 1
+        passes = self._rows
+        normed = passes.normed(hidden, self._layers[0].input_norm)
         for index, layer in enumerate(self._layers):
-            attended = self._attend(index, layer, hidden, cosine, sine, attention)
+            attended = self._attend(index, layer, normed, cosine, sine, attention)
             if on_layers is not None:
                 on_layers(index + 1)
-            if index == last:
+            if index == len(self._layers) - 1:
                 # Past the last K and V only the rows that become logits matter.
                 hidden, attended = hidden[rows], attended[rows]
                 if rows.shape[0] == 0:
-                    break
-            hidden.add_(layer.output(attended))
-            hidden.add_(self._mlp(layer, hidden))
-        return self._normed(hidden, self._norm)
+                    return hidden
+            normed = passes.added(hidden, layer.output(attended), layer.mlp_norm)
+            updates = layer.down(passes.gated(layer.gate_up(normed)))
+            normed = passes.added(hidden, updates, self._norms_after[index])
+        return normed
 
     def logits(self, features: Tensor) -> Tensor:
         """Float32 logits [rows, vocabulary] of the token after each row of `features` [rows, hidden]."""
@@ -99,35 +112,31 @@ class Decoder:
         self,
         index: int,
         layer: _Layer,
-        hidden: Tensor,
+        normed: Tensor,
         cosine: Tensor,
         sine: Tensor,
         attention: BatchAttention,
     ) -> Tensor:
         """[tokens, hidden] to [tokens, heads * head_dim], before the output projection."""
         config = self._config
-        projected = layer.qkv(self._normed(hidden, layer.input_norm))
-        heads = projected.view(hidden.shape[0], -1, config.head_dim)  # [tokens, heads + 2 kv_heads, head_dim]
-        turning = config.heads + config.kv_heads
-        queries_keys, values = heads[:, :turning], heads[:, turning:]
+        heads = layer.qkv(normed).view(normed.shape[0], -1, config.head_dim)
+        turning = config.heads + config.kv_heads  # of [tokens, heads + 2 kv_heads, head_dim]
+        values = heads[:, turning:]
         if layer.qk_norms is not None:
             query_norm, key_norm = layer.qk_norms
-            queries = self._normed(queries_keys[:, : config.heads], query_norm)
-            keys = self._normed(queries_keys[:, config.heads :], key_norm)
-            queries_keys = torch.cat((queries, keys), dim=1)
-        turned = rotate(queries_keys, cosine, sine)
+            queries = self._rows.normed(heads[:, : config.heads], query_norm)
+            keys = self._rows.normed(heads[:, config.heads : turning], key_norm)
+            heads = torch.cat((queries, keys), dim=1)
+        turned = self._rows.turned(heads, turning, cosine, sine)
         return attention(index, turned[:, : config.heads], turned[:, config.heads :], values)
 
-    def _mlp(self, layer: _Layer, hidden: Tensor) -> Tensor:
-        """SwiGLU: [tokens, hidden] to [tokens, hidden]."""
-        gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-        return layer.down(F.silu(gate).mul_(up))
 
-    def _normed(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm over the last dimension; as F.rms_norm, in half as many passes."""
-        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self._epsilon, length, length, value=1 / weight.shape[0]).rsqrt_()
-        return (rows * scale).to(rows.dtype).mul_(weight)
+def _row_passes(config: ModelConfig, device: torch.device, team: "Team | None") -> RowPasses:
+    if team is None:
+        return TorchRows(config.norm_eps, device)
+    from engine.native.row_passes import NativeRows
+
+    return NativeRows(team, config.norm_eps)
 
 
 def _unmapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -136,7 +145,13 @@ def _unmapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {name: tensor.clone() if name.endswith(kept) else tensor for name, tensor in weights.items()}
 
 
-def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, reorder: bool) -> _Layer:
+def _layer(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    index: int,
+    reorder: bool,
+    team: "Team | None",
+) -> _Layer:
     prefix = f"model.layers.{index}."
 
     def linear(*names: str) -> Linear:
@@ -144,7 +159,7 @@ def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, reord
         parts = [weights[f"{prefix}{name}.weight"] for name in names]
         biases = [weights[key] for name in names if (key := f"{prefix}{name}.bias") in weights]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return Linear(weight, torch.cat(biases) if biases else None, reorder)
+        return Linear(weight, torch.cat(biases) if biases else None, reorder, team)
 
     norms = tuple(weights[f"{prefix}self_attn.{name}_norm.weight"] for name in ("q", "k") if config.qk_norm)
     return _Layer(

@@ -5,11 +5,15 @@ weights as they are stored, or reordered once: that is another 1.2 to 3 times fa
 private memory, while stored weights stay shared with the page cache and so with the machine's other workers.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from engine.native.product import PackedProduct
+    from engine.native.team import Team
 
 _REORDER_FOR_ROWS = 16
 
@@ -17,16 +21,35 @@ _REORDER_FOR_ROWS = 16
 class Linear:
     """y = x W^T + b for one weight [out, in] and optional bias [out]; x is [rows, in], y [rows, out]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, reorder: bool) -> None:
-        """`reorder` makes a private copy in oneDNN's layout; without oneDNN it has no effect."""
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, reorder: bool, team: "Team | None" = None
+    ) -> None:
+        """`reorder` makes a private copy in oneDNN's layout; without oneDNN it has no effect.
+
+        With a `team`, few rows are multiplied by a native loop over that copy where its layout is known.
+        """
         self._bias = bias
         self._onednn: Any = onednn_for(weight)
+        self._native: PackedProduct | None = None
+        self._native_rows = 0
         if self._onednn is not None and reorder:
-            weight = self._onednn._reorder_linear_weight(weight.contiguous(), _REORDER_FOR_ROWS)
+            stored = weight.contiguous()
+            weight = self._onednn._reorder_linear_weight(stored, _REORDER_FOR_ROWS)
+            if team is not None:
+                self._few_rows(team, weight, stored)
         self._weight = weight
+
+    def _few_rows(self, team: "Team", packed: Tensor, stored: Tensor) -> None:
+        from engine.native.product import MOST_ROWS, PackedProduct, lies_in_tiles
+
+        if lies_in_tiles(packed, stored):
+            self._native = PackedProduct(team, packed, (stored.shape[0], stored.shape[1]), self._bias)
+            self._native_rows = MOST_ROWS
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The product; a view or a new tensor, never aliasing the input."""
+        if self._native is not None and rows.shape[0] <= self._native_rows:
+            return self._native(rows)
         if self._onednn is None:
             return F.linear(rows, self._weight, self._bias)
         product: Tensor = self._onednn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")

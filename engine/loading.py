@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from tandem.worker_config import WorkerConfig
 
 if TYPE_CHECKING:
     from engine.cuda.accelerator import Accelerator
+    from engine.native.team import Team
+
+_log = structlog.get_logger("tandem.engine")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights and KV may be computed and kept in."""
@@ -51,6 +55,8 @@ class LoadedEngine:
     """Bound on prompt and output together: the model's, or less if the worker's settings say so."""
     drafter: RunnerDrafter | None = None
     """What guesses tokens at the end of the runner's steps."""
+    team: "Team | None" = None
+    """Threads of native loops; None where torch's operators do all."""
 
     def close(self) -> None:
         """Gives the KV pool back; idempotent."""
@@ -103,6 +109,7 @@ def load_engine(
         ),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
         drafter=computing.drafter,
+        team=computing.team,
     )
 
 
@@ -122,17 +129,31 @@ def _on_cpu(
         raise ConfigError("pool_blocks 0 (what fits) needs a GPU; name a number of blocks for the CPU.")
     dtype, device = DTYPES[config.dtype], torch.device("cpu")
     stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
+    team = _native_team(dtype, config.threads)
     with torch.inference_mode():
-        decoder = Decoder(model, weights, reorder=stored_bytes <= _REORDER_LIMIT_BYTES)
+        decoder = Decoder(model, weights, stored_bytes <= _REORDER_LIMIT_BYTES, team)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
     cache = KvCache(model, config.pool_blocks, config.block_size, dtype, device)
     runner = TorchStepRunner(
         decoder,
         cache,
-        CpuAttention(cache, model),
+        CpuAttention(cache, model, team),
         sampler or drafting.sampler,
         device,
         config.threads,
         drafting.drafter,
     )
-    return Computing(runner, cache, config.pool_blocks, drafting.drafter)
+    return Computing(runner, cache, config.pool_blocks, drafting.drafter, team)
+
+
+def _native_team(dtype: torch.dtype, threads: int) -> "Team | None":
+    """Threads for native loops, where these can do this dtype's work."""
+    if dtype != torch.float32:
+        _log.info("native loops are not used", reason=f"they compute in float32, not {dtype}")
+        return None
+    from engine.native.team import team_of_torch
+
+    team = team_of_torch(threads)
+    if team is None:
+        _log.info("native loops are not used", reason="torch's threads are not an OpenMP runtime's with GOMP")
+    return team

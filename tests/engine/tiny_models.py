@@ -14,6 +14,7 @@ from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig, read_model_config
+from engine.native.team import team_of_torch
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan
 from engine.torch_runner import TorchStepRunner
 from engine.weights import read_weights
@@ -121,14 +122,18 @@ def open_engine(
     block_size: int = 4,
     dtype: torch.dtype = torch.float32,
     reorder: bool = True,
+    native: bool = True,
 ) -> Iterator[Engine]:
-    """An Engine over a folder, on one thread."""
+    """An Engine over a folder, on one thread; `native` loops, on two, where they can do the dtype."""
     device = torch.device("cpu")
     config = read_model_config(folder)
-    decoder = Decoder(config, read_weights(folder, config, dtype, device), reorder)
+    team = team_of_torch(2) if native and dtype == torch.float32 else None
+    decoder = Decoder(config, read_weights(folder, config, dtype, device), reorder, team)
     sampler = RecordingSampler()
     with KvCache(config, num_blocks, block_size, dtype, device) as cache:
-        runner = TorchStepRunner(decoder, cache, CpuAttention(cache, config), sampler, device, threads=1)
+        runner = TorchStepRunner(
+            decoder, cache, CpuAttention(cache, config, team), sampler, device, threads=1
+        )
         yield Engine(config, cache, runner, sampler)
 
 
