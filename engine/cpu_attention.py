@@ -233,6 +233,11 @@ class CpuBatchAttention:
         self._onednn = onednn
         self._native = native
 
+    @property
+    def native(self) -> NativeSpans | None:
+        """The batch's spans when the native loop takes all of them."""
+        return self._native if len(self._writes.slots) == 0 else None
+
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See BatchAttention."""
         plan = self._plans[layer]

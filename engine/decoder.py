@@ -1,6 +1,6 @@
 """Edge: one decoder for all supported families; what differs between them is data in ModelConfig."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from engine.attention import BatchAttention
 from engine.contract import LayerListener
+from engine.cpu_attention import CpuBatchAttention
 from engine.linear import Linear, onednn_for
 from engine.model_config import ModelConfig
 from engine.rope import inverse_frequencies, rotation
 from engine.row_passes import RowPasses, TorchRows
 
 if TYPE_CHECKING:
+    from engine.native.layers import NativeLayers
     from engine.native.team import Team
 
 
@@ -52,6 +54,7 @@ class Decoder:
         self._layers = tuple(_layer(config, weights, index, reorder, team) for index in range(config.layers))
         following = [layer.input_norm for layer in self._layers[1:]]
         self._norms_after = (*following, weights["model.norm.weight"])
+        self._native = None if team is None else _native_layers(team, config, self._layers, self._norms_after)
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
         self._head = Linear(weights[head], None, reorder, team)
 
@@ -82,6 +85,10 @@ class Decoder:
         """Feeds a flat batch as `forward` does; returns the normed last hidden states [rows, hidden]."""
         hidden = self.embed(token_ids)  # [tokens, hidden]
         cosine, sine = rotation(positions, self._frequencies, self._dtype)
+        native = attention.native if isinstance(attention, CpuBatchAttention) else None
+        if native is not None and self._native is not None and self._native.takes(hidden.shape[0]):
+            turns = (cosine, sine)
+            return self._native.features(hidden, turns, native.attention, native.spans, on_layers)[rows]
         passes = self._rows
         normed = passes.normed(hidden, self._layers[0].input_norm)
         for index, layer in enumerate(self._layers):
@@ -137,6 +144,23 @@ def _row_passes(config: ModelConfig, device: torch.device, team: "Team | None") 
     from engine.native.row_passes import NativeRows
 
     return NativeRows(team, config.norm_eps)
+
+
+def _native_layers(
+    team: "Team", config: ModelConfig, layers: Sequence[_Layer], norms_after: Sequence[Tensor]
+) -> "NativeLayers | None":
+    """None where a product or a norm of a head is left to torch."""
+    from engine.native.layers import LayerWeights, NativeLayers
+
+    weights = []
+    for layer, norm_after in zip(layers, norms_after, strict=True):
+        qkv, output, gate_up, down = (
+            linear.native for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        )
+        if qkv is None or output is None or gate_up is None or down is None or layer.qk_norms is not None:
+            return None
+        weights.append(LayerWeights(qkv, output, layer.mlp_norm, gate_up, down, norm_after))
+    return NativeLayers(team, config, layers[0].input_norm, weights)
 
 
 def _unmapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

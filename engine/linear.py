@@ -39,6 +39,11 @@ class Linear:
                 self._few_rows(team, weight, stored)
         self._weight = weight
 
+    @property
+    def native(self) -> "PackedProduct | None":
+        """What multiplies few rows, when a native loop does."""
+        return self._native
+
     def _few_rows(self, team: "Team", packed: Tensor, stored: Tensor) -> None:
         from engine.native.product import MOST_ROWS, PackedProduct, lies_in_tiles
 

@@ -36,6 +36,11 @@ class ShortSpans:
     addresses: tuple[int, int, int]
     """Of the three arrays."""
 
+    @property
+    def shares(self) -> int:
+        """Parts that the work is cut into."""
+        return len(self.bounds) - 1
+
 
 class NativeAttention:
     """Writes and attends short spans of a float32 pool in host memory."""
@@ -100,9 +105,14 @@ class NativeAttention:
 
         The rest as BatchAttention's; the heads of a token are contiguous in each tensor.
         """
-        shares = len(spans.bounds) - 1
-        run = self._attend.alone if shares == 1 else self._attend
-        run(
+        run = self._attend.alone if spans.shares == 1 else self._attend
+        run(*self.arguments(spans, layer, queries, keys, values, out))
+
+    def arguments(
+        self, spans: ShortSpans, layer: int, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    ) -> tuple[int, ...]:
+        """The kernel's, for `run`'s."""
+        return (
             queries.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
@@ -125,5 +135,16 @@ class NativeAttention:
             self._scratch.data_ptr(),
             spans.width,
             spans.addresses[2],
-            shares,
+            spans.shares,
         )
+
+    def span_arguments(self, spans: ShortSpans) -> dict[int, int]:
+        """Those of `arguments`, by place, that change from step to step."""
+        return {
+            16: spans.addresses[0],
+            17: spans.addresses[1],
+            19: self._scratch.data_ptr(),
+            20: spans.width,
+            21: spans.addresses[2],
+            22: spans.shares,
+        }

@@ -30,18 +30,22 @@ class PackedProduct:
             rows = rows.contiguous()
         count = rows.shape[0]
         out = rows.new_empty((count, self._outputs))
-        self._product(
+        self._product(*self.arguments(rows, out))
+        return out
+
+    def arguments(self, rows: Tensor, out: Tensor) -> tuple[int, ...]:
+        """The kernel's: rows [count, in] and out [count, out], whose last dimensions are dense."""
+        return (
             rows.data_ptr(),
             rows.stride(0),
             self._weight_address,
             self._inputs,
             out.data_ptr(),
-            self._outputs,
-            count,
+            out.stride(0),
+            rows.shape[0],
             self._outputs // TILE,
             self._bias_address,
         )
-        return out
 
 
 def lies_in_tiles(packed: Tensor, weight: Tensor) -> bool:

@@ -25,7 +25,7 @@ from numba import types
 from engine.cache_folder import cache_folder
 from engine.native.kernels import arithmetic
 
-_SYMBOLS: Final = ("omp_get_thread_num", "omp_get_num_threads")
+_SYMBOLS: Final = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 _KERNELS: Final = Path(arithmetic.__file__).parent
 
 _log = structlog.get_logger("tandem.engine")
