@@ -15,6 +15,8 @@ def read_model_facts(
     block_size: int,
     codec: str = "identity",
     codec_thresholds: Path | None = None,
+    *,
+    weights_dtype: str | None = None,
 ) -> ModelFacts:
     """Facts from config.json. Raises ModelError that names file and key."""
     path = folder / "config.json"
@@ -27,7 +29,9 @@ def read_model_facts(
     kv_heads = document.get("num_key_value_heads") or heads
     return ModelFacts(
         folder=folder,
-        digest=compatibility_digest(folder, dtype, block_size, codec, codec_thresholds),
+        digest=compatibility_digest(
+            folder, dtype, block_size, codec, codec_thresholds, weights_dtype=weights_dtype
+        ),
         layers=_positive(document, "num_hidden_layers", path),
         kv_heads=int(kv_heads),
         head_dim=int(head_dim),

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.attention import BatchAttention
 from engine.contract import LayerListener
 from engine.cpu_attention import CpuBatchAttention
-from engine.linear import Linear, onednn_for
+from engine.linear import MakeProduct, Product
 from engine.model_config import ModelConfig
 from engine.rope import inverse_frequencies, rotation
 from engine.row_passes import RowPasses, TorchRows
@@ -26,37 +26,41 @@ class _Layer:
     """One layer's weights; norms are [hidden] or, for q and k, [head_dim]."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Product
     qk_norms: tuple[Tensor, Tensor] | None
-    output: Linear
+    output: Product
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Product
+    down: Product
 
 
 class Decoder:
     """Token ids in, logits out; K and V go through the attention given with each call."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], reorder: bool, team: "Team | None" = None
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        product: MakeProduct,
+        team: "Team | None" = None,
     ) -> None:
-        """`weights` as weights.expected_tensors names them; `reorder` as in Linear.
+        """`weights` as weights.expected_tensors names them; `product` makes what multiplies by them.
 
         With a `team`, which takes float32 on the CPU, native loops do what they can.
         """
+        if team is not None:
+            product = _with_few_rows(product, team)
         self._config = config
-        if reorder and onednn_for(weights["model.embed_tokens.weight"]) is not None:
-            weights = _unmapped(weights)
         self._embeddings = weights["model.embed_tokens.weight"]
         self._dtype = self._embeddings.dtype
         self._rows = _row_passes(config, self._embeddings.device, team)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self._embeddings.device)
-        self._layers = tuple(_layer(config, weights, index, reorder, team) for index in range(config.layers))
+        self._layers = tuple(_layer(config, weights, index, product) for index in range(config.layers))
         following = [layer.input_norm for layer in self._layers[1:]]
         self._norms_after = (*following, weights["model.norm.weight"])
         self._native = None if team is None else _native_layers(team, config, self._layers, self._norms_after)
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-        self._head = Linear(weights[head], None, reorder, team)
+        self._head = product(weights[head], None)
 
     def forward(
         self,
@@ -146,16 +150,23 @@ def _row_passes(config: ModelConfig, device: torch.device, team: "Team | None") 
     return NativeRows(team, config.norm_eps)
 
 
+def _with_few_rows(product: MakeProduct, team: "Team") -> MakeProduct:
+    from engine.native.product import with_few_rows
+
+    return with_few_rows(product, team)
+
+
 def _native_layers(
     team: "Team", config: ModelConfig, layers: Sequence[_Layer], norms_after: Sequence[Tensor]
 ) -> "NativeLayers | None":
     """None where a product or a norm of a head is left to torch."""
     from engine.native.layers import LayerWeights, NativeLayers
+    from engine.native.product import few_rows_of
 
     weights = []
     for layer, norm_after in zip(layers, norms_after, strict=True):
         qkv, output, gate_up, down = (
-            linear.native for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
+            few_rows_of(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)
         )
         if qkv is None or output is None or gate_up is None or down is None or layer.qk_norms is not None:
             return None
@@ -163,27 +174,15 @@ def _native_layers(
     return NativeLayers(team, config, layers[0].input_norm, weights)
 
 
-def _unmapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Copies what is used as stored, so that nothing holds the mapped file once the rest is reordered."""
-    kept = ("norm.weight", "embed_tokens.weight", ".bias")
-    return {name: tensor.clone() if name.endswith(kept) else tensor for name, tensor in weights.items()}
-
-
-def _layer(
-    config: ModelConfig,
-    weights: Mapping[str, Tensor],
-    index: int,
-    reorder: bool,
-    team: "Team | None",
-) -> _Layer:
+def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, product: MakeProduct) -> _Layer:
     prefix = f"model.layers.{index}."
 
-    def linear(*names: str) -> Linear:
+    def linear(*names: str) -> Product:
         """One product for several projections of the same input."""
         parts = [weights[f"{prefix}{name}.weight"] for name in names]
         biases = [weights[key] for name in names if (key := f"{prefix}{name}.bias") in weights]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return Linear(weight, torch.cat(biases) if biases else None, reorder, team)
+        return product(weight, torch.cat(biases) if biases else None)
 
     norms = tuple(weights[f"{prefix}self_attn.{name}_norm.weight"] for name in ("q", "k") if config.qk_norm)
     return _Layer(

@@ -1,64 +1,64 @@
-"""Edge: matrix products with a model's weights, in the layout that is fastest on the device.
+"""Edge: matrix products with a model's weights, in the layouts that were chosen for them.
 
 On an AMD EPYC (Zen 5) oneDNN beats the BLAS behind F.linear by 2 to 5 times at 2 to 512 rows. It reads
 weights as they are stored, or reordered once: that is another 1.2 to 3 times faster below 32 rows but takes
 private memory, while stored weights stay shared with the page cache and so with the machine's other workers.
 """
 
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from engine.native.product import PackedProduct
-    from engine.native.team import Team
+from engine.layouts import Bands, Layout, Way, always
 
 _REORDER_FOR_ROWS = 16
 
 
-class Linear:
-    """y = x W^T + b for one weight [out, in] and optional bias [out]; x is [rows, in], y [rows, out]."""
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, reorder: bool, team: "Team | None" = None
-    ) -> None:
-        """`reorder` makes a private copy in oneDNN's layout; without oneDNN it has no effect.
-
-        With a `team`, few rows are multiplied by a native loop over that copy where its layout is known.
-        """
-        self._bias = bias
-        self._onednn: Any = onednn_for(weight)
-        self._native: PackedProduct | None = None
-        self._native_rows = 0
-        if self._onednn is not None and reorder:
-            stored = weight.contiguous()
-            weight = self._onednn._reorder_linear_weight(stored, _REORDER_FOR_ROWS)
-            if team is not None:
-                self._few_rows(team, weight, stored)
-        self._weight = weight
-
-    @property
-    def native(self) -> "PackedProduct | None":
-        """What multiplies few rows, when a native loop does."""
-        return self._native
-
-    def _few_rows(self, team: "Team", packed: Tensor, stored: Tensor) -> None:
-        from engine.native.product import MOST_ROWS, PackedProduct, lies_in_tiles
-
-        if lies_in_tiles(packed, stored):
-            self._native = PackedProduct(team, packed, (stored.shape[0], stored.shape[1]), self._bias)
-            self._native_rows = MOST_ROWS
+class Product(Protocol):
+    """y = x W^T + b for one weight [out, in] and optional bias [out]."""
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """The product; a view or a new tensor, never aliasing the input."""
-        if self._native is not None and rows.shape[0] <= self._native_rows:
-            return self._native(rows)
-        if self._onednn is None:
-            return F.linear(rows, self._weight, self._bias)
-        product: Tensor = self._onednn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
-        return product
+        """[rows, in] to [rows, out]: a new tensor that does not alias the input."""
+        ...
+
+
+MakeProduct = Callable[[Tensor, Tensor | None], Product]
+"""From a weight [out, in] and its bias [out] to what multiplies by it."""
+
+
+class Linear:
+    """Product in float32 or bfloat16; rows pass one of several ways by their number."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, bands: Bands) -> None:
+        """The weight is kept once in each layout that the bands need: shared as it is stored, else copied."""
+        kept = {layout: _laid_out(weight, layout) for layout in {band.way.layout for band in bands}}
+        self.packed = kept.get(Layout.PACKED)
+        """oneDNN's reordered copy, where there is one."""
+        self._bounds = [band.most_rows for band in bands if band.most_rows is not None]
+        self._ways = tuple(_multiply(band.way, kept[band.way.layout], bias) for band in bands)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """See Product."""
+        return self._ways[bisect_left(self._bounds, rows.shape[0])](rows)
+
+
+def stored_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """MakeProduct that copies nothing: a mapped weight stays mapped."""
+    return Linear(weight, bias, always(Way.BLAS if onednn_for(weight) is None else Way.ONEDNN))
+
+
+def packed_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """MakeProduct with oneDNN's own layout; without oneDNN the weight stays as it is stored."""
+    return Linear(weight, bias, always(Way.BLAS if onednn_for(weight) is None else Way.PACKED))
+
+
+def possible_ways(weight: Tensor) -> tuple[Way, ...]:
+    """The ways that can multiply by this weight here."""
+    return tuple(Way) if onednn_for(weight) is not None else (Way.BLAS, Way.TRANSPOSED)
 
 
 def onednn_for(weight: Tensor) -> Any:
@@ -71,3 +71,21 @@ def onednn_for(weight: Tensor) -> Any:
     if weight.dtype == torch.bfloat16:
         return operators if operators._is_mkldnn_bf16_supported() else None
     return operators if weight.dtype == torch.float32 else None
+
+
+def _laid_out(weight: Tensor, layout: Layout) -> Tensor:
+    if layout is Layout.TRANSPOSED:
+        return weight.t().contiguous()
+    if layout is Layout.PACKED:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _REORDER_FOR_ROWS)
+        return packed
+    return weight
+
+
+def _multiply(way: Way, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if way is Way.BLAS:
+        return lambda rows: F.linear(rows, weight, bias)
+    if way is Way.TRANSPOSED:
+        return lambda rows: rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    return lambda rows: pointwise(rows, weight, bias, "none", [], "")

@@ -16,12 +16,15 @@ from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.drafting.loading import Target, load_drafting
 from engine.drafting.runner_drafter import RunnerDrafter
+from engine.int8_linear import int8_linear
 from engine.kv_cache import KvCache
+from engine.layout_choice import choose_linears
+from engine.linear import stored_linear
 from engine.model_config import ModelConfig, read_model_config
 from engine.progress import Progress
 from engine.sampler import Sampler
 from engine.torch_runner import TorchStepRunner
-from engine.weights import read_weights, weight_files
+from engine.weights import linear_shapes, read_weights, unmapped, weight_files
 from tandem.digest import compatibility_digest
 from tandem.errors import ConfigError
 from tandem.worker_config import WorkerConfig
@@ -35,8 +38,8 @@ _log = structlog.get_logger("tandem.engine")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights and KV may be computed and kept in."""
 
-_REORDER_LIMIT_BYTES = 4 * 1024**3
-"""Up to this size weights are copied into oneDNN's own layout; larger ones stay mapped and shared."""
+_COPY_LIMIT_BYTES = 4 * 1024**3
+"""Up to this size weights are copied into the fastest layouts; larger ones stay mapped and shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,11 @@ def load_engine(
     """
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype {config.dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
+    if config.weights_dtype is not None and (config.weights_dtype != "int8" or config.device != "cpu"):
+        raise ConfigError(
+            f"weights_dtype {config.weights_dtype!r} on {config.device} is not supported; "
+            "supported: int8 on cpu."
+        )
     accelerator = None if config.device == "cpu" else _accelerator(config.device)
     device = torch.device("cpu") if accelerator is None else accelerator.device
     torch.set_num_threads(config.threads)
@@ -105,7 +113,12 @@ def load_engine(
         pool_blocks=computing.pool_blocks,
         eos_ids=model.eos_ids,
         digest=compatibility_digest(
-            folder, config.dtype, config.block_size, config.codec, config.codec_thresholds
+            folder,
+            config.dtype,
+            config.block_size,
+            config.codec,
+            config.codec_thresholds,
+            weights_dtype=config.weights_dtype,
         ),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
         drafter=computing.drafter,
@@ -128,10 +141,9 @@ def _on_cpu(
     if config.pool_blocks < 1:
         raise ConfigError("pool_blocks 0 (what fits) needs a GPU; name a number of blocks for the CPU.")
     dtype, device = DTYPES[config.dtype], torch.device("cpu")
-    stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
-    team = _native_team(dtype, config.threads)
+    team = _native_team(config, dtype)
     with torch.inference_mode():
-        decoder = Decoder(model, weights, stored_bytes <= _REORDER_LIMIT_BYTES, team)
+        decoder = _decoder(config, model, weights, dtype, team)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
     cache = KvCache(model, config.pool_blocks, config.block_size, dtype, device)
     runner = TorchStepRunner(
@@ -146,14 +158,32 @@ def _on_cpu(
     return Computing(runner, cache, config.pool_blocks, drafting.drafter, team)
 
 
-def _native_team(dtype: torch.dtype, threads: int) -> "Team | None":
+def _native_team(config: WorkerConfig, dtype: torch.dtype) -> "Team | None":
     """Threads for native loops, where these can do this dtype's work."""
     if dtype != torch.float32:
         _log.info("native loops are not used", reason=f"they compute in float32, not {dtype}")
         return None
     from engine.native.team import team_of_torch
 
-    team = team_of_torch(threads)
+    team = team_of_torch(config.threads)
     if team is None:
         _log.info("native loops are not used", reason="torch's threads are not an OpenMP runtime's with GOMP")
+    else:
+        _log.info("native loops are used", threads=team.threads)
     return team
+
+
+def _decoder(
+    config: WorkerConfig,
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    team: "Team | None",
+) -> Decoder:
+    if config.weights_dtype is not None:
+        return Decoder(model, unmapped(weights), int8_linear, team)
+    stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
+    if stored_bytes > _COPY_LIMIT_BYTES:
+        return Decoder(model, weights, stored_linear, team)
+    product = choose_linears(linear_shapes(model), dtype)
+    return Decoder(model, unmapped(weights), product, team)

@@ -1,5 +1,6 @@
-"""Pure: reads three formats of request traces, recognised by their first line.
+"""Pure: reads four formats of request traces, recognised by their first line.
 
+- Azure (Azure/AzurePublicDataset, 2023 and 2024): TIMESTAMP, ContextTokens, GeneratedTokens
 - Azure (microsoft/vidur's processed form): arrived_at (s), num_prefill_tokens, num_decode_tokens
 - arXiv summarisation (microsoft/vidur): num_prefill_tokens, num_decode_tokens, ...; no arrival times
 - Mooncake: JSON lines with timestamp (ms), input_length, output_length, hash_ids (one a 512-token block)
@@ -7,8 +8,10 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any
 
@@ -31,6 +34,22 @@ class TraceRow:
     prefix_ids: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class CsvForm:
+    """The names of a form's columns; `dated` times are dates, not seconds since the trace began."""
+
+    arrived: str
+    prompt: str
+    output: str
+    dated: bool
+
+
+CSV_FORMS = (
+    CsvForm("arrived_at", "num_prefill_tokens", "num_decode_tokens", dated=False),
+    CsvForm("TIMESTAMP", "ContextTokens", "GeneratedTokens", dated=True),
+)
+
+
 def read_trace(lines: Iterable[str], limit: int | None = None) -> tuple[TraceRow, ...]:
     """The first `limit` rows. Raises InvalidRequest that names the line."""
     iterator = iter(lines)
@@ -43,23 +62,36 @@ def read_trace(lines: Iterable[str], limit: int | None = None) -> tuple[TraceRow
 
 def _csv_rows(header: str, lines: Iterable[str]) -> Iterator[TraceRow]:
     columns = next(csv.reader([header]), [])
-    for column in ("num_prefill_tokens", "num_decode_tokens"):
-        if column not in columns:
-            raise InvalidRequest(
-                f"The trace's first line has no column {column}; known are Azure's and arXiv's columns, and "
-                "Mooncake's JSON lines.",
-                "trace",
-            )
-    timed = "arrived_at" in columns
-    for number, row in enumerate(csv.DictReader(lines, fieldnames=columns), start=2):
-        yield _row(
-            number,
-            row.get("arrived_at") if timed else None,
-            1.0,
-            row["num_prefill_tokens"],
-            row["num_decode_tokens"],
-            (),
+    if not columns:
+        raise InvalidRequest("The trace is empty; its first line must name the columns.", "trace")
+    form = next((form for form in CSV_FORMS if {form.prompt, form.output} <= set(columns)), None)
+    if form is None:
+        known = "; ".join(f"{form.arrived}, {form.prompt}, {form.output}" for form in CSV_FORMS)
+        raise InvalidRequest(
+            f"The trace's first line has not the columns of a known form: {known}; or Mooncake's JSON lines.",
+            "trace",
         )
+    timed = form.arrived in columns
+    began_s: float | None = None
+    for number, row in enumerate(csv.DictReader(lines, fieldnames=columns), start=2):
+        arrived_s = _seconds(number, row[form.arrived], form) if timed else None
+        if form.dated and arrived_s is not None:
+            began_s = arrived_s if began_s is None else began_s
+            arrived_s -= began_s
+        yield _row(number, arrived_s, row[form.prompt], row[form.output], ())
+
+
+def _seconds(number: int, text: str | None, form: CsvForm) -> float:
+    try:
+        return _date_s(text or "") if form.dated else float(text or "")
+    except ValueError as error:
+        raise InvalidRequest(f"Line {number} of the trace has no valid time: {error}.", "trace") from error
+
+
+def _date_s(text: str) -> float:
+    """Dates without a zone are UTC, so that a change of the clocks moves no arrival."""
+    date = datetime.fromisoformat(text)
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
 def _json_rows(lines: Iterable[str]) -> Iterator[TraceRow]:
@@ -70,8 +102,7 @@ def _json_rows(lines: Iterable[str]) -> Iterator[TraceRow]:
             entry: dict[str, Any] = json.loads(line)
             yield _row(
                 number,
-                entry["timestamp"],
-                1e-3,
+                float(entry["timestamp"]) * 1e-3,
                 entry["input_length"],
                 entry["output_length"],
                 entry.get("hash_ids", ()),
@@ -84,21 +115,22 @@ def _json_rows(lines: Iterable[str]) -> Iterator[TraceRow]:
 
 def _row(
     number: int,
-    arrived: Any,
-    unit_s: float,
+    arrived_s: float | None,
     prompt_tokens: Any,
     output_tokens: Any,
     prefix_ids: Iterable[Any],
 ) -> TraceRow:
     try:
         row = TraceRow(
-            None if arrived is None else float(arrived) * unit_s,
+            arrived_s,
             int(prompt_tokens),
             int(output_tokens),
             tuple(int(identity) for identity in prefix_ids),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidRequest(f"Line {number} of the trace has no valid numbers: {error}.", "trace") from error
+    if row.arrived_s is not None and not math.isfinite(row.arrived_s):
+        raise InvalidRequest(f"Line {number} of the trace has no valid time: {row.arrived_s}.", "trace")
     if row.prompt_tokens < 0 or row.output_tokens < 0:
         raise InvalidRequest(f"Line {number} of the trace has negative lengths.", "trace")
     return row

@@ -19,9 +19,12 @@ def compatibility_digest(
     block_size: int,
     codec: str = "identity",
     codec_thresholds: Path | None = None,
+    *,
+    weights_dtype: str | None = None,
 ) -> str:
     """Digest of model, revision, KV dtype, layout, wire codec with its thresholds, protocol: 32 hex digits.
 
+    `weights_dtype` is how weights are kept when not as stored: KV computed from others is another KV.
     The model's revision is its config.json and the name and size of each weight file.
     Raises ConfigError when the thresholds cannot be read.
     """
@@ -36,6 +39,8 @@ def compatibility_digest(
     }
     if codec != "identity":
         facts["codec"] = [codec, _content(codec_thresholds)]
+    if weights_dtype is not None:
+        facts["weights_dtype"] = weights_dtype
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from engine.linear import Linear, MakeProduct, Product
 from engine.native.kernels.product import TILE, product
 from engine.native.team import Team
 
@@ -62,5 +63,34 @@ def lies_in_tiles(packed: Tensor, weight: Tensor) -> bool:
     found = torch.frombuffer(
         (ctypes.c_char * size).from_address(int(operators.data_ptr(packed))), dtype=torch.float32
     )
-    wanted = weight.view(-1, TILE, weight.shape[1]).transpose(1, 2)
+    wanted = weight.contiguous().view(-1, TILE, weight.shape[1]).transpose(1, 2)
     return torch.equal(found.view(wanted.shape), wanted)
+
+
+class FewRowsLinear:
+    """Product whose few rows are multiplied natively, over the copy of the weight that oneDNN has."""
+
+    def __init__(self, linear: Linear, native: PackedProduct) -> None:
+        self.native = native
+        self._linear = linear
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """See Product."""
+        return self.native(rows) if rows.shape[0] <= MOST_ROWS else self._linear(rows)
+
+
+def with_few_rows(make: MakeProduct, team: Team) -> MakeProduct:
+    """MakeProduct that multiplies few rows natively wherever the layout of `make`'s weight allows it."""
+
+    def linear(weight: Tensor, bias: Tensor | None) -> Product:
+        made = make(weight, bias)
+        if not isinstance(made, Linear) or made.packed is None or not lies_in_tiles(made.packed, weight):
+            return made
+        return FewRowsLinear(made, PackedProduct(team, made.packed, (weight.shape[0], weight.shape[1]), bias))
+
+    return linear
+
+
+def few_rows_of(product: Product) -> PackedProduct | None:
+    """What multiplies a product's few rows, when a native loop does."""
+    return product.native if isinstance(product, FewRowsLinear) else None

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
+from engine.linear import MakeProduct, packed_linear
 from engine.model_config import ModelConfig, read_model_config
 from engine.native.team import team_of_torch
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan
@@ -121,14 +122,14 @@ def open_engine(
     num_blocks: int = 64,
     block_size: int = 4,
     dtype: torch.dtype = torch.float32,
-    reorder: bool = True,
+    product: MakeProduct = packed_linear,
     native: bool = True,
 ) -> Iterator[Engine]:
     """An Engine over a folder, on one thread; `native` loops, on two, where they can do the dtype."""
     device = torch.device("cpu")
     config = read_model_config(folder)
     team = team_of_torch(2) if native and dtype == torch.float32 else None
-    decoder = Decoder(config, read_weights(folder, config, dtype, device), reorder, team)
+    decoder = Decoder(config, read_weights(folder, config, dtype, device), product, team)
     sampler = RecordingSampler()
     with KvCache(config, num_blocks, block_size, dtype, device) as cache:
         runner = TorchStepRunner(

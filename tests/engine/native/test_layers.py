@@ -8,7 +8,7 @@ from engine.attention import Span
 from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
-from engine.linear import onednn_for
+from engine.linear import onednn_for, packed_linear
 from engine.model_config import ModelConfig
 from engine.native.product import MOST_ROWS, lies_in_tiles
 from engine.native.team import Team, team_of_torch
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(not tiles_are_known(), reason="oneDNN keeps weig
 def steps(config: ModelConfig, team: Team | None, counts: tuple[int, ...]) -> list[Tensor]:
     """Logits of two steps of one sequence for each count: so many tokens, then one more."""
     weights = random_weights(config, torch.float32, CPU, 3)
-    decoder = Decoder(config, weights, True, team)
+    decoder = Decoder(config, weights, packed_linear, team)
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, 64, (sum(counts) + len(counts),), generator=generator)
     with KvCache(config, BLOCKS, 4, torch.float32, CPU) as cache, torch.inference_mode():
@@ -82,7 +82,7 @@ def test_a_sequences_logits_do_not_depend_on_its_batch() -> None:
 def test_a_step_of_few_rows_is_three_calls() -> None:
     team = team_of_torch(1)
     assert team is not None
-    decoder = Decoder(CONFIG, random_weights(CONFIG, torch.float32, CPU, 3), True, team)
+    decoder = Decoder(CONFIG, random_weights(CONFIG, torch.float32, CPU, 3), packed_linear, team)
     with KvCache(CONFIG, 4, 4, torch.float32, CPU) as cache, torch.inference_mode(), team.timed() as launched:
         cache.pool.zero_()
         attention = CpuAttention(cache, CONFIG, team)

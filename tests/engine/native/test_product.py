@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.linear import Linear, onednn_for
-from engine.native.product import MOST_ROWS, PackedProduct, lies_in_tiles
+from engine.linear import onednn_for, packed_linear
+from engine.native.product import MOST_ROWS, PackedProduct, lies_in_tiles, with_few_rows
 from engine.native.team import team_of_torch
 
 pytestmark = pytest.mark.skipif(onednn_for(torch.zeros(1, 1)) is None, reason="needs torch with oneDNN")
@@ -75,6 +75,8 @@ def test_another_weight_or_an_odd_shape_does_not_lie_in_tiles() -> None:
 @pytest.mark.parametrize("rows", [1, MOST_ROWS, MOST_ROWS + 1])
 def test_a_linear_layer_gives_the_same_natively_and_through_onednn(rows: int) -> None:
     left = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(rows))
+    team = team_of_torch(1)
+    assert team is not None
     with torch.inference_mode():
-        found = [Linear(weight(), None, True, team)(left) for team in (team_of_torch(1), None)]
+        found = [make(weight(), None)(left) for make in (with_few_rows(packed_linear, team), packed_linear)]
     assert (found[0] - found[1]).abs().max() < 1e-4
