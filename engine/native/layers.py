@@ -48,7 +48,8 @@ class NativeLayers:
         self._update = torch.empty(MOST_ROWS, config.hidden_size)
         self._gate_up = torch.empty(MOST_ROWS, 2 * config.intermediate_size)
         self._inner = torch.empty(MOST_ROWS, config.intermediate_size)
-        self._weights = (first_norm, tuple(layers))
+        # The instructions hold addresses only.
+        self._kept = (first_norm, tuple(layers))
         self._first = np.zeros((1, WIDTH), dtype=np.int64)
         self._norm_into(self._first[0], first_norm, 0)
         self._code = np.zeros((len(layers), _PER_LAYER, WIDTH), dtype=np.int64)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Final
 
 import llvmlite.binding
@@ -135,9 +136,8 @@ def _code_folder() -> str | None:
     folder = cache_folder() / "native" / digest.hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"writable-{ctypes.c_uint32(id(digest)).value}"
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         _log.warning("native code is not kept", folder=str(folder), reason=error.strerror)
         return None
