@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from benchmarks.engine_drive import EngineDrive, StepTimes
 from benchmarks.engine_overhead import profile_steps
 from benchmarks.machine_limits import MachineLimits, machine_name, measure_limits
 from benchmarks.model_cost import decode_flops, kv_elements_per_token, prefill_flops, read_parameters
+from benchmarks.sharegpt_lengths import SHAREGPT
 from benchmarks.speculative import measure_speculative
 from engine.loading import DTYPES, LoadedEngine, load_engine
 from engine.model_config import ModelConfig
@@ -229,13 +230,16 @@ def _prefill(bench: EngineBench) -> dict[str, Any]:
 def _overhead(bench: EngineBench) -> dict[str, Any]:
     batch, prompt_tokens, output_tokens = bench.sizes.profiled
     read = bench.drive.read([bench.drive.prompt(prompt_tokens) for _ in range(batch)], output_tokens)
-    profiled = profile_steps(lambda: bench.drive.write(read))
+    profiled = profile_steps(lambda: bench.drive.write(read), bench.engine.team)
     steps = output_tokens - 1
     return {
         "batch": batch,
         "step_ms": profiled.wall_s / steps * 1e3,
         "operators_per_step": profiled.operators / steps,
-        "outside_kernels_ms": (profiled.wall_s - profiled.kernels_s) / steps * 1e3,
+        "operators_ms": profiled.operators_s / steps * 1e3,
+        "native_calls_per_step": profiled.native_calls / steps,
+        "native_ms": profiled.native_s / steps * 1e3,
+        "outside_kernels_ms": profiled.outside_s / steps * 1e3,
         "outside_kernels_share": profiled.overhead_share,
     }
 
@@ -282,8 +286,20 @@ def _memory(bench: EngineBench) -> dict[str, Any]:
         "weight_bytes": weight_bytes,
         "pool_bytes": pool_bytes,
         "allowance_bytes": ALLOWANCE_BYTES,
+        "block_tokens": bench.config.block_size,
+        "kv_waste_sharegpt": kv_waste(SHAREGPT, bench.config.block_size),
         "resident_share": resident_bytes / allowed_bytes,
     }
+
+
+def kv_waste(lengths: Sequence[tuple[int, int]], block_size: int) -> float:
+    """Share of allocated token places without a token, over all decode steps of conversations.
+
+    `lengths` are (prompt, output) tokens. The last token drawn is never stored. Calculated, not measured.
+    """
+    stored = [prompt + done for prompt, output in lengths for done in range(output)]
+    allocated = sum(-(-tokens // block_size) * block_size for tokens in stored)
+    return 1.0 - sum(stored) / allocated
 
 
 def text(result: dict[str, Any]) -> str:
@@ -304,7 +320,8 @@ def text(result: dict[str, Any]) -> str:
         f"{prefill['gflop_s']:.0f} GFLOP/s, {prefill['gemm_share']:.0%} "
         f"of a matrix product's {prefill['gemm_gflop_s']:.0f}",
         f"overhead, batch {overhead['batch']}: {overhead['outside_kernels_ms']:.2f} of "
-        f"{overhead['step_ms']:.2f} ms outside {overhead['operators_per_step']:.0f} operators, "
+        f"{overhead['step_ms']:.2f} ms outside {overhead['operators_per_step']:.0f} operators and "
+        f"{overhead['native_calls_per_step']:.0f} native calls, "
         f"{overhead['outside_kernels_share']:.1%}",
         f"prefix cache, {cache['prompt_tokens']} tokens: first token after {cache['ttft_hit_ms']:.1f} ms "
         f"instead of {cache['ttft_miss_ms']:.1f} ms, {cache['hit_share']:.1%}",
@@ -313,5 +330,7 @@ def text(result: dict[str, Any]) -> str:
         f"{'the same' if guessed['identical'] else 'other'} tokens",
         f"memory: {memory['resident_bytes'] / 1e6:.0f} MB resident, {memory['resident_share']:.0%} of "
         f"weights + pool + {memory['allowance_bytes'] / 1e6:.0f} MB",
+        f"KV waste of ShareGPT's lengths, calculated: {memory['kv_waste_sharegpt']:.1%} "
+        f"in blocks of {memory['block_tokens']} tokens",
     ]
     return "\n".join(lines)

@@ -305,7 +305,7 @@ class ClusterConfig(Section):
     """All of cluster.yaml."""
 
     model: ModelSection = Field(default=ModelSection(), description="Which model is served.")
-    block_size: Literal[8, 16, 32, 64, 128] = Field(default=16, description="Tokens of a KV block.")
+    block_size: Literal[4, 8, 16, 32, 64, 128] = Field(default=16, description="Tokens of a KV block.")
     pools: PoolsSection = Field(default=PoolsSection(), description="The two pools of workers.")
     workers: WorkersSection = Field(
         default=WorkersSection(), description="What holds for the workers of both pools."

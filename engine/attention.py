@@ -26,6 +26,10 @@ class Span:
     block_table: Sequence[BlockId]
     tree: Draft = NO_DRAFT
 
+    def rows(self) -> range:
+        """Its rows of the batch."""
+        return range(self.first_row, self.first_row + self.tokens)
+
     def positions(self) -> list[int]:
         """Where each token stands in its sequence; slots of K and V are counted from `start` instead."""
         known = self.tokens - len(self.tree)

@@ -1,10 +1,14 @@
 """Edge: what a device gives once a model is on it."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engine.contract import StepRunner
 from engine.drafting.runner_drafter import RunnerDrafter
 from engine.kv_cache import KvCache
+
+if TYPE_CHECKING:
+    from engine.native.team import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +19,5 @@ class Computing:
     cache: KvCache
     pool_blocks: int
     drafter: RunnerDrafter | None
+    team: "Team | None" = None
+    """Threads of native loops; None where torch's operators do all."""

@@ -1,12 +1,13 @@
 """Edge: attention over the paged cache on the CPU.
 
-Sequences that feed one token are gathered into padded rectangles and attended together; longer spans go one
-by one, long ones in tiles. Query heads of a group share their K/V head: nothing is repeated in memory.
+Spans of few tokens go to a native loop that reads blocks in place, where there is one. Otherwise sequences
+that feed one token are gathered into padded rectangles and attended together. Longer spans go one by one,
+long ones in tiles. Query heads of a group share their K/V head: nothing is repeated in memory.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ from engine.kv_cache import KvCache
 from engine.linear import onednn_for
 from engine.model_config import ModelConfig
 from engine.tiled_attention import SHORTEST_SPAN, Tile, attend_tiles, plan_tiles
+
+if TYPE_CHECKING:
+    from engine.native.attention import NativeAttention, ShortSpans
+    from engine.native.team import Team
 
 _MAX_PADDING_BLOCKS = 64
 
@@ -60,6 +65,28 @@ class _Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class _Writes:
+    """Which K and V torch's operators store, and where."""
+
+    slots: Tensor
+    """Rows of layer 0's K among the cache's token rows, int64."""
+    rows: Tensor | None
+    """Rows of the batch, int64; None when they are all of them."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Those rows of [tokens, kv_heads, head_dim], flat."""
+        return (tensor if self.rows is None else tensor[self.rows]).reshape(len(self.slots), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeSpans:
+    """Spans of a batch that the native loop stores and attends."""
+
+    attention: "NativeAttention"
+    spans: "ShortSpans"
+
+
+@dataclass(frozen=True, slots=True)
 class _LayerRows:
     """One layer's part of the pool, as rows that start at its first token or block.
 
@@ -88,7 +115,8 @@ class _LayerRows:
 class CpuAttention:
     """AttentionBackend over a KvCache in host memory."""
 
-    def __init__(self, cache: KvCache, config: ModelConfig) -> None:
+    def __init__(self, cache: KvCache, config: ModelConfig, team: "Team | None" = None) -> None:
+        """With a `team`, which takes a float32 pool, native loops do what they can."""
         self._cache = cache
         self._windows = config.windows
         self._layers = config.layers
@@ -97,13 +125,28 @@ class CpuAttention:
         # Its low-precision products would round the probabilities; torch's fused kernel does not.
         self._onednn = onednn_for(cache.pool) if cache.pool.dtype == torch.float32 else None
         self._scratch = _Scratch(config.kv_heads * config.head_dim * cache.block_size, cache.pool.dtype)
+        self._native = None if team is None else _native_attention(team, cache, config)
 
     def prepare(self, spans: Sequence[Span]) -> "CpuBatchAttention":
         """See AttentionBackend."""
+        if self._native is None:
+            return self._batch(spans, None, None)
+        short = [span for span in spans if self._native.covers(span)]
+        if not short:
+            return self._batch(spans, None, None)
+        rest = [span for span in spans if not self._native.covers(span)]
+        rows = torch.tensor([row for span in rest for row in span.rows()], dtype=torch.int64)
+        return self._batch(rest, rows, NativeSpans(self._native, self._native.plan(short)))
+
+    def _batch(
+        self, spans: Sequence[Span], rows: Tensor | None, native: "NativeSpans | None"
+    ) -> "CpuBatchAttention":
+        """`rows` of the batch are those of the spans, None: all."""
         slots = torch.tensor([slot for span in spans for slot in self._slots(span)], dtype=torch.int64)
         plans = {window: self._plan(spans, window) for window in dict.fromkeys(self._windows)}
         by_layer = tuple(plans[window] for window in self._windows)
-        return CpuBatchAttention(self._rows, self._scratch, slots, by_layer, self._onednn)
+        writes = _Writes(slots, rows)
+        return CpuBatchAttention(self._rows, self._scratch, writes, by_layer, self._onednn, native)
 
     def _slots(self, span: Span) -> list[int]:
         """Row of layer 0's K for each of the span's tokens, among the cache's token rows."""
@@ -164,6 +207,13 @@ class CpuAttention:
         return _Stretch(span.first_row, span.tokens, gather, visible, mask)
 
 
+def _native_attention(team: "Team", cache: KvCache, config: ModelConfig) -> "NativeAttention":
+    """Imported late: who has no team needs no compiler."""
+    from engine.native.attention import NativeAttention
+
+    return NativeAttention(team, cache, config)
+
+
 class CpuBatchAttention:
     """BatchAttention of one prepared batch."""
 
@@ -171,32 +221,44 @@ class CpuBatchAttention:
         self,
         rows: Sequence["_LayerRows"],
         scratch: "_Scratch",
-        slots: Tensor,
+        writes: _Writes,
         plans: tuple[_Plan, ...],
         onednn: Any,
+        native: NativeSpans | None,
     ) -> None:
         self._rows = rows
         self._scratch = scratch
-        self._slots = slots
+        self._writes = writes
         self._plans = plans
         self._onednn = onednn
+        self._native = native
+
+    @property
+    def native(self) -> NativeSpans | None:
+        """The batch's spans when the native loop takes all of them."""
+        return self._native if len(self._writes.slots) == 0 else None
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See BatchAttention."""
-        tokens = queries.shape[0]
-        cached = self._rows[layer]
-        cached.key_tokens.index_copy_(0, self._slots, keys.reshape(tokens, -1))
-        cached.value_tokens.index_copy_(0, self._slots, values.reshape(tokens, -1))
         plan = self._plans[layer]
+        self._store(layer, keys, values)
         if len(plan.rectangles) == 1 and plan.rectangles[0].rows is None:
             return self._attend_rectangle(layer, plan.rectangles[0], queries, keys)
-        attended = torch.empty_like(queries, memory_format=torch.contiguous_format).view(tokens, -1)
+        attended = torch.empty_like(queries, memory_format=torch.contiguous_format).view(queries.shape[0], -1)
+        if self._native is not None:
+            self._native.attention.run(self._native.spans, layer, queries, keys, values, attended)
         for rectangle in plan.rectangles:
             attended[rectangle.rows] = self._attend_rectangle(layer, rectangle, queries[rectangle.rows], keys)
         for stretch in plan.stretches:
             rows = slice(stretch.first_row, stretch.first_row + stretch.tokens)
             attended[rows] = self._attend_stretch(layer, stretch, queries[rows], keys[rows], values[rows])
         return attended
+
+    def _store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        writes, cached = self._writes, self._rows[layer]
+        if len(writes.slots) > 0:
+            cached.key_tokens.index_copy_(0, writes.slots, writes.of(keys))
+            cached.value_tokens.index_copy_(0, writes.slots, writes.of(values))
 
     def _attend_rectangle(self, layer: int, part: _Rectangle, queries: Tensor, keys: Tensor) -> Tensor:
         """queries [sequences, heads, head_dim] to [sequences, heads * head_dim]."""

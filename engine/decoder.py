@@ -1,7 +1,8 @@
 """Edge: one decoder for all supported families; what differs between them is data in ModelConfig."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +10,15 @@ from torch import Tensor
 
 from engine.attention import BatchAttention
 from engine.contract import LayerListener
+from engine.cpu_attention import CpuBatchAttention
 from engine.linear import MakeProduct, Product
 from engine.model_config import ModelConfig
-from engine.rope import inverse_frequencies, rotate, rotation
+from engine.rope import inverse_frequencies, rotation
+from engine.row_passes import RowPasses, TorchRows
+
+if TYPE_CHECKING:
+    from engine.native.layers import NativeLayers
+    from engine.native.team import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +37,28 @@ class _Layer:
 class Decoder:
     """Token ids in, logits out; K and V go through the attention given with each call."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], product: MakeProduct) -> None:
-        """`weights` as weights.expected_tensors names them; `product` makes what multiplies by them."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        product: MakeProduct,
+        team: "Team | None" = None,
+    ) -> None:
+        """`weights` as weights.expected_tensors names them; `product` makes what multiplies by them.
+
+        With a `team`, which takes float32 on the CPU, native loops do what they can.
+        """
+        if team is not None:
+            product = _with_few_rows(product, team)
         self._config = config
         self._embeddings = weights["model.embed_tokens.weight"]
         self._dtype = self._embeddings.dtype
-        self._epsilon = torch.tensor(config.norm_eps, device=self._embeddings.device)
+        self._rows = _row_passes(config, self._embeddings.device, team)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self._embeddings.device)
         self._layers = tuple(_layer(config, weights, index, product) for index in range(config.layers))
-        self._norm = weights["model.norm.weight"]
+        following = [layer.input_norm for layer in self._layers[1:]]
+        self._norms_after = (*following, weights["model.norm.weight"])
+        self._native = None if team is None else _native_layers(team, config, self._layers, self._norms_after)
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
         self._head = product(weights[head], None)
 
@@ -69,19 +89,25 @@ class Decoder:
         """Feeds a flat batch as `forward` does; returns the normed last hidden states [rows, hidden]."""
         hidden = self.embed(token_ids)  # [tokens, hidden]
         cosine, sine = rotation(positions, self._frequencies, self._dtype)
-        last = len(self._layers) - 1
+        native = attention.native if isinstance(attention, CpuBatchAttention) else None
+        if native is not None and self._native is not None and self._native.takes(hidden.shape[0]):
+            turns = (cosine, sine)
+            return self._native.features(hidden, turns, native.attention, native.spans, on_layers)[rows]
+        passes = self._rows
+        normed = passes.normed(hidden, self._layers[0].input_norm)
         for index, layer in enumerate(self._layers):
-            attended = self._attend(index, layer, hidden, cosine, sine, attention)
+            attended = self._attend(index, layer, normed, cosine, sine, attention)
             if on_layers is not None:
                 on_layers(index + 1)
-            if index == last:
+            if index == len(self._layers) - 1:
                 # Past the last K and V only the rows that become logits matter.
                 hidden, attended = hidden[rows], attended[rows]
                 if rows.shape[0] == 0:
-                    break
-            hidden.add_(layer.output(attended))
-            hidden.add_(self._mlp(layer, hidden))
-        return self._normed(hidden, self._norm)
+                    return hidden
+            normed = passes.added(hidden, layer.output(attended), layer.mlp_norm)
+            updates = layer.down(passes.gated(layer.gate_up(normed)))
+            normed = passes.added(hidden, updates, self._norms_after[index])
+        return normed
 
     def logits(self, features: Tensor) -> Tensor:
         """Float32 logits [rows, vocabulary] of the token after each row of `features` [rows, hidden]."""
@@ -97,35 +123,55 @@ class Decoder:
         self,
         index: int,
         layer: _Layer,
-        hidden: Tensor,
+        normed: Tensor,
         cosine: Tensor,
         sine: Tensor,
         attention: BatchAttention,
     ) -> Tensor:
         """[tokens, hidden] to [tokens, heads * head_dim], before the output projection."""
         config = self._config
-        projected = layer.qkv(self._normed(hidden, layer.input_norm))
-        heads = projected.view(hidden.shape[0], -1, config.head_dim)  # [tokens, heads + 2 kv_heads, head_dim]
-        turning = config.heads + config.kv_heads
-        queries_keys, values = heads[:, :turning], heads[:, turning:]
+        heads = layer.qkv(normed).view(normed.shape[0], -1, config.head_dim)
+        turning = config.heads + config.kv_heads  # of [tokens, heads + 2 kv_heads, head_dim]
+        values = heads[:, turning:]
         if layer.qk_norms is not None:
             query_norm, key_norm = layer.qk_norms
-            queries = self._normed(queries_keys[:, : config.heads], query_norm)
-            keys = self._normed(queries_keys[:, config.heads :], key_norm)
-            queries_keys = torch.cat((queries, keys), dim=1)
-        turned = rotate(queries_keys, cosine, sine)
+            queries = self._rows.normed(heads[:, : config.heads], query_norm)
+            keys = self._rows.normed(heads[:, config.heads : turning], key_norm)
+            heads = torch.cat((queries, keys), dim=1)
+        turned = self._rows.turned(heads, turning, cosine, sine)
         return attention(index, turned[:, : config.heads], turned[:, config.heads :], values)
 
-    def _mlp(self, layer: _Layer, hidden: Tensor) -> Tensor:
-        """SwiGLU: [tokens, hidden] to [tokens, hidden]."""
-        gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-        return layer.down(F.silu(gate).mul_(up))
 
-    def _normed(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm over the last dimension; as F.rms_norm, in half as many passes."""
-        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self._epsilon, length, length, value=1 / weight.shape[0]).rsqrt_()
-        return (rows * scale).to(rows.dtype).mul_(weight)
+def _row_passes(config: ModelConfig, device: torch.device, team: "Team | None") -> RowPasses:
+    if team is None:
+        return TorchRows(config.norm_eps, device)
+    from engine.native.row_passes import NativeRows
+
+    return NativeRows(team, config.norm_eps)
+
+
+def _with_few_rows(product: MakeProduct, team: "Team") -> MakeProduct:
+    from engine.native.product import with_few_rows
+
+    return with_few_rows(product, team)
+
+
+def _native_layers(
+    team: "Team", config: ModelConfig, layers: Sequence[_Layer], norms_after: Sequence[Tensor]
+) -> "NativeLayers | None":
+    """None where a product or a norm of a head is left to torch."""
+    from engine.native.layers import LayerWeights, NativeLayers
+    from engine.native.product import few_rows_of
+
+    weights = []
+    for layer, norm_after in zip(layers, norms_after, strict=True):
+        qkv, output, gate_up, down = (
+            few_rows_of(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        )
+        if qkv is None or output is None or gate_up is None or down is None or layer.qk_norms is not None:
+            return None
+        weights.append(LayerWeights(qkv, output, layer.mlp_norm, gate_up, down, norm_after))
+    return NativeLayers(team, config, layers[0].input_norm, weights)
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, product: MakeProduct) -> _Layer:

@@ -36,6 +36,8 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None, bands: Bands) -> None:
         """The weight is kept once in each layout that the bands need: shared as it is stored, else copied."""
         kept = {layout: _laid_out(weight, layout) for layout in {band.way.layout for band in bands}}
+        self.packed = kept.get(Layout.PACKED)
+        """oneDNN's reordered copy, where there is one."""
         self._bounds = [band.most_rows for band in bands if band.most_rows is not None]
         self._ways = tuple(_multiply(band.way, kept[band.way.layout], bias) for band in bands)
 

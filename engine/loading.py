@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -30,6 +31,9 @@ from tandem.worker_config import WorkerConfig
 
 if TYPE_CHECKING:
     from engine.cuda.accelerator import Accelerator
+    from engine.native.team import Team
+
+_log = structlog.get_logger("tandem.engine")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights and KV may be computed and kept in."""
@@ -54,6 +58,8 @@ class LoadedEngine:
     """Bound on prompt and output together: the model's, or less if the worker's settings say so."""
     drafter: RunnerDrafter | None = None
     """What guesses tokens at the end of the runner's steps."""
+    team: "Team | None" = None
+    """Threads of native loops; None where torch's operators do all."""
 
     def close(self) -> None:
         """Gives the KV pool back; idempotent."""
@@ -116,6 +122,7 @@ def load_engine(
         ),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
         drafter=computing.drafter,
+        team=computing.team,
     )
 
 
@@ -134,29 +141,49 @@ def _on_cpu(
     if config.pool_blocks < 1:
         raise ConfigError("pool_blocks 0 (what fits) needs a GPU; name a number of blocks for the CPU.")
     dtype, device = DTYPES[config.dtype], torch.device("cpu")
+    team = _native_team(config, dtype)
     with torch.inference_mode():
-        decoder = _decoder(config, model, weights, dtype)
+        decoder = _decoder(config, model, weights, dtype, team)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
     cache = KvCache(model, config.pool_blocks, config.block_size, dtype, device)
     runner = TorchStepRunner(
         decoder,
         cache,
-        CpuAttention(cache, model),
+        CpuAttention(cache, model, team),
         sampler or drafting.sampler,
         device,
         config.threads,
         drafting.drafter,
     )
-    return Computing(runner, cache, config.pool_blocks, drafting.drafter)
+    return Computing(runner, cache, config.pool_blocks, drafting.drafter, team)
+
+
+def _native_team(config: WorkerConfig, dtype: torch.dtype) -> "Team | None":
+    """Threads for native loops, where these can do this dtype's work."""
+    if dtype != torch.float32:
+        _log.info("native loops are not used", reason=f"they compute in float32, not {dtype}")
+        return None
+    from engine.native.team import team_of_torch
+
+    team = team_of_torch(config.threads)
+    if team is None:
+        _log.info("native loops are not used", reason="torch's threads are not an OpenMP runtime's with GOMP")
+    else:
+        _log.info("native loops are used", threads=team.threads)
+    return team
 
 
 def _decoder(
-    config: WorkerConfig, model: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+    config: WorkerConfig,
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    team: "Team | None",
 ) -> Decoder:
     if config.weights_dtype is not None:
-        return Decoder(model, unmapped(weights), int8_linear)
+        return Decoder(model, unmapped(weights), int8_linear, team)
     stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
     if stored_bytes > _COPY_LIMIT_BYTES:
-        return Decoder(model, weights, stored_linear)
+        return Decoder(model, weights, stored_linear, team)
     product = choose_linears(linear_shapes(model), dtype)
-    return Decoder(model, unmapped(weights), product)
+    return Decoder(model, unmapped(weights), product, team)

@@ -120,6 +120,19 @@ def test_decode_batch_of_very_different_lengths(saved: tuple[Path, Any]) -> None
     assert_close(found, expected)
 
 
+def test_torch_operators_give_the_same_logits_as_native_loops(saved: tuple[Path, Any]) -> None:
+    folder, _ = saved
+    found = []
+    for native in (True, False):
+        with open_engine(folder, native=native) as engine:
+            long, short = tokens(30, seed=3), tokens(9, seed=4)
+            tables = (list(range(8)), list(range(20, 23)))
+            steps = [engine.step(slice_of(long, 0, tables[0]), slice_of(short[:2], 0, tables[1]))]
+            steps += [engine.step(slice_of(long[:1], 30, tables[0]), slice_of(short[2:], 2, tables[1]))]
+            found.append(torch.cat(steps))
+    assert_close(found[0], found[1])
+
+
 def test_stored_weights_give_the_same_logits_as_reordered_ones(saved: tuple[Path, Any]) -> None:
     folder, model = saved
     prompt = tokens(PROMPT_TOKENS, seed=5)

@@ -15,6 +15,7 @@ from engine.decoder import Decoder
 from engine.kv_cache import KvCache
 from engine.linear import MakeProduct, packed_linear
 from engine.model_config import ModelConfig, read_model_config
+from engine.native.team import team_of_torch
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan
 from engine.torch_runner import TorchStepRunner
 from engine.weights import read_weights
@@ -122,14 +123,18 @@ def open_engine(
     block_size: int = 4,
     dtype: torch.dtype = torch.float32,
     product: MakeProduct = packed_linear,
+    native: bool = True,
 ) -> Iterator[Engine]:
-    """An Engine over a folder, on one thread."""
+    """An Engine over a folder, on one thread; `native` loops, on two, where they can do the dtype."""
     device = torch.device("cpu")
     config = read_model_config(folder)
-    decoder = Decoder(config, read_weights(folder, config, dtype, device), product)
+    team = team_of_torch(2) if native and dtype == torch.float32 else None
+    decoder = Decoder(config, read_weights(folder, config, dtype, device), product, team)
     sampler = RecordingSampler()
     with KvCache(config, num_blocks, block_size, dtype, device) as cache:
-        runner = TorchStepRunner(decoder, cache, CpuAttention(cache, config), sampler, device, threads=1)
+        runner = TorchStepRunner(
+            decoder, cache, CpuAttention(cache, config, team), sampler, device, threads=1
+        )
         yield Engine(config, cache, runner, sampler)
 
 

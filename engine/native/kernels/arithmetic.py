@@ -1,0 +1,109 @@
+"""Edge: what numba lacks for the kernels: numbers at an address, this thread's share, a vectorisable exp."""
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+in_order = njit(fastmath={"contract", "nsz"}, error_model="numpy")
+"""Compiles a loop in which a product and a sum may become one fused multiply-add."""
+
+in_any_order = njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
+"""As `in_order`, and sums may be reordered, without which they cannot be vectorised."""
+
+thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+team_size = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+_LOG2E = np.float32(1.44269504088896341)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_LEAST = np.float32(-87.0)
+_LARGEST = np.float32(88.0)
+_C2 = np.float32(5.0000001201e-1)
+_C3 = np.float32(1.6666665459e-1)
+_C4 = np.float32(4.1665795894e-2)
+_C5 = np.float32(8.3334519073e-3)
+_C6 = np.float32(1.3981999507e-3)
+_C7 = np.float32(1.9875691500e-4)
+_ONE = np.float32(1.0)
+
+
+@intrinsic
+def floats(_typing, _address):
+    """The float32 numbers at an address."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.inttoptr(values[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@intrinsic
+def integers(_typing, _address):
+    """The int64 numbers at an address."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), generate
+
+
+@intrinsic
+def prefetch(_typing, _address):
+    """Asks for the cache line at an address, which may be any."""
+
+    def generate(context, builder, _signature, values):
+        line, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [line, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(values[0], line), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def _nearest(_typing, _number):
+    """A float32 rounded to the nearest whole one."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), values)
+
+    return types.float32(types.float32), generate
+
+
+@intrinsic
+def _power_of_two(_typing, _exponent):
+    """2 to a whole float32 exponent between -126 and 127, put together from its bits."""
+
+    def generate(_context, builder, _signature, values):
+        word = ir.IntType(32)
+        biased = builder.add(builder.fptosi(values[0], word), word(127))
+        return builder.bitcast(builder.shl(biased, word(23)), ir.FloatType())
+
+    return types.float32(types.float32), generate
+
+
+@in_order
+def exponential(number):
+    """e to a float32 held between -87 and 88, off by at most two units in the last place.
+
+    The polynomial of Cephes' expf (Moshier): x = n ln 2 + r with |r| <= ln 2 / 2.
+    """
+    held = min(max(number, _LEAST), _LARGEST)
+    whole = _nearest(held * _LOG2E)
+    rest = held - whole * _LN2_HIGH - whole * _LN2_LOW
+    series = _C7 * rest + _C6
+    series = series * rest + _C5
+    series = series * rest + _C4
+    series = series * rest + _C3
+    series = series * rest + _C2
+    return (series * rest * rest + rest + _ONE) * _power_of_two(whole)
+
+
+@njit
+def share(items):
+    """First and end of this thread's part of `items` things."""
+    threads, mine = np.int64(team_size()), np.int64(thread_number())
+    return items * mine // threads, items * (mine + 1) // threads

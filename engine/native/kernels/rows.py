@@ -1,0 +1,80 @@
+"""Edge: what happens to each row of a batch between two matrix products."""
+
+from math import sqrt
+
+import numpy as np
+
+from engine.native.kernels.arithmetic import exponential, floats, in_any_order, in_order, integers, share
+
+_ONE = np.float32(1.0)
+
+
+@in_any_order
+def _square_sum(row, columns):
+    total = np.float32(0.0)
+    for at in range(columns):
+        total += row[at] * row[at]
+    return total
+
+
+@in_order
+def _norm_row(row, update, adds, weight, out, columns, epsilon):
+    if adds:
+        for at in range(columns):
+            row[at] += update[at]
+    scale = _ONE / np.float32(sqrt(_square_sum(row, columns) / np.float32(columns) + epsilon))
+    for at in range(columns):
+        out[at] = row[at] * scale * weight[at]
+
+
+def add_norm(arguments):
+    """Arguments: rows, update (0: none), weight, out, number of rows, columns, address of epsilon."""
+    given = integers(arguments)
+    columns, weight, epsilon = given[5], floats(given[2]), floats(given[6])[0]
+    first, end = share(given[4])
+    for index in range(first, end):
+        at = 4 * index * columns
+        _norm_row(
+            floats(given[0] + at), floats(given[1] + at), given[1] != 0, weight, floats(given[3] + at),
+            columns, epsilon,
+        )  # fmt: skip
+
+
+@in_order
+def _turn_head(head, cosine, sine, half):
+    for at in range(half):
+        low, high = head[at], head[at + half]
+        head[at] = low * cosine[at] - high * sine[at]
+        head[at + half] = high * cosine[at] + low * sine[at]
+
+
+def rotate(arguments):
+    """Arguments: heads, cosines, sines, tokens, heads that turn, head_dim, stride of a token.
+
+    Cosines and sines are [tokens, head_dim]; the sines' second half is theirs without a sign.
+    """
+    given = integers(arguments)
+    turning, head_dim, stride = given[4], given[5], given[6]
+    half = head_dim // 2
+    first, end = share(given[3])
+    for token in range(first, end):
+        cosine = floats(given[1] + 4 * token * head_dim)
+        sine = floats(given[2] + 4 * (token * head_dim + half))
+        for head in range(turning):
+            _turn_head(floats(given[0] + 4 * (token * stride + head * head_dim)), cosine, sine, half)
+
+
+@in_order
+def _gate_row(gate, up, out, columns):
+    for at in range(columns):
+        out[at] = gate[at] / (_ONE + exponential(-gate[at])) * up[at]
+
+
+def swiglu(arguments):
+    """Arguments: gates and ups [rows, 2 * columns], out [rows, columns], number of rows, columns."""
+    given = integers(arguments)
+    columns = given[3]
+    first, end = share(given[2])
+    for index in range(first, end):
+        gate = given[0] + 8 * index * columns
+        _gate_row(floats(gate), floats(gate + 4 * columns), floats(given[1] + 4 * index * columns), columns)
