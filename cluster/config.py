@@ -1,10 +1,15 @@
 """Pure: what cluster.yaml may say; every key has a default, and the defaults are the demo on one machine."""
 
 import re
+from dataclasses import replace
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
+
+from cluster.decode_config import KvSelectionSection, SpeculativeSection
+from cluster.section import Section
+from engine.kv_policies.capabilities import KvSettings, kv_fault
 
 REDIS_PASSWORD_ENV = "TANDEM_REDIS_PASSWORD"  # noqa: S105 - the variable's name, not its value
 """Environment variable with the password of an external Redis."""
@@ -12,12 +17,6 @@ REDIS_PASSWORD_ENV = "TANDEM_REDIS_PASSWORD"  # noqa: S105 - the variable's name
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class Section(BaseModel):
-    """A mapping of cluster.yaml: unknown keys are refused, values never change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -35,6 +34,11 @@ class ModelSection(Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type of weights and KV cache."
+    )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        default="auto",
+        description="How the KV cache is stored: `auto` as `dtype` says, `int8` in eight bits with a scale "
+        "for each head's K or V of a token (CPU only, `workers.codec` identity).",
     )
     context: Annotated[int, Field(ge=16, le=1_048_576)] | None = Field(
         default=None,
@@ -107,6 +111,9 @@ class DecodePool(PoolSection):
         le=4096,
         description="Most sequences of one step; at least the 16 samples that one request may ask for.",
     )
+    kv_selection: KvSelectionSection = Field(
+        default=KvSelectionSection(), description="Which of its KV a decode worker reads."
+    )
 
 
 class PoolsSection(Section):
@@ -130,44 +137,6 @@ class PoliciesSection(Section):
     dispatch: Literal["round_robin", "least_loaded", "prefix_aware"] = Field(
         default="prefix_aware", description="How a worker is chosen for a request."
     )
-
-
-class SpeculativeSection(Section):
-    """Guessing tokens and verifying several in one step (speculative decoding), on decode workers."""
-
-    method: Literal["none", "ngram", "draft_model", "medusa", "eagle"] = Field(
-        default="none",
-        description="Who guesses: `ngram` looks the last tokens up in the text so far, `draft_model` is a "
-        "smaller model, `medusa` and `eagle` are heads trained for the model.",
-    )
-    tokens: int = Field(default=8, ge=1, le=64, description="Most guesses of a sequence verified in a step.")
-    source: str | None = Field(
-        default=None,
-        max_length=4096,
-        description="The draft model (named as `model.source` is; same tokenizer) or the heads' folder.",
-    )
-    acceptance: Literal["exact", "rejection"] = Field(
-        default="exact",
-        description="`exact` gives the very tokens of a cluster that does not guess; `rejection`, for "
-        "`draft_model`, gives sampled output of the same distribution with more guesses accepted.",
-    )
-    min_ngram: int = Field(default=2, ge=1, le=16, description="Shortest match of `ngram`, in tokens.")
-    max_ngram: int = Field(default=4, ge=1, le=16, description="Longest match of `ngram`, in tokens.")
-    pool_blocks: int = Field(
-        default=1024, ge=1, le=10_000_000, description="KV pool of a draft model or EAGLE head, in blocks."
-    )
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> "SpeculativeSection":
-        if self.min_ngram > self.max_ngram:
-            raise ValueError(
-                f"min_ngram: {self.min_ngram} is more than max_ngram; allowed: 1 to {self.max_ngram}"
-            )
-        if self.method in ("draft_model", "medusa", "eagle") and self.source is None:
-            raise ValueError(f"source: method {self.method} needs one; allowed: a model or folder")
-        if self.acceptance == "rejection" and self.method != "draft_model":
-            raise ValueError("acceptance: rejection needs method draft_model; allowed: exact")
-        return self
 
 
 class RouterSection(Section):
@@ -365,6 +334,9 @@ class ClusterConfig(Section):
                     f"pools.{name}.pool_blocks: {pool.pool_blocks} blocks cannot hold one context of "
                     f"{self.model.context} tokens; allowed: {needed} or more"
                 )
+        for name, settings in (("prefill", self._kv_of(self.pools.prefill)), ("decode", self._decode_kv())):
+            if (fault := kv_fault(settings)) is not None:
+                raise ValueError(f"pools.{name}: {fault}")
         if self.redis.url == "embedded" and self.ray.address != "local":
             raise ValueError(
                 "redis.url: the embedded one is on loopback and its password is known to local workers only; "
@@ -373,3 +345,12 @@ class ClusterConfig(Section):
         if self.redis.tls_ca is not None and not self.redis.url.startswith("rediss://"):
             raise ValueError("redis.tls_ca: needs a redis.url that starts with rediss://")
         return self
+
+    def _kv_of(self, pool: PoolSection) -> KvSettings:
+        kv_dtype = self.model.dtype if self.model.kv_dtype == "auto" else self.model.kv_dtype
+        return KvSettings(kv_dtype, device=pool.device, codec=self.workers.codec)
+
+    def _decode_kv(self) -> KvSettings:
+        pool = self.pools.decode
+        speculates = self.speculative.method != "none"
+        return replace(self._kv_of(pool), selection=pool.kv_selection.policy, speculates=speculates)

@@ -16,7 +16,7 @@ from cluster.child_process import tail
 from cluster.config import REDIS_PASSWORD_ENV, ClusterConfig, RouterSection
 from cluster.embedded_store import embedded_store
 from cluster.model_facts import read_model_facts
-from cluster.plan import ModelFacts, router_config, thresholds_path, worker_configs
+from cluster.plan import ModelFacts, kv_dtype, router_config, thresholds_path, worker_configs
 from cluster.progress import LaunchProgress, Phase
 from cluster.ray_pools import RayPools, ray_pools
 from cluster.router_host import BoundPorts, RouterSpec
@@ -138,7 +138,8 @@ class _Launch:
         folder = resolve_model(self._config.model.source, self._progress.model_bytes)
         config = self._config
         return read_model_facts(
-            *(folder, config.model.dtype, config.block_size, config.workers.codec, thresholds_path(config))
+            *(folder, config.model.dtype, config.block_size, config.workers.codec, thresholds_path(config)),
+            stored_as=kv_dtype(config),
         )
 
     async def _start_workers(

@@ -15,8 +15,10 @@ def read_model_facts(
     block_size: int,
     codec: str = "identity",
     codec_thresholds: Path | None = None,
+    *,
+    stored_as: str | None = None,
 ) -> ModelFacts:
-    """Facts from config.json. Raises ModelError that names file and key."""
+    """Facts from config.json, and the digest (tandem.digest). Raises ModelError that names file and key."""
     path = folder / "config.json"
     try:
         document: dict[str, Any] = json.loads(path.read_text())
@@ -27,7 +29,7 @@ def read_model_facts(
     kv_heads = document.get("num_key_value_heads") or heads
     return ModelFacts(
         folder=folder,
-        digest=compatibility_digest(folder, dtype, block_size, codec, codec_thresholds),
+        digest=compatibility_digest(folder, dtype, block_size, codec, codec_thresholds, stored_as=stored_as),
         layers=_positive(document, "num_hidden_layers", path),
         kv_heads=int(kv_heads),
         head_dim=int(head_dim),

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from engine.computing import Computing
 from engine.contract import StepRunner
-from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.drafting.loading import Target, load_drafting
 from engine.drafting.runner_drafter import RunnerDrafter
 from engine.kv_cache import KvCache
+from engine.kv_policies.loading import check_kv_policies, open_kv
 from engine.model_config import ModelConfig, read_model_config
 from engine.progress import Progress
 from engine.sampler import Sampler
@@ -82,6 +82,7 @@ def load_engine(
         raise ConfigError(f"dtype {config.dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
     accelerator = None if config.device == "cpu" else _accelerator(config.device)
     device = torch.device("cpu") if accelerator is None else accelerator.device
+    check_kv_policies(config)
     torch.set_num_threads(config.threads)
     folder, dtype = config.model_folder, DTYPES[config.dtype]
     model = read_model_config(folder)
@@ -99,7 +100,12 @@ def load_engine(
         pool_blocks=computing.pool_blocks,
         eos_ids=model.eos_ids,
         digest=compatibility_digest(
-            folder, config.dtype, config.block_size, config.codec, config.codec_thresholds
+            folder,
+            config.dtype,
+            config.block_size,
+            config.codec,
+            config.codec_thresholds,
+            stored_as=config.kv_dtype,
         ),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
         drafter=computing.drafter,
@@ -125,14 +131,14 @@ def _on_cpu(
     with torch.inference_mode():
         decoder = Decoder(model, weights, reorder=stored_bytes <= _REORDER_LIMIT_BYTES)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
-    cache = KvCache(model, config.pool_blocks, config.block_size, dtype, device)
+    kv = open_kv(config, model, dtype)
     runner = TorchStepRunner(
         decoder,
-        cache,
-        CpuAttention(cache, model),
+        kv.cache,
+        kv.attention,
         sampler or drafting.sampler,
         device,
         config.threads,
         drafting.drafter,
     )
-    return Computing(runner, cache, config.pool_blocks, drafting.drafter)
+    return Computing(kv.around(runner), kv.cache, config.pool_blocks, drafting.drafter)

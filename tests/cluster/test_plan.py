@@ -10,6 +10,7 @@ from cluster.plan import ModelFacts, router_config, worker_configs
 from tandem.errors import ConfigError
 from tandem.slo import SloClass
 from tandem.worker import Role
+from tandem.worker_config import KvSelectionConfig
 
 FACTS = ModelFacts(Path("/model"), "d1", layers=2, kv_heads=1, head_dim=8, context_tokens=256)
 BLOCK_BYTES = 2 * 2 * 16 * 1 * 8 * 4
@@ -98,3 +99,19 @@ def test_pool_that_cannot_hold_one_context_is_refused(setting: str, key: str) ->
     config = parse_cluster_config(f"pools: {{decode: {{{setting}}}}}", "f")
     with pytest.raises(ConfigError, match=rf"pools\.decode\.{key}: .* allowed: 16 blocks"):
         worker_configs(config, large, cores=2)
+
+
+def test_kv_policies_reach_the_workers_and_the_size_of_the_pools() -> None:
+    config = parse_cluster_config(
+        "model: {kv_dtype: int8}\npools: {decode: {memory: 1MiB, kv_selection: {policy: quest, pages: 9}}}",
+        "f",
+    )
+    prefill, decode = worker_configs(config, FACTS, cores=2)
+    assert (prefill.kv_dtype, prefill.kv_selection) == ("int8", None)
+    assert (decode.kv_dtype, decode.kv_selection) == ("int8", KvSelectionConfig("quest", pages=9))
+    assert decode.pool_blocks == (1 << 20) // (2 * 2 * 16 * 1 * (8 + 4))
+
+
+def test_full_selection_in_the_weights_type_is_the_default() -> None:
+    workers = worker_configs(ClusterConfig(), FACTS, cores=2)
+    assert {(worker.kv_dtype, worker.kv_selection) for worker in workers} == {(None, None)}

@@ -122,13 +122,20 @@ class Pair:
 
 @asynccontextmanager
 async def worker_pair(
-    folder: Path, transport: str, *, overlap_min_tokens: int | None = None, **decode_changes: object
+    folder: Path,
+    transport: str,
+    *,
+    overlap_min_tokens: int | None = None,
+    kv_dtypes: tuple[str | None, str | None] = (None, None),
+    **decode_changes: object,
 ) -> AsyncIterator[Pair]:
-    """Both workers, attached."""
+    """Both workers, attached; `kv_dtypes` are the prefill and the decode worker's."""
     async with AsyncExitStack() as stack:
         hands = []
-        prefill_changes: dict[str, object] = {"overlap_min_tokens": overlap_min_tokens}
-        changes: dict[Role, dict[str, object]] = {Role.PREFILL: prefill_changes, Role.DECODE: decode_changes}
+        changes: dict[Role, dict[str, object]] = {
+            Role.PREFILL: {"overlap_min_tokens": overlap_min_tokens, "kv_dtype": kv_dtypes[0]},
+            Role.DECODE: {**decode_changes, "kv_dtype": kv_dtypes[1]},
+        }
         for role, kind in ((Role.PREFILL, PrefillWorker), (Role.DECODE, DecodeWorker)):
             config = worker_config(folder, role, transports=(transport,), **changes[role])
             worker: Worker[Any] = await stack.enter_async_context(kind.open(config, TOKEN))
