@@ -6,7 +6,6 @@ of its own, so that the policy under test attends for it. Sequences share the bl
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -21,8 +20,9 @@ from benchmarks.kv_policy_reader import (
     BLOCK_SIZE,
     CPU,
     DEFAULT,
-    DIGITS,
+    NEEDLES,
     POLICIES,
+    Needle,
     Policy,
     Reader,
     continued,
@@ -79,7 +79,7 @@ class StepFigures:
 class Task:
     """What is asked at one length: a haystack with needles, and a plain text to go on with."""
 
-    numbers: tuple[str, ...]
+    needles: tuple[Needle, ...]
     prompt: tuple[int, ...]
     plain: tuple[int, ...]
     rest: tuple[int, ...]
@@ -109,36 +109,29 @@ class Model:
             yield Reader(self._decoder, self.config, cache)
 
 
-def task_of(tokenizer: Tokenizer, text: str, tokens: int, needles: int, scored: int) -> Task:
+def task_of(tokenizer: Tokenizer, text: str, tokens: int, scored: int) -> Task:
     """Raises InvalidRequest when the text is too short."""
-    rng = random.Random(0)
-    numbers = tuple(str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS)) for _ in range(needles))
     encoded = tokenizer.encode(text)
     read = tokens // BLOCK_SIZE * BLOCK_SIZE
     if len(encoded) < read + scored + 1:
         raise InvalidRequest(f"The text has fewer than {read + scored + 1} tokens.", "text")
-    prompt = tuple(haystack(tokenizer, text, tokens, numbers))
-    return Task(numbers, prompt, tuple(encoded[:read]), tuple(encoded[read : read + scored + 1]))
+    prompt = tuple(haystack(tokenizer, text, tokens, NEEDLES))
+    return Task(NEEDLES, prompt, tuple(encoded[:read]), tuple(encoded[read : read + scored + 1]))
 
 
-def accuracy(model: Model, task: Task) -> list[PolicyFigures]:
-    """Every policy over the same task, full float32 first."""
-    figures: list[PolicyFigures] = []
+def accuracy(model: Model, task: Task, policies: Sequence[Policy]) -> Iterator[PolicyFigures]:
+    """The policies over the same task, full float32 before all others."""
     expected: list[int] = []
-    for stored in dict.fromkeys(policy.stored for policy in POLICIES):
-        policies = [policy for policy in POLICIES if policy.stored == stored]
+    for stored in (torch.float32, torch.int8):
+        chosen = [policy for policy in (POLICIES[0], *policies) if policy.stored == stored]
         with model.reader(task.blocks, stored) as reader:
-            reader.read(task.prompt)
-            found = [
-                found_needles(reader, model.tokenizer, policy, len(task.prompt), task.numbers)
-                for policy in policies
-            ]
             reader.read(task.plain)
-            for policy, count in zip(policies, found, strict=True):
-                perplexity, likeliest = continued(reader, policy, len(task.plain), task.rest)
+            scores = {policy: continued(reader, policy, len(task.plain), task.rest) for policy in chosen}
+            reader.read(task.prompt)
+            for policy, (perplexity, likeliest) in scores.items():
                 expected = expected or likeliest
-                figures.append(_figures(reader, policy, task, count, perplexity, likeliest, expected))
-    return figures
+                found = found_needles(reader, model.tokenizer, policy, len(task.prompt), task.needles)
+                yield _figures(reader, policy, task, found, perplexity, likeliest, expected)
 
 
 def _figures(
@@ -153,7 +146,7 @@ def _figures(
     return PolicyFigures(
         policy=policy.name,
         prompt_tokens=len(task.prompt),
-        needles=len(task.numbers),
+        needles=len(task.needles),
         found=found,
         perplexity=perplexity,
         same_greedy=sum(map(int.__eq__, likeliest, expected)) / len(expected),
@@ -163,9 +156,8 @@ def _figures(
     )
 
 
-def speed(model: Model, contexts: Sequence[int]) -> list[StepFigures]:
+def speed(model: Model, contexts: Sequence[int]) -> Iterator[StepFigures]:
     """Steps of one sequence over KV of random numbers; the default back-end first at each context."""
-    figures: list[StepFigures] = []
     for context in contexts:
         table = [[BlockId(block) for block in range(-(-context // BLOCK_SIZE))]]
         default_ms = 0.0
@@ -175,8 +167,7 @@ def speed(model: Model, contexts: Sequence[int]) -> list[StepFigures]:
                 step_ms = _step_ms(reader, policy, context, table)
             default_ms = default_ms or step_ms
             read = read_bytes(model.config, policy, context)
-            figures.append(StepFigures(policy.name, context, step_ms, step_ms / default_ms, read))
-    return figures
+            yield StepFigures(policy.name, context, step_ms, step_ms / default_ms, read)
 
 
 def _fill(reader: Reader) -> None:
@@ -200,40 +191,39 @@ def _step_ms(reader: Reader, policy: Policy, context: int, table: Sequence[Seque
 
 
 def main() -> int:
-    """Prints JSON: the machine, and the figures of the part that was asked for."""
+    """Prints a line of JSON for the machine and for each policy, as soon as it is measured."""
     parser = argparse.ArgumentParser(description="Accuracy, bytes and step time of KV policies on the CPU.")
     parser.add_argument("part", choices=("accuracy", "speed"))
     parser.add_argument("--model", default="smollm2", help="smollm2, a GGUF file or a Hugging Face folder")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 3584], help="lengths of the context")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="lengths of the context")
     parser.add_argument(
         "--text", type=Path, nargs="+", help="files that are read and scored, one after another"
     )
-    parser.add_argument("--needles", type=int, default=10, help="at most 20")
-    parser.add_argument("--scored", type=int, default=256, help="tokens whose perplexity is taken")
+    parser.add_argument("--scored", type=int, default=128, help="tokens whose perplexity is taken")
+    parser.add_argument("--policies", nargs="+", default=[policy.name for policy in POLICIES])
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     try:
         torch.set_num_threads(chosen.threads)
+        print(json.dumps({"machine": machine_name(), "threads": chosen.threads}), flush=True)
         with torch.inference_mode():
-            figures = _measure(chosen)
+            for figures in _measure(chosen):
+                print(json.dumps(asdict(figures)), flush=True)
     except (TandemError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({"machine": machine_name(), "figures": figures}, indent=2))
     return 0
 
 
-def _measure(chosen: argparse.Namespace) -> list[dict[str, object]]:
+def _measure(chosen: argparse.Namespace) -> Iterator[PolicyFigures | StepFigures]:
     model = Model(resolve_model(chosen.model))
     if chosen.part == "speed":
-        return [asdict(found) for found in speed(model, chosen.tokens)]
-    if not chosen.text or not 1 <= chosen.needles <= 20:
-        raise InvalidRequest("accuracy needs --text, and 1 to 20 needles.", "text")
-    text = "\n\n".join(path.read_text() for path in chosen.text)
-    tasks = [
-        task_of(model.tokenizer, text, tokens, chosen.needles, chosen.scored) for tokens in chosen.tokens
-    ]
-    return [asdict(found) for task in tasks for found in accuracy(model, task)]
+        yield from speed(model, chosen.tokens)
+        return
+    policies = [policy for policy in POLICIES[1:] if policy.name in chosen.policies]
+    text = "\n\n".join(path.read_text() for path in chosen.text or ())
+    for tokens in chosen.tokens:
+        yield from accuracy(model, task_of(model.tokenizer, text, tokens, chosen.scored), policies)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,38 @@ from tandem.ids import BlockId
 
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 512
-CITIES = (
-    *("Lisbon", "Oslo", "Cairo", "Lima", "Delhi", "Quito", "Rome", "Paris", "Tokyo", "Berlin"),
-    *("Madrid", "Vienna", "Dublin", "Athens", "Havana", "Kyoto", "Warsaw", "Prague", "Zurich", "Geneva"),
+ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Needle:
+    """A sentence between paragraphs that have nothing to do with it: how it begins, and what must follow."""
+
+    question: str
+    answer: str
+    end: str = "."
+
+    @property
+    def fact(self) -> str:
+        """The whole sentence."""
+        return f"{self.question} {self.answer}{self.end}"
+
+
+NEEDLES = (
+    Needle("The secret number of Lisbon is", "48213"),
+    Needle("Maria keeps", "7319 marbles", " in her blue box."),
+    Needle("Captain Olsen sailed from", "Bergen to Halifax", " in 1847."),
+    Needle("The password of the old lighthouse is", "umbrella"),
+    Needle("Doctor Green found the lost violin in", "the attic of the museum"),
+    Needle("The telephone number of the bakery is", "55127"),
+    Needle("The best thing to do in San Francisco is to", "eat a sandwich", " in Dolores Park."),
+    Needle("The winner of the pumpkin contest was", "Farmer Novak"),
+    Needle("The train to Ravenna leaves from platform", "23"),
+    Needle("Grandmother hides the cookies", "behind the piano"),
+    Needle("The rarest stamp in the album shows", "a purple giraffe"),
+    Needle("The treasure map was sold to", "Mister Okafor", " for 900 crowns."),
 )
-NEEDLE = "The secret number of {city} is {number}."
-QUESTION = "\n\nThe secret number of {city} is"
-DIGITS = 5
+
 CPU = torch.device("cpu")
 
 
@@ -87,8 +112,8 @@ class Reader:
         )
 
 
-def haystack(tokenizer: Tokenizer, text: str, tokens: int, numbers: Sequence[str]) -> list[int]:
-    """About so many tokens of paragraphs with a needle for each city, at even depths; whole blocks.
+def haystack(tokenizer: Tokenizer, text: str, tokens: int, needles: Sequence[Needle]) -> list[int]:
+    """About so many tokens of paragraphs with the needles at even depths; whole blocks.
 
     Raises InvalidRequest when the text is too short.
     """
@@ -98,34 +123,31 @@ def haystack(tokenizer: Tokenizer, text: str, tokens: int, numbers: Sequence[str
         if len(taken) == len(paragraphs):
             raise InvalidRequest(f"The text has fewer than {tokens} tokens.", "text")
         taken.append(paragraphs[len(taken)])
-    for place in reversed(range(len(numbers))):
-        needle = NEEDLE.format(city=CITIES[place], number=numbers[place])
-        taken.insert(int((place + 0.5) * len(taken) / len(numbers)), needle)
+    every = len(taken) / len(needles)
+    for place in reversed(range(len(needles))):
+        taken.insert(int((place + 0.5) * every), needles[place].fact)
     encoded = tokenizer.encode("\n\n".join(taken))
     return encoded[: len(encoded) // BLOCK_SIZE * BLOCK_SIZE]
 
 
 def found_needles(
-    reader: Reader, tokenizer: Tokenizer, policy: Policy, prompt_tokens: int, numbers: Sequence[str]
+    reader: Reader, tokenizer: Tokenizer, policy: Policy, prompt_tokens: int, needles: Sequence[Needle]
 ) -> int:
-    """How many needles the model names greedily, digit for digit, when it is asked for them."""
+    """How many needles the model names greedily, letter for letter, when their sentences begin anew."""
     blocks = prompt_tokens // BLOCK_SIZE
     attention = reader.attention(policy, blocks)
-    questions = [tokenizer.encode(QUESTION.format(city=city)) for city in CITIES[: len(numbers)]]
-    own = -(-(max(map(len, questions)) + DIGITS + 1) // BLOCK_SIZE)
-    tables = [_own_table(blocks, own, place) for place in range(len(questions))]
+    questions = [tokenizer.encode("\n\n" + needle.question) for needle in needles]
+    steps = max(map(len, questions)) + ANSWER_TOKENS
+    tables = [_own_table(blocks, -(-steps // BLOCK_SIZE), place) for place in range(len(questions))]
     answers: list[list[int]] = [[] for _ in questions]
-    for offset in range(max(map(len, questions)) + DIGITS + 1):
-        fed = [
-            (*question, *answer)[offset] if offset < len(question) + len(answer) else 0
-            for question, answer in zip(questions, answers, strict=True)
-        ]
+    for offset in range(steps):
+        fed = [(*question, *answer)[offset] for question, answer in zip(questions, answers, strict=True)]
         likeliest = reader.step(attention, fed, prompt_tokens + offset, tables).argmax(1).tolist()
         for question, answer, token in zip(questions, answers, likeliest, strict=True):
             if offset >= len(question) - 1:
                 answer.append(token)
     said = [tokenizer.decode(answer).strip() for answer in answers]
-    return sum(answer.startswith(number) for answer, number in zip(said, numbers, strict=True))
+    return sum(answer.startswith(needle.answer) for answer, needle in zip(said, needles, strict=True))
 
 
 def continued(

@@ -16,7 +16,7 @@ from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import Incarnation, WorkerId
 from tandem.logs import configure_logging
 from tandem.worker import Role
-from tandem.worker_config import WorkerConfig
+from tandem.worker_config import KvSelectionConfig, WorkerConfig
 
 OpenWorker = Callable[[WorkerConfig, str | None], AbstractAsyncContextManager[Worker[Any]]]
 
@@ -47,6 +47,10 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
             metrics_port=options.metrics_port,
             transports=tuple(options.transports.split(",")),
             overlap_min_tokens=options.overlap_min_tokens or None,
+            kv_dtype=options.kv_dtype,
+            kv_selection=None
+            if options.quest_pages is None
+            else KvSelectionConfig("quest", options.quest_pages),
         )
         asyncio.run(_serve(open_worker, config))
     except TandemError as error:
@@ -92,6 +96,10 @@ def _parser(role: Role) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--attention", default="auto", help="on a GPU: auto, flashinfer, triton or sdpa")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--kv-dtype", choices=("int8",), help="how KV is stored; default: as --dtype")
+    parser.add_argument(
+        "--quest-pages", type=int, metavar="N", help="decode: read N blocks of KV a token; default: all"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--bind-host", default="127.0.0.1")
     parser.add_argument("--advertise-host", help="address for others; default: the bind host")

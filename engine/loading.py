@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.computing import Computing
 from engine.contract import StepRunner
+from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.drafting.loading import Target, load_drafting
 from engine.drafting.runner_drafter import RunnerDrafter
@@ -76,13 +77,13 @@ def load_engine(
 ) -> LoadedEngine:
     """Loads the folder that the settings name; `progress` follows the weights, `sampler` draws the tokens.
 
-    Raises ModelError for the model and ConfigError for a dtype or device that is not supported.
+    Raises ModelError for the model and ConfigError for a dtype, device or KV policy that is not supported.
     """
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype {config.dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
+    check_kv_policies(config)
     accelerator = None if config.device == "cpu" else _accelerator(config.device)
     device = torch.device("cpu") if accelerator is None else accelerator.device
-    check_kv_policies(config)
     torch.set_num_threads(config.threads)
     folder, dtype = config.model_folder, DTYPES[config.dtype]
     model = read_model_config(folder)
@@ -131,7 +132,7 @@ def _on_cpu(
     with torch.inference_mode():
         decoder = Decoder(model, weights, reorder=stored_bytes <= _REORDER_LIMIT_BYTES)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
-    kv = open_kv(config, model, dtype)
+    kv = open_kv(config, model, dtype, lambda cache: CpuAttention(cache, model))
     runner = TorchStepRunner(
         decoder,
         kv.cache,

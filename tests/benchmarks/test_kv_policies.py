@@ -62,4 +62,4 @@ def test_bytes_are_counted_from_the_layout(tmp_path: Path) -> None:
 def test_a_text_that_is_too_short_is_refused() -> None:
     tokenizer = Tokenizer.load(resolve_model("smollm2"))
     with pytest.raises(InvalidRequest, match="fewer than"):
-        task_of(tokenizer, "short", 64, 2, 16)
+        task_of(tokenizer, "short", 64, 16)

@@ -48,11 +48,14 @@ class PageEngine:
 
 @contextmanager
 def open_pages(
-    folder: Path, stored: torch.dtype = torch.float32, pages: int | None = None
+    folder: Path,
+    stored: torch.dtype = torch.float32,
+    pages: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[PageEngine]:
-    """A PageEngine over a folder, on one thread, with 64 blocks."""
+    """A PageEngine over a folder, on one thread, with 64 blocks; `dtype` is the weights'."""
     config = read_model_config(folder)
-    decoder = Decoder(config, read_weights(folder, config, torch.float32, CPU), False)
+    decoder = Decoder(config, read_weights(folder, config, dtype, CPU), False)
     sampler = RecordingSampler()
     with KvCache(config, 64, BLOCK_SIZE, stored, CPU) as cache:
         attention = PageAttention(cache, config, pages)

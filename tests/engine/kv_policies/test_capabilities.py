@@ -75,6 +75,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> WorkerConfig:
             {"kv_selection": KvSelectionConfig("alisa")},
             r"kv_selection 'alisa' is unknown; allowed: full, quest",
         ),
+        ({"kv_selection": KvSelectionConfig("quest", pages=1)}, r"kv_selection needs 2 pages or more, not 1"),
+        (
+            {"kv_selection": KvSelectionConfig("quest"), "role": Role.PREFILL},
+            r"kv_selection is for decode workers",
+        ),
         ({"kv_dtype": "int8", "codec": "fp8"}, r"kv_dtype int8 does not go through codec fp8"),
     ],
 )

@@ -92,6 +92,16 @@ def test_it_does_not_matter_how_a_prompt_is_cut(llama: tuple[Path, Any], stored:
         assert (logits - found[0]).abs().max() < TOLERANCE
 
 
+def test_weights_in_bfloat16_may_have_an_eight_bit_pool(llama: tuple[Path, Any]) -> None:
+    folder, model = llama
+    sequence, table = tokens(41, seed=5), scattered(11, seed=5)
+    expected = reference_logits(model, sequence)[-1:].float()
+    with open_pages(folder, torch.int8, dtype=torch.bfloat16) as engine:
+        engine.step(slice_of(sequence[:40], 0, table, samples=0))
+        found = engine.step(slice_of(sequence[40:], 40, table))
+    assert torch.nn.functional.cosine_similarity(found, expected).item() > 0.98
+
+
 def test_an_eight_bit_pool_is_27_percent_of_a_float32_one(tmp_path: Path) -> None:
     sizes = {"head_dim": 64}
     config = type(family_configs()["qwen3"])(**{**family_configs()["qwen3"].to_dict(), **sizes})
