@@ -88,7 +88,7 @@ class Task:
     def blocks(self) -> int:
         """Blocks that hold either prompt and what is fed after it."""
         return max(len(self.prompt), len(self.plain)) // BLOCK_SIZE + max(
-            3 * len(self.numbers), len(self.rest)
+            3 * len(self.needles), len(self.rest)
         )
 
 
