@@ -146,13 +146,13 @@ def _worker(
     if isinstance(pool, PrefillPool):
         return replace(worker, token_budget=pool.token_budget, overlap_min_tokens=pool.overlap_min_tokens)
     if isinstance(pool, DecodePool):
-        return replace(
-            worker,
-            max_batch=pool.max_batch,
-            speculative=_speculative(config),
-            kv_selection=_kv_selection(pool),
-        )
+        return _decoding(worker, config, pool)
     return worker
+
+
+def _decoding(worker: WorkerConfig, config: ClusterConfig, pool: DecodePool) -> WorkerConfig:
+    speculative, selection = _speculative(config), _kv_selection(pool)
+    return replace(worker, max_batch=pool.max_batch, speculative=speculative, kv_selection=selection)
 
 
 def _kv_selection(pool: DecodePool) -> KvSelectionConfig | None:

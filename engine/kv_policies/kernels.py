@@ -74,7 +74,7 @@ def choose_pages(shape, layer, queries, bounds, table, first_seen, last_seen, pa
     positions between which each query sees. Writes, per sequence and KV head, pages.shape[2] places in
     ascending order and their number, or -1 for all. The page of the last token is always among them; the
     others have the largest bounds of q . k over all k between their least and greatest keys (Quest, section
-    3.3), where a page's bound is the largest of the query heads that share the KV head.
+    3.3), where a page's bound is the largest of the query heads that share the KV head (NaN: the least).
     """
     size, kv_heads, head_dim = shape[1], shape[2], shape[4]
     group = queries.shape[1] // kv_heads
@@ -96,7 +96,7 @@ def choose_pages(shape, layer, queries, bounds, table, first_seen, last_seen, pa
                     for at in range(head_dim):
                         total += max(query[at] * least[at], query[at] * greatest[at])
                     best = max(best, total)
-                bound[page - first] = best
+                bound[page - first] = best if best == best else -np.inf
             _largest(bound, wanted - 1, first, pages[sequence, head])
             pages[sequence, head, wanted - 1] = last
             counts[sequence, head] = wanted

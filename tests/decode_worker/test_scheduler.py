@@ -388,22 +388,3 @@ def test_sample_without_its_token_is_dropped_as_our_fault() -> None:
     (drop,) = legs.complete(StepResult(plan.step, (), 0.0), 0.0).dropped
     assert (drop.leg_id, drop.reason) == ("a", DropReason.INTERNAL)
     assert pool.allocated_blocks == 0
-
-
-def test_a_plan_names_the_blocks_that_landed_since_the_last_one_with_their_tokens() -> None:
-    legs = scheduler(BlockPool(16, 4))
-    tokens = tuple(range(100, 110))
-    start(legs, leg("a", tokens))
-    first = legs.schedule(0.0)
-    assert first is not None
-    table = first.slices[0].block_table
-    assert first.landed == ((table[0], 4), (table[1], 4), (table[2], 2))
-    finish(legs, first)
-    second = legs.schedule(0.0)
-    assert second is not None
-    assert second.landed == ()
-    finish(legs, second)
-    start(legs, leg("b", tokens))
-    third = legs.schedule(0.0)
-    assert third is not None
-    assert third.landed == ((third.slices[1].block_table[2], 2),), "cached blocks landed before"

@@ -117,6 +117,19 @@ def test_the_largest_are_chosen_once_each_and_in_order(
     assert count in (0, len(bound)) or bound[chosen].min() >= rest.max()
 
 
+def test_a_query_that_is_no_number_still_reads_pages_of_its_own() -> None:
+    """A broken row draws no token, but it must not read beyond the pool."""
+    bounds = np.ones((BLOCKS, LAYERS, KV_HEADS, 2, HEAD_DIM), np.float32)
+    queries = np.full((1, KV_HEADS * GROUP, HEAD_DIM), np.nan, np.float32)
+    table, last_seen = np.arange(BLOCKS)[None], np.array([BLOCKS * SIZE - 1])
+    pages, counts = np.full((1, KV_HEADS, 4), -1, np.int64), np.zeros((1, KV_HEADS), np.int64)
+    shape = (LAYERS, SIZE, KV_HEADS, HEAD_DIM, HEAD_DIM)
+    kernels.choose_pages(shape, LAYER, queries, bounds, table, np.array([0]), last_seen, pages, counts)
+    assert (counts == 4).all()
+    assert (np.diff(pages) > 0).all()
+    assert ((pages >= 0) & (pages < BLOCKS)).all()
+
+
 @pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
 def test_bounds_hold_for_the_keys_as_they_are_stored(stored: torch.dtype) -> None:
     with KvCache(CONFIG, BLOCKS, SIZE, stored, CPU) as cache:
