@@ -124,6 +124,8 @@ def accuracy(model: Model, task: Task, policies: Sequence[Policy]) -> Iterator[P
     expected: list[int] = []
     for stored in (torch.float32, torch.int8):
         chosen = [policy for policy in (POLICIES[0], *policies) if policy.stored == stored]
+        if not chosen:
+            continue
         with model.reader(task.blocks, stored) as reader:
             reader.read(task.plain)
             scores = {policy: continued(reader, policy, len(task.plain), task.rest) for policy in chosen}
