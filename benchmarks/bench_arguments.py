@@ -3,7 +3,17 @@
 import argparse
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from tandem.errors import InvalidRequest
+
+
+def check_positive(options: Mapping[str, float | None]) -> None:
+    """Raises InvalidRequest, naming the option, unless a number is positive and finite; None: not given."""
+    for name, number in options.items():
+        if number is not None and not 0 < number < math.inf:
+            raise InvalidRequest(f"{name} must be positive and finite, not {number}.", name)
 
 
 def add_serve(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

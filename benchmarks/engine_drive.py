@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from decode_worker.decode_leg import DecodeLeg, SampleStart
 from decode_worker.scheduler import DecodeScheduler
 from engine.blocks import BlockPool
+from engine.leg import LegToken
 from engine.loading import LoadedEngine
 from engine.step import StepPlan, StepResult
 from prefill_worker.scheduler import PrefillLeg, PrefillScheduler
@@ -115,18 +116,34 @@ class EngineDrive:
 
         `at_step` is called after each step with the number of those done. Raises as `join` does.
         """
+        return self._write(read, at_step)[0]
+
+    def outputs(self, read: ReadPrompts) -> tuple[tuple[int, ...], ...]:
+        """As `write`, but gives the output tokens of each prompt, the first ones included."""
+        _, tokens = self._write(read, None)
+        outputs = {leg.leg_id: [first] for leg, first in zip(read.legs, read.first_tokens, strict=True)}
+        for token in tokens:
+            outputs[token.leg_id].append(token.token_id)
+        return tuple(tuple(outputs[leg.leg_id]) for leg in read.legs)
+
+    def _write(
+        self, read: ReadPrompts, at_step: Callable[[int], None] | None
+    ) -> tuple[StepTimes, list[LegToken]]:
         self.join(read)
         done = 0
+        tokens: list[LegToken] = []
 
         def complete(result: StepResult, now_s: float) -> None:
             nonlocal done
             done += 1
-            if self.decode.complete(result, now_s).dropped:
+            outcome = self.decode.complete(result, now_s)
+            if outcome.dropped:
                 raise TandemError("The KV pool is too small for this batch.")
+            tokens.extend(outcome.tokens)
             if at_step is not None:
                 at_step(done)
 
-        return self._steps(self.decode.schedule, complete)
+        return self._steps(self.decode.schedule, complete), tokens
 
     def _steps(
         self, schedule: Callable[[float], StepPlan | None], complete: Callable[[StepResult, float], None]

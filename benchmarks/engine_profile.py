@@ -1,4 +1,4 @@
-"""Edge: `tandem profile`: step times of this hardware over a grid of sizes, as JSON for the planner."""
+"""Edge: `tandem profile`: times of steps and KV transfers on this hardware, as JSON for the planner."""
 
 import argparse
 import asyncio
@@ -13,10 +13,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.engine_drive import EngineDrive
+from benchmarks.kv import TRANSPORTS
+from benchmarks.kv_layouts import Layout, Placement
+from benchmarks.kv_layouts import Shape as BlockShape
+from benchmarks.kv_pulls import measured
+from benchmarks.kv_times import Road
 from benchmarks.machine_limits import machine_name
 from decode_worker.decode_leg import DecodeOutcome
 from engine.loading import LoadedEngine, load_engine
+from engine.model_config import ModelConfig, read_model_config
 from engine.model_source import resolve_model
 from engine.step import SampleRequest, SequenceSlice, StepPlan, StepResult
 from engine.step_loop import StepLoop
@@ -33,6 +41,8 @@ _LOOP_BATCH = 8
 _LOOP_STEPS = 24
 _LOOP_TIMEOUT_S = 60.0
 _GIT_TIMEOUT_S = 5.0
+_TRANSFER_BYTES = 1 << 26
+"""Most bytes of a transfer that is measured: four pools of twice as many are made for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,28 @@ def _fits(shape: Shape, context_tokens: int, pool_tokens: int) -> bool:
     return longest <= context_tokens and shape.kv_tokens <= pool_tokens // 2
 
 
+def transfer_layout(model: ModelConfig, quick: bool) -> Layout:
+    """Scattered blocks like the model's (in float32), 1 to 64 of them, as far as memory goes."""
+    shape = BlockShape(model.layers, model.kv_heads, model.head_dim)
+    counts = [count for count in (1, 4, 16, 64) if count * shape.block_bytes <= _TRANSFER_BYTES]
+    return Layout(shape, Placement.SCATTERED, tuple(counts[: 1 if quick else None] or [1]))
+
+
+async def measured_transfers(layout: Layout, runs: int) -> list[dict[str, Any]]:
+    """Whole hand-offs between two processes of this machine, with checksums, from the ask to the commit."""
+    roads = [Road(transport, checksum=True) for transport in TRANSPORTS]
+    return [
+        {
+            "transport": road.transport,
+            "bytes": case.moved_bytes,
+            "seconds": statistics.median(timed.pull_s for timed in pulls),
+            "runs": len(pulls),
+        }
+        for case in await measured(layout, roads, runs)
+        for road, pulls in case.roads.items()
+    ]
+
+
 QUICK = (Shape(((16, 0),)), Shape(((64, 64),)), Shape((), 1, 64), Shape((), 4, 64), Shape(((16, 0),), 2, 64))
 
 
@@ -83,10 +115,14 @@ def run(chosen: argparse.Namespace) -> int:
         dtype=chosen.dtype,
         threads=chosen.threads,
     )
+    # As in a worker, whose hand-offs compute on one core; the engine sets its own threads when it loads.
+    torch.set_num_threads(1)
+    layout = transfer_layout(read_model_config(config.model_folder), chosen.quick)
+    transfers = asyncio.run(measured_transfers(layout, chosen.runs))
     with load_engine(config) as engine:
         pool_tokens = config.pool_blocks * config.block_size
         shapes = QUICK if chosen.quick else grid(config.token_budget, engine.context_tokens, pool_tokens)
-        written = json.dumps(profile_json(engine, config, shapes, chosen.runs))
+        written = json.dumps(profile_json(engine, config, shapes, chosen.runs, transfers))
     if chosen.output is None:
         print(written)
     else:
@@ -95,7 +131,11 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def profile_json(
-    engine: LoadedEngine, config: WorkerConfig, shapes: Sequence[Shape], runs: int
+    engine: LoadedEngine,
+    config: WorkerConfig,
+    shapes: Sequence[Shape],
+    runs: int,
+    transfers: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """What `tandem profile` writes; the keys are documented in docs/json-output.md."""
     return {
@@ -112,7 +152,7 @@ def profile_json(
         "kv_bytes_per_token": engine.cache.block_bytes // config.block_size,
         "step_overhead_s": asyncio.run(_step_overhead_s(engine, config)),
         "points": [_point(engine, config.block_size, shape, runs) for shape in shapes],
-        "transfers": [],
+        "transfers": list(transfers),
     }
 
 

@@ -112,11 +112,12 @@ class HoldingSink:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """Says so, receives, and stays until it is cancelled."""
         print("pulling", flush=True)
-        await self._inner.receive(source, grant, target, on_landed)
+        copy_s = await self._inner.receive(source, grant, target, on_landed)
         await asyncio.Event().wait()
+        return copy_s
 
 
 async def take(spec: Spec, address: str) -> None:

@@ -5,25 +5,21 @@ import asyncio
 import json
 import logging
 import os
-from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import torch
 
 from benchmarks.kv_adoption import measured_adoption
-from benchmarks.kv_layouts import SMOLLM2_BLOCKS, Layout, Placement, layouts
+from benchmarks.kv_handoffs import measured_handoffs
+from benchmarks.kv_layouts import layouts
 from benchmarks.kv_pulls import measured
 from benchmarks.kv_report import adoption_json, case_json, handoff_json, overlap_json, text
-from benchmarks.kv_times import AdoptionTimes, CaseTimes, OverlapFigures, Road
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, HandoffTimes, OverlapFigures, Road
 from benchmarks.overlap import measure_overlap
-from benchmarks.processes import exchange, running_module
 from tandem.errors import InvalidRequest
 from tandem.logs import configure_logging
 
 TRANSPORTS: Final = ("shm", "tcp")
-
-HANDOFF: Final = Layout(SMOLLM2_BLOCKS, Placement.SCATTERED, (10,))
-"""A hand-off as the Azure trace makes them here: 160 tokens of SmolLM2, 7.4 MB."""
 
 HANDOFF_PULLS: Final = 60
 
@@ -46,28 +42,17 @@ def run(chosen: argparse.Namespace) -> int:
 async def _measure(rounds: int, quick: bool) -> dict[str, Any]:
     roads = [Road(transport, checksum) for transport in TRANSPORTS for checksum in (False, True)]
     cases = [case for layout in layouts(quick) for case in await measured(layout, roads, rounds)]
-    loaded, busy = await _loaded_handoffs(HANDOFF_PULLS // 3 if quick else HANDOFF_PULLS)
+    checked = [road for road in roads if road.checksum]
+    handoffs = await measured_handoffs(checked, HANDOFF_PULLS // 3 if quick else HANDOFF_PULLS)
     adoptions = await measured_adoption(layouts(quick)[0], rounds)
     overlap = None if quick else await measure_overlap(min(rounds, OVERLAP_ROUNDS))
-    return result_json(cases, rounds, loaded, busy, adoptions, overlap)
-
-
-async def _loaded_handoffs(pulls: int) -> tuple[CaseTimes, int]:
-    """Hand-offs while as many processes compute as there are cores."""
-    busy = os.cpu_count() or 1
-    async with AsyncExitStack() as stack:
-        for _ in range(busy):
-            await exchange(await stack.enter_async_context(running_module("benchmarks.busy_core")), b"")
-        roads = [Road(transport, checksum=True) for transport in TRANSPORTS]
-        (case,) = await measured(HANDOFF, roads, pulls)
-    return case, busy
+    return result_json(cases, rounds, handoffs, adoptions, overlap)
 
 
 def result_json(
     cases: list[CaseTimes],
     rounds: int,
-    loaded: CaseTimes,
-    busy: int,
+    handoffs: HandoffTimes,
     adoptions: list[AdoptionTimes],
     overlap: OverlapFigures | None,
 ) -> dict[str, Any]:
@@ -77,7 +62,7 @@ def result_json(
         "rounds": rounds,
         "cores": os.cpu_count(),
         "cases": [case_json(case) for case in cases],
-        "handoff": handoff_json(loaded, busy),
+        "handoff": handoff_json(handoffs),
         "adoption": [adoption_json(times) for times in adoptions],
         "overlap": None if overlap is None else overlap_json(overlap),
     }

@@ -19,6 +19,7 @@ from engine.attention import Span
 from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
+from engine.linear import MakeProduct, packed_linear
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
@@ -67,15 +68,18 @@ class _Run:
 
 
 class Reader:
-    """A model with a KV pool of one window; float32, on the CPU."""
+    """A model with a KV pool of one window, on the CPU."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, product: MakeProduct = packed_linear
+    ) -> None:
+        """Weights and KV are of `dtype`; `product` says how weights are kept."""
         config = read_model_config(folder)
         device = torch.device("cpu")
-        self.cache = KvCache(config, 2 * HALF_BLOCKS, BLOCK_SIZE, torch.float32, device)
+        self.cache = KvCache(config, 2 * HALF_BLOCKS, BLOCK_SIZE, dtype, device)
         self.shape = BlockShape.of_pool(self.cache.pool)
         self._attention = CpuAttention(self.cache, config)
-        self._decoder = Decoder(config, read_weights(folder, config, torch.float32, device, None), True)
+        self._decoder = Decoder(config, read_weights(folder, config, dtype, device, None), product)
         self._table = [BlockId(block) for block in range(2 * HALF_BLOCKS)]
 
     def feed(self, tokens: Tensor, start: int) -> Tensor:

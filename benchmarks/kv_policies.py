@@ -34,10 +34,11 @@ from benchmarks.kv_policy_reader import (
 from benchmarks.machine_limits import machine_name
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
+from engine.layout_choice import choose_linears
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
-from engine.weights import read_weights
+from engine.weights import linear_shapes, read_weights
 from tandem.errors import InvalidRequest, TandemError
 from tandem.ids import BlockId
 
@@ -98,9 +99,9 @@ class Model:
     def __init__(self, folder: Path) -> None:
         self.config: ModelConfig = read_model_config(folder)
         self.tokenizer = Tokenizer.load(folder)
-        self._decoder = Decoder(
-            self.config, read_weights(folder, self.config, torch.float32, CPU, None), reorder=True
-        )
+        weights = read_weights(folder, self.config, torch.float32, CPU, None)
+        product = choose_linears(linear_shapes(self.config), torch.float32)
+        self._decoder = Decoder(self.config, weights, product)
 
     @contextmanager
     def reader(self, blocks: int, stored: torch.dtype) -> Iterator[Reader]:

@@ -70,7 +70,7 @@ async def opened(layout: Layout, roads: Sequence[Road]) -> AsyncIterator[Puller]
 async def measured(layout: Layout, roads: Sequence[Road], rounds: int) -> list[CaseTimes]:
     """Every case of a layout, the first round of each thrown away: it opens links and touches pages."""
     async with opened(layout, roads) as puller:
-        with _Copier(layout, puller.pool) as copier:
+        with _Copier(layout) as copier:
             return [await _case(puller, copier, count, rounds) for count in layout.counts]
 
 
@@ -90,11 +90,11 @@ async def _case(puller: Puller, copier: "_Copier", count: int, rounds: int) -> C
 
 
 class _Copier:
-    """memcpy on one core between two pools of touched pages."""
+    """memcpy on one core between two pools of touched pages, of the kind that the roads copy between."""
 
-    def __init__(self, layout: Layout, target: KvCache) -> None:
-        self._source = make_pool(layout.shape, layout.pool_blocks)
-        self._target = target
+    def __init__(self, layout: Layout) -> None:
+        self._source = make_pool(layout.shape, max(layout.counts))
+        self._target = make_pool(layout.shape, max(layout.counts))
 
     def copy(self, length: int) -> None:
         """Copies so many bytes from the start of one pool to that of the other, in one call."""
@@ -105,6 +105,7 @@ class _Copier:
 
     def __exit__(self, *_error: object) -> None:
         self._source.close()
+        self._target.close()
 
 
 def _seconds(work: Callable[[], None]) -> float:

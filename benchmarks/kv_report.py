@@ -4,22 +4,24 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from benchmarks.kv_times import AdoptionTimes, CaseTimes, OverlapFigures, Road, Timed
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, HandoffTimes, OverlapFigures, Road, Timed
 from planner.statistics import percentile
 
 LIMITS: Final = {"shm": "memcpy", "tcp": "loopback_tcp"}
 """What a transport is held against."""
 
 PARTS: Final[dict[str, Callable[[Timed], float]]] = {
+    "reserve": lambda timed: timed.reserve_s,
     "accept": lambda timed: timed.report.accept_s,
     "queue": lambda timed: timed.report.queue_s,
     "move": lambda timed: timed.report.move_s,
+    "copy": lambda timed: timed.report.copy_s,
     "verify": lambda timed: timed.report.verify_s,
     "commit": lambda timed: timed.report.commit_s,
-    "beyond_bytes": lambda timed: timed.pull_s - timed.report.move_s,
+    "beyond_bytes": lambda timed: timed.beyond_bytes_s,
     "pull": lambda timed: timed.pull_s,
 }
-"""Parts of a hand-off by name, in seconds; `beyond_bytes` is all of it but the move."""
+"""Parts of a hand-off by name, in seconds; `copy` is in `move`, and `beyond_bytes` is all but the copy."""
 
 
 def case_json(case: CaseTimes) -> dict[str, Any]:
@@ -35,20 +37,21 @@ def case_json(case: CaseTimes) -> dict[str, Any]:
     }
 
 
-def handoff_json(case: CaseTimes, busy_processes: int) -> dict[str, Any]:
+def handoff_json(times: HandoffTimes) -> dict[str, Any]:
     """The object `handoff`."""
+    (blocks,) = times.layout.counts
     return {
-        "busy_processes": busy_processes,
-        "blocks": case.blocks,
-        "moved_bytes": case.moved_bytes,
+        "busy_processes": times.busy_processes,
+        "blocks": blocks,
+        "moved_bytes": blocks * times.layout.shape.block_bytes,
         "roads": [
-            {"transport": road.transport, "checksum": road.checksum, "pulls": len(times)}
+            {"transport": road.transport, "checksum": road.checksum, "pulls": len(pulls)}
             | {
-                f"{name}_p{share}_ms": percentile(sorted(map(part, times)), share / 100) * 1e3
+                f"{name}_p{share}_ms": percentile(sorted(map(part, pulls)), share / 100) * 1e3
                 for name, part in PARTS.items()
                 for share in (50, 90)
             }
-            for road, times in case.roads.items()
+            for road, pulls in times.roads.items()
         ],
     }
 
@@ -99,15 +102,16 @@ def text(result: dict[str, Any]) -> str:
 def _road_json(
     case: CaseTimes, road: Road, times: Sequence[Timed], limits: dict[str, float]
 ) -> dict[str, Any]:
-    moves = [timed.report.move_s for timed in times]
+    copies = [timed.report.copy_s for timed in times]
     limit = LIMITS[road.transport]
-    gbps = _gbps(case, moves)
+    gbps = _gbps(case, copies)
     return {
         "transport": road.transport,
         "checksum": road.checksum,
         "gbps": gbps,
-        "gbps_min": case.moved_bytes / max(moves) / 1e9,
-        "gbps_max": case.moved_bytes / min(moves) / 1e9,
+        "gbps_min": case.moved_bytes / max(copies) / 1e9,
+        "gbps_max": case.moved_bytes / min(copies) / 1e9,
+        "move_gbps": _gbps(case, [timed.report.move_s for timed in times]),
         "pull_gbps": _gbps(case, [timed.pull_s for timed in times]),
         "limit": limit,
         "ratio": gbps / limits[limit],
@@ -128,7 +132,7 @@ def _case_lines(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield (
                 f"  {road['transport']:4} {_hashing(road)}: {road['gbps']:6.2f} GB/s "
                 f"({road['gbps_min']:.2f} to {road['gbps_max']:.2f}), {road['ratio']:.0%} of "
-                f"{road['limit']}; whole pull {road['pull_gbps']:.2f} GB/s"
+                f"{road['limit']}; move {road['move_gbps']:.2f}, whole pull {road['pull_gbps']:.2f} GB/s"
             )
 
 

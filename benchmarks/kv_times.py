@@ -20,10 +20,28 @@ class Road:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One pull: what the sink reported, and the whole call as its caller saw it."""
+    """One pull: what the sink reported, and the whole call as its caller saw it.
+
+    `reserve_s` is what it took before to have blocks for it, where that was done.
+    """
 
     report: PullReport
     pull_s: float
+    reserve_s: float = 0.0
+
+    @property
+    def beyond_bytes_s(self) -> float:
+        """All but the transport's own loop over the bytes."""
+        return self.reserve_s + self.pull_s - self.report.copy_s
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffTimes:
+    """Hand-offs of the layout's blocks over each road, beside so many processes that compute."""
+
+    layout: Layout
+    busy_processes: int
+    roads: dict[Road, tuple[Timed, ...]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,17 @@
 """Edge: how fast this machine reads memory and multiplies matrices, with the threads that torch has now."""
 
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from engine.processor import processor_name
+
 _READ_BYTES = 256 * 1024**2
 _GEMM_SIZE = 2048
-_CPU_FACTS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +36,7 @@ def measure_limits(dtype: torch.dtype, runs: int = 5) -> MachineLimits:
 
 def machine_name() -> str:
     """Processor and number of cores, as in `AMD EPYC, 2 cores`."""
-    model = platform.processor() or platform.machine()
-    if _CPU_FACTS.exists():
-        lines = _CPU_FACTS.read_text().splitlines()
-        model = next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
-        )
-    return f"{model}, {os.cpu_count()} cores"
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 def _read_gb_s(runs: int) -> float:

@@ -3,10 +3,11 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from tandem.errors import TandemError
+from tandem.exec_guard import guarded
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
@@ -20,19 +21,29 @@ async def running_module(
     module: str, arguments: Sequence[str] = (), cores: set[int] | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Runs a module on some cores (None means all); stopped, by force if need be, when the block ends."""
+    async with running_command((sys.executable, "-m", module, *arguments)) as process:
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores)
+        yield process
+
+
+@asynccontextmanager
+async def running_command(
+    command: Sequence[str], environment: Mapping[str, str] | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Runs a command, in our environment unless one is given; stopped as `running_module`'s process is.
+
+    Should this process be killed, the kernel kills it, too.
+    """
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        module,
-        *arguments,
+        *guarded(command),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=LINE_BYTES,
+        env=None if environment is None else dict(environment),
         start_new_session=True,
     )
     try:
-        if cores is not None:
-            os.sched_setaffinity(process.pid, cores)
         yield process
     finally:
         await _stop(process)

@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from benchmarks.bench_arguments import check_positive
 from benchmarks.processes import START_TIMEOUT_S, exchange, running_module
 from benchmarks.relay_load import LoadResult, LoadSpec
 from benchmarks.relay_router import RelaySpec
 from router.config import RouterConfig
-from tandem.errors import InvalidRequest
 from tandem.ids import Incarnation, WorkerId
 from tandem.slo import SloClass
 from tandem.worker import Role, WorkerRecord
@@ -31,13 +31,7 @@ STEP_MS = 5.0
 
 def run(chosen: argparse.Namespace) -> int:
     """Prints medians over the runs. Raises TandemError."""
-    for name, value in (
-        ("--streams", chosen.streams),
-        ("--seconds", chosen.seconds),
-        ("--runs", chosen.runs),
-    ):
-        if value <= 0:
-            raise InvalidRequest(f"{name} must be positive, not {value}.", name)
+    check_positive({"--streams": chosen.streams, "--seconds": chosen.seconds, "--runs": chosen.runs})
     runs = [asyncio.run(_one_run(chosen.streams, chosen.seconds)) for _ in range(chosen.runs)]
     result = relay_json(runs, chosen.streams)
     print(json.dumps(result) if chosen.json else _text(result))

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import math
 import random
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bench_arguments import check_positive
 from benchmarks.latency_summary import LoadSummary, Outcome, OutcomeKind, Spread, summarise
 from benchmarks.load_generator import offer
 from benchmarks.targets import GrpcTarget, HttpTarget, Target
@@ -52,6 +54,7 @@ class Measured:
 
 def run(chosen: argparse.Namespace) -> int:
     """Prints the summary; exit code 0 when at least one request completed. Raises TandemError."""
+    _check(chosen)
     measured = asyncio.run(_measure(chosen))
     summary = measured.summary
     if chosen.json:
@@ -138,11 +141,18 @@ def _seeded(seed: int) -> Callable[[str], TokenDraws]:
     return lambda name: random.Random(f"{seed} {name}")
 
 
+def _check(chosen: argparse.Namespace) -> None:
+    """Raises InvalidRequest for what no cluster is needed to refuse."""
+    options = (
+        *("limit", "rate", "variation", "length_scale", "timeout"),
+        *("max_prompt_tokens", "max_output_tokens", "prompt_tokens", "output_tokens"),
+    )
+    check_positive({f"--{name.replace('_', '-')}": getattr(chosen, name) for name in options})
+    _shares(chosen.classes)
+    _objectives(chosen.slo)
+
+
 def _rows(chosen: argparse.Namespace) -> Sequence[TraceRow]:
-    if chosen.limit < 1:
-        raise InvalidRequest(f"--limit must be 1 or more, not {chosen.limit}.", "--limit")
-    if chosen.rate is not None and not chosen.rate > 0:
-        raise InvalidRequest(f"--rate must be positive, not {chosen.rate}.", "--rate")
     if chosen.trace is None and chosen.rate is None:
         raise InvalidRequest("Without --trace, --rate is needed.", "--rate")
     if chosen.trace is None:
@@ -175,8 +185,9 @@ def _pairs(texts: Sequence[str], count: int, option: str) -> dict[str, list[floa
             pairs[name] = [float(number) for number in numbers.split(",")]
         except ValueError:
             pairs[name] = []
-        if not name or len(pairs[name]) != count:
-            raise InvalidRequest(f"{option} {text!r}: expected NAME= and {count} number(s).", option)
+        if not name or len(pairs[name]) != count or not all(0 <= one < math.inf for one in pairs[name]):
+            message = f"{option} {text!r}: expected NAME= and {count} number(s), none negative."
+            raise InvalidRequest(message, option)
     return pairs
 
 

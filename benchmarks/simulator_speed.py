@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_arguments import check_positive
 from planner.arrivals import ArrivalProcess, arrival_times_s
 from planner.hardware import device_named
 from planner.model_shape import kv_capacity_tokens, model_named
@@ -22,7 +23,7 @@ from planner.simulator_setup import Drive, RouterRules, Setup, SimRole, WorkerSp
 from planner.traces import TraceRow, read_trace
 from planner.transfer_links import LinkTransfer, link_of_rate
 from planner.workload import Lognormal, SimRequest, lognormal_lengths, rate_scaled, requests
-from tandem.errors import ConfigError, InvalidRequest
+from tandem.errors import ConfigError
 from tandem.ids import WorkerId
 from tandem.slo import SloClass
 
@@ -43,9 +44,7 @@ _LIKE_AZURE = (Lognormal(1155.0, 0.96, 14_000), Lognormal(211.0, 0.77, 1000))
 def run(chosen: argparse.Namespace) -> int:
     """Prints medians over the runs. Raises ConfigError, InvalidRequest."""
     count = REQUESTS if chosen.requests is None else chosen.requests
-    for name, value in (("--requests", count), ("--runs", chosen.runs), ("--rate", chosen.rate)):
-        if value <= 0:
-            raise InvalidRequest(f"{name} must be positive, not {value}.", name)
+    check_positive({"--requests": count, "--runs": chosen.runs, "--rate": chosen.rate})
     rows = None if chosen.trace is None else _read(chosen.trace)
     result = measure(rows, count, chosen.rate, chosen.runs)
     print(json.dumps(result) if chosen.json else _text(result))

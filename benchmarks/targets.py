@@ -9,7 +9,7 @@ import httpx
 
 from benchmarks.workload import PlannedRequest
 from tandem.client import AsyncTandemClient, GenerateOptions
-from tandem.errors import DeadlineExceeded, Overloaded, TandemError
+from tandem.errors import DeadlineExceeded, InvalidRequest, Overloaded, TandemError
 from tandem.generation import SamplingOptions, TokenPrompt
 
 MAX_CONNECTIONS = 4096
@@ -63,10 +63,15 @@ class HttpTarget:
     """
 
     def __init__(self, address: str, model: str) -> None:
+        """Raises InvalidRequest for what is no address."""
         key = os.environ.get("TANDEM_API_KEY")
         self._model = model
+        try:
+            base = httpx.URL(f"http://{address}")
+        except httpx.InvalidURL as error:
+            raise InvalidRequest(f"{address!r} is no HOST:PORT: {error}.", "--http-address") from error
         self._client = httpx.AsyncClient(
-            base_url=f"http://{address}",
+            base_url=base,
             headers={} if key is None else {"authorization": f"Bearer {key}"},
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
         )

@@ -1,5 +1,6 @@
 """Pure: plans the requests of a load: when each comes, what it asks, how much it wants."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -103,8 +104,8 @@ def _times_s(rows: Sequence[TraceRow], arrivals: Arrivals, draws: Draws) -> list
 
 def _classes(shares: Mapping[str, float], draws: TokenDraws) -> Iterator[str]:
     total = sum(shares.values())
-    if total <= 0 or min(shares.values()) < 0:
-        raise InvalidRequest("Class shares must not be negative, and one must be positive.", "class")
+    if not 0 < total < math.inf or min(shares.values()) < 0:
+        raise InvalidRequest("Class shares must be finite, not negative, and one positive.", "class")
     while True:
         left = draws.random() * total
         for name, share in shares.items():

@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Self
 
-GUARD = Path(__file__).with_name("exec_guard.py")
+from tandem.exec_guard import guarded
+
 TAIL_BYTES = 4096
 
 
@@ -30,10 +30,9 @@ class ChildProcess:
         cls, name: str, argv: Sequence[str], log_path: Path, *, environment: Mapping[str, str] | None = None
     ) -> Self:
         """Starts it with stdin and stdout as pipes and stderr in the log file. Raises OSError."""
-        command = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), *argv]
         with _open_for_us(log_path) as log:
             process = await asyncio.create_subprocess_exec(
-                *command,
+                *guarded(argv),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

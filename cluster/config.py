@@ -7,16 +7,14 @@ from urllib.parse import urlsplit
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
+from cluster.config_section import MOST_REPLICAS, Name, Port, Seconds, Section
+from cluster.controller.config import ControllerSection
 from cluster.decode_config import KvSelectionSection, SpeculativeSection
-from cluster.section import Section
+from cluster.workers_config import LeasesSection, WorkersSection
 from engine.kv_policies.capabilities import KvSettings, kv_fault
 
 REDIS_PASSWORD_ENV = "TANDEM_REDIS_PASSWORD"  # noqa: S105 - the variable's name, not its value
 """Environment variable with the password of an external Redis."""
-
-Port = Annotated[int, Field(ge=0, le=65535)]
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class ModelSection(Section):
@@ -32,8 +30,15 @@ class ModelSection(Section):
         default=None,
         description="Name that clients use; by default the last part of `source` without its ending.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Type of weights and KV cache."
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Type of weights and KV cache. float16 is not offered: models trained in bfloat16 leave "
+        "its range.",
+    )
+    weights_dtype: Literal["auto", "int8"] = Field(
+        default="auto",
+        description="How the weights of matrix products are kept: `auto` as `dtype` says, `int8` in eight "
+        "bits (CPU with VNNI only), which changes what is decoded a little.",
     )
     kv_dtype: Literal["auto", "int8"] = Field(
         default="auto",
@@ -49,10 +54,18 @@ class ModelSection(Section):
 class PoolSection(Section):
     """Workers of one role."""
 
-    replicas: int = Field(default=1, ge=1, le=1024, description="Number of workers.")
+    replicas: int = Field(default=1, ge=1, le=MOST_REPLICAS, description="Number of workers.")
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         default="auto",
-        description="Torch threads of a worker; `auto` divides this machine's cores among all workers.",
+        description="Torch threads of a worker; `auto` is its share of `cores`, else of this machine's "
+        "cores divided among all workers.",
+    )
+    cores: tuple[Annotated[int, Field(ge=0, le=65_535)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="Cores that the pool's workers keep to, in equal shares in this order (`[0, 1]` gives "
+        "each of two workers one); null: any core. Pools may not share one.",
     )
     device: str = Field(
         default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Torch device: `cpu`, `cuda` or `cuda:N`."
@@ -90,6 +103,29 @@ class PoolSection(Section):
         "(`tandem status` shows it), null serves none.",
     )
 
+    def cores_of(self, index: int) -> tuple[int, ...]:
+        """The cores of worker `index`; empty for any."""
+        share = len(self.cores or ()) // self.replicas
+        return (self.cores or ())[index * share : (index + 1) * share]
+
+    @model_validator(mode="after")
+    def _cores_suffice(self) -> "PoolSection":
+        if self.cores is None:
+            return self
+        count = len(self.cores)
+        if len(set(self.cores)) < count:
+            raise ValueError("cores: names a core twice; allowed: each once")
+        if count % self.replicas:
+            raise ValueError(
+                f"cores: {count} for {self.replicas} workers; allowed: a multiple of {self.replicas}"
+            )
+        if self.threads != "auto" and self.threads > count // self.replicas:
+            raise ValueError(
+                f"threads: {self.threads} on {count // self.replicas} of the cores; "
+                f"allowed: auto, 1 to {count // self.replicas}"
+            )
+        return self
+
 
 class PrefillPool(PoolSection):
     """Workers that read prompts."""
@@ -121,6 +157,13 @@ class PoolsSection(Section):
 
     prefill: PrefillPool = Field(default=PrefillPool(), description="Workers that read prompts.")
     decode: DecodePool = Field(default=DecodePool(), description="Workers that write tokens.")
+
+    @model_validator(mode="after")
+    def _share_no_core(self) -> "PoolsSection":
+        shared = sorted(set(self.prefill.cores or ()) & set(self.decode.cores or ()))
+        if shared:
+            raise ValueError(f"decode.cores: core {shared[0]} is one of prefill.cores; allowed: others")
+        return self
 
 
 class SloSection(Section):
@@ -174,57 +217,6 @@ class RouterSection(Section):
         default=ByteSize(64 << 20),
         ge=1 << 12,
         description="Size at which the request log is set aside as `.1`; the last 4 are kept.",
-    )
-
-
-class WorkersSection(Section):
-    """What holds for the workers of both pools."""
-
-    bind_host: str = Field(
-        default="127.0.0.1", min_length=1, max_length=255, description="Address that workers bind."
-    )
-    advertise_host: str = Field(
-        default="auto",
-        min_length=1,
-        max_length=255,
-        description="Address under which others reach a worker; `auto` is `bind_host`, or the node's "
-        "address when that is `0.0.0.0`.",
-    )
-    transports: tuple[Literal["nccl", "cuda_ipc", "shm", "tcp"], ...] = Field(
-        default=("shm", "tcp"),
-        min_length=1,
-        description="How KV may move, best first; `nccl` and `cuda_ipc` move pools on GPUs, "
-        "and workers that cannot do one take the next.",
-    )
-    checksum: bool = Field(default=True, description="Whether moved KV is verified.")
-    codec: Literal["identity", "fp8", "int8", "oaken"] = Field(
-        default="identity",
-        description="How KV is written on its way: as it is, in eight bits (`fp8`, `int8`), or in about five "
-        "(`oaken`); all but `identity` change what is decoded a little.",
-    )
-    codec_thresholds: str | None = Field(
-        default=None,
-        max_length=4096,
-        description="File of thresholds that `oaken` needs, equal on every host; made by "
-        "`python -m benchmarks.kv_codecs`.",
-    )
-
-    @model_validator(mode="after")
-    def _codec_has_its_thresholds(self) -> "WorkersSection":
-        if (self.codec == "oaken") != (self.codec_thresholds is not None):
-            raise ValueError("codec_thresholds: belongs to codec oaken, which needs it")
-        return self
-
-
-class LeasesSection(Section):
-    """How long promises hold."""
-
-    registry_s: Seconds = Field(
-        default=2.0, description="A worker that does not renew within it is taken for dead."
-    )
-    handoff_s: Seconds = Field(default=5.0, description="How long a source keeps blocks still for one pull.")
-    park_s: Seconds = Field(
-        default=30.0, description="How long a prefill worker keeps KV that nobody fetches."
     )
 
 
@@ -319,13 +311,28 @@ class ClusterConfig(Section):
     leases: LeasesSection = Field(default=LeasesSection(), description="How long promises hold.")
     redis: RedisSection = Field(default=RedisSection(), description="The registry.")
     ray: RaySection = Field(default=RaySection(), description="Where the workers' processes come from.")
+    controller: ControllerSection = Field(
+        default=ControllerSection(), description="Changing how many workers play each role while they serve."
+    )
+
+    @property
+    def most_added_workers(self) -> int:
+        """How many workers the controller may have beyond those of the start."""
+        replicas = self.pools.prefill.replicas + self.pools.decode.replicas
+        return max(0, (self.controller.max_workers or replicas) - replicas)
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "ClusterConfig":
+        self.controller.check_start(self.pools.prefill.replicas, self.pools.decode.replicas)
         if self.default_slo_class not in self.slo_classes:
             allowed = ", ".join(sorted(self.slo_classes))
             raise ValueError(f"default_slo_class: {self.default_slo_class!r} is no class; allowed: {allowed}")
         for name, pool in (("prefill", self.pools.prefill), ("decode", self.pools.decode)):
+            if self.model.weights_dtype == "int8" and pool.device != "cpu":
+                raise ValueError(
+                    f"model.weights_dtype: int8 is for the CPU, and pools.{name}.device is {pool.device}; "
+                    "allowed: auto"
+                )
             if pool.pool_blocks is None or self.model.context is None:
                 continue
             needed = -(-self.model.context // self.block_size)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cluster.section import Section
+from cluster.config_section import Section
 
 
 class KvSelectionSection(Section):

@@ -5,18 +5,30 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from cluster import readiness
 from cluster.child_process import tail
 from cluster.config import REDIS_PASSWORD_ENV, ClusterConfig, RouterSection
+from cluster.controller.assembly import in_background, read_brain, run_controller
+from cluster.controller.reconciler import Reconciler
+from cluster.controller.rules import interchangeable
 from cluster.embedded_store import embedded_store
 from cluster.model_facts import read_model_facts
-from cluster.plan import ModelFacts, kv_dtype, router_config, thresholds_path, worker_configs
+from cluster.plan import (
+    ModelFacts,
+    kv_dtype,
+    router_config,
+    thresholds_path,
+    weights_dtype,
+    with_replicas,
+    worker_configs,
+)
 from cluster.progress import LaunchProgress, Phase
 from cluster.ray_pools import RayPools, ray_pools
 from cluster.router_host import BoundPorts, RouterSpec
@@ -25,6 +37,8 @@ from cluster.run_folder import RunFolder
 from cluster.store import RegisteredWorker, Store, StoreAddress
 from cluster.worker_host import WorkerSpec
 from engine.model_source import resolve_model
+from engine.pinning import check_cores
+from planner.load_window import RolePlacement
 from tandem.errors import ConfigError, NotReady
 from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import WorkerId
@@ -44,6 +58,7 @@ class RunningCluster:
     run_folder: Path
     phases_s: Mapping[Phase, float]
     store: Store
+    registry: StoreAddress
     router: RouterKeeper
 
     async def workers(self) -> dict[WorkerId, RegisteredWorker]:
@@ -58,18 +73,28 @@ class RunningCluster:
 
 @asynccontextmanager
 async def running_cluster(
-    config: ClusterConfig, *, progress: LaunchProgress | None = None
+    config: ClusterConfig,
+    *,
+    progress: LaunchProgress | None = None,
+    say: Callable[[str], None] = print,
 ) -> AsyncIterator[RunningCluster]:
     """Starts everything, yields when requests can be served, drains and stops everything at the end.
+
+    `say` gets what a controller would change in a dry run.
 
     Must run in the main thread (see ChildProcess). Raises ConfigError, ModelError, or NotReady, which says
     what is not ready and why. Cancelled before it serves, it stops everything without draining.
     """
+    brain = read_brain(config) if config.controller.enabled else None
     launch = _Launch(config, progress or LaunchProgress())
     async with AsyncExitStack() as stack:
         cluster = await launch.start(stack)
+        parts = [launch.reconciler(cluster.store).run()]
+        if brain is not None:
+            parts.append(run_controller(config, brain, cluster.registry, [cluster.grpc_address], say))
         try:
-            yield cluster
+            async with in_background(*parts):
+                yield cluster
         finally:
             await launch.drain()
 
@@ -86,10 +111,12 @@ class _Launch:
         self._secrets = _secrets(config)
         self._router: RouterKeeper | None = None
         self._pools: RayPools | None = None
+        self._specs: Callable[[RolePlacement], tuple[WorkerSpec, ...]] | None = None
 
     async def start(self, stack: AsyncExitStack) -> RunningCluster:
         """The model beside registry and Ray; then workers beside the router; then the proof by a hand-off."""
         _check_ports(self._config.router)
+        _check_cores(self._config)
         reading = asyncio.create_task(self._timed(Phase.MODEL, asyncio.to_thread(self._read_model)))
         stack.push_async_callback(_cancel, reading)
         address = await self._timed(Phase.REGISTRY, self._open_registry(stack))
@@ -103,9 +130,9 @@ class _Launch:
             Phase.RAY, stack.enter_async_context(ray_pools(self._config, self._secrets))
         )
         facts = await reading
-        workers = worker_configs(self._config, facts, os.cpu_count() or 1)
+        self._specs = partial(self._worker_specs, facts, address)
         starting = asyncio.create_task(
-            self._timed(Phase.WORKERS, self._start_workers(store, address, workers))
+            self._timed(Phase.WORKERS, self._start_workers(store, self._specs(self._placement)))
         )
         stack.push_async_callback(_cancel, starting)
         router, ports = await self._timed(Phase.ROUTER, self._start_router(stack, facts, address))
@@ -113,7 +140,9 @@ class _Launch:
         host = _reachable(self._config.router.bind_host)
         grpc_address, http_address = f"{host}:{ports.grpc_port}", f"{host}:{ports.http_port}"
         await self._timed(Phase.PROOF, readiness.wait_for_router(router, grpc_address, self._left_s()))
-        return RunningCluster(grpc_address, http_address, self._folder.path, self._phases_s, store, router)
+        return RunningCluster(
+            grpc_address, http_address, self._folder.path, self._phases_s, store, address, router
+        )
 
     async def drain(self) -> None:
         """Router first, so that nothing new comes; then the workers."""
@@ -121,6 +150,24 @@ class _Launch:
             await self._router.stop(self._config.ray.drain_timeout_s + CLOSE_ROUTER_S)
         if self._pools is not None:
             await self._pools.drain()
+
+    def reconciler(self, store: Store) -> Reconciler:
+        """What changes the workers from now on. Raises NotReady before the start."""
+        if self._pools is None or self._specs is None:
+            raise NotReady("The workers were not started.")
+        return Reconciler(
+            store,
+            self._pools,
+            self._specs,
+            self._placement,
+            interchangeable=interchangeable(self._config),
+            start_timeout_s=self._config.ray.start_timeout_s,
+        )
+
+    @property
+    def _placement(self) -> RolePlacement:
+        pools = self._config.pools
+        return RolePlacement(pools.prefill.replicas, pools.decode.replicas)
 
     async def _open_registry(self, stack: AsyncExitStack) -> StoreAddress:
         redis = self._config.redis
@@ -140,19 +187,17 @@ class _Launch:
         return read_model_facts(
             *(folder, config.model.dtype, config.block_size, config.workers.codec, thresholds_path(config)),
             stored_as=kv_dtype(config),
+            weights_dtype=weights_dtype(config),
         )
 
-    async def _start_workers(
-        self, store: Store, address: StoreAddress, workers: tuple[WorkerConfig, ...]
-    ) -> None:
+    async def _start_workers(self, store: Store, specs: tuple[WorkerSpec, ...]) -> None:
         if self._pools is None:
             raise NotReady("Ray is not up.")
-        pools = self._config.pools
-        await store.set_desired({"prefill": pools.prefill.replicas, "decode": pools.decode.replicas})
-        await self._pools.start([self._worker_spec(worker, address) for worker in workers])
+        await store.set_desired(self._placement)
+        await self._pools.start(specs)
         await readiness.wait_for_workers(
             store,
-            [worker.worker_id for worker in workers],
+            [spec.config.worker_id for spec in specs],
             self._progress.worker_registered,
             self._left_s(),
             lambda worker_id: tail(self._folder.log(worker_id)),
@@ -172,6 +217,12 @@ class _Launch:
         self._router = router
         stack.push_async_callback(router.stop, CLOSE_ROUTER_S)
         return router, await router.start(self._left_s())
+
+    def _worker_specs(
+        self, facts: ModelFacts, address: StoreAddress, placement: RolePlacement
+    ) -> tuple[WorkerSpec, ...]:
+        workers = worker_configs(with_replicas(self._config, placement), facts, os.cpu_count() or 1)
+        return tuple(self._worker_spec(worker, address) for worker in workers)
 
     def _worker_spec(self, worker: WorkerConfig, address: StoreAddress) -> WorkerSpec:
         local = self._config.ray.address == "local"
@@ -230,6 +281,16 @@ def _check_ports(router: RouterSection) -> None:
                     f"router.{key}: {router.bind_host}:{port} cannot be bound ({error.strerror}); allowed: a "
                     "port that nobody uses, or 0 to let the system choose"
                 ) from error
+
+
+def _check_cores(config: ClusterConfig) -> None:
+    """Raises ConfigError for a core that no worker here can run on; nodes of another Ray check their own."""
+    if config.ray.address == "local":
+        for name, pool in (("prefill", config.pools.prefill), ("decode", config.pools.decode)):
+            try:
+                check_cores(pool.cores or ())
+            except ConfigError as error:
+                raise ConfigError(f"pools.{name}.{error}") from error
 
 
 def _reachable(bind_host: str) -> str:

@@ -3,15 +3,16 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import structlog
 
 from cluster.membership_view import MembershipView
+from cluster.outage import Outage
 from cluster.store import RegisteredWorker, Store
 from tandem.errors import TandemError
-from tandem.worker import WorkerRecord
+from tandem.worker import Role, WorkerRecord
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +29,11 @@ class StoreMembership:
     def __init__(self, store: Store, lease_s: float) -> None:
         self._store = store
         self._lease_s = lease_s
+        self._desired: dict[Role, int] = {}
+
+    def desired(self) -> Mapping[Role, int]:
+        """How many workers of each role are wanted, as last seen; empty when nobody said."""
+        return self._desired
 
     async def watch(self) -> AsyncGenerator[tuple[WorkerRecord, ...], None]:
         """Yields all living workers, first at once and then after every change.
@@ -36,7 +42,7 @@ class StoreMembership:
         lease and a margin, so that the workers can write themselves back.
         """
         view = MembershipView(self._lease_s + GRACE_MARGIN_S)
-        outage = _Outage("membership is frozen: the registry is away")
+        outage = Outage("membership is frozen: the registry is away")
         while True:
             try:
                 living = await self._store.living()
@@ -45,6 +51,9 @@ class StoreMembership:
                 outage.began(error)
             else:
                 outage.ended()
+                if living.desired is not None:
+                    wanted = living.desired.placement
+                    self._desired = {Role.PREFILL: wanted.prefill, Role.DECODE: wanted.decode}
                 records = [worker.record for worker in living.workers]
                 snapshot = view.observed(time.monotonic(), living.epoch, records)
                 if snapshot is not None:
@@ -58,7 +67,7 @@ class Superseded(TandemError):
 
 async def keep_registered(store: Store, worker: RegisteredWorker, lease_s: float) -> None:
     """Takes the lease and renews it for ever, through outages of the registry. Raises Superseded."""
-    outage = _Outage("lease not renewed: the registry is away")
+    outage = Outage("lease not renewed: the registry is away")
     while True:
         try:
             held = await store.register(worker, lease_s)
@@ -85,21 +94,3 @@ async def registered(
         with contextlib.suppress(TandemError):
             # Without this the lease runs out by itself.
             await store.deregister(worker.record)
-
-
-class _Outage:
-    """Logs the beginning and the end of an outage once each."""
-
-    def __init__(self, message: str) -> None:
-        self._message = message
-        self._going_on = False
-
-    def began(self, error: Exception) -> None:
-        if not self._going_on:
-            log.warning(self._message, error=str(error))
-        self._going_on = True
-
-    def ended(self) -> None:
-        if self._going_on:
-            log.info("the registry is back")
-        self._going_on = False

@@ -17,6 +17,7 @@ def read_model_facts(
     codec_thresholds: Path | None = None,
     *,
     stored_as: str | None = None,
+    weights_dtype: str | None = None,
 ) -> ModelFacts:
     """Facts from config.json, and the digest (tandem.digest). Raises ModelError that names file and key."""
     path = folder / "config.json"
@@ -29,7 +30,15 @@ def read_model_facts(
     kv_heads = document.get("num_key_value_heads") or heads
     return ModelFacts(
         folder=folder,
-        digest=compatibility_digest(folder, dtype, block_size, codec, codec_thresholds, stored_as=stored_as),
+        digest=compatibility_digest(
+            folder,
+            dtype,
+            block_size,
+            codec,
+            codec_thresholds,
+            stored_as=stored_as,
+            weights_dtype=weights_dtype,
+        ),
         layers=_positive(document, "num_hidden_layers", path),
         kv_heads=int(kv_heads),
         head_dim=int(head_dim),

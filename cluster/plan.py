@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from cluster.config import ClusterConfig, DecodePool, PoolSection, PrefillPool
+from planner.load_window import RolePlacement
 from router.config import RouterConfig
 from tandem.errors import ConfigError
 from tandem.ids import Incarnation, WorkerId
@@ -68,6 +69,11 @@ def kv_dtype(config: ClusterConfig) -> str | None:
     return None if config.model.kv_dtype == "auto" else config.model.kv_dtype
 
 
+def weights_dtype(config: ClusterConfig) -> str | None:
+    """How the weights of matrix products are kept; None for as `model.dtype` says."""
+    return None if config.model.weights_dtype == "auto" else config.model.weights_dtype
+
+
 def router_config(config: ClusterConfig, model: ModelFacts) -> RouterConfig:
     """What the router is told."""
     router = config.router
@@ -98,6 +104,14 @@ def router_config(config: ClusterConfig, model: ModelFacts) -> RouterConfig:
     )
 
 
+def with_replicas(config: ClusterConfig, placement: RolePlacement) -> ClusterConfig:
+    """The same cluster with so many workers of each role."""
+    prefill = config.pools.prefill.model_copy(update={"replicas": placement.prefill})
+    decode = config.pools.decode.model_copy(update={"replicas": placement.decode})
+    pools = config.pools.model_copy(update={"prefill": prefill, "decode": decode})
+    return config.model_copy(update={"pools": pools})
+
+
 def worker_configs(config: ClusterConfig, model: ModelFacts, cores: int) -> tuple[WorkerConfig, ...]:
     """What each worker is told, prefill first; `cores` are those of the machine that holds them all."""
     pools: tuple[tuple[Role, PoolSection], ...] = (
@@ -116,7 +130,7 @@ def worker_configs(config: ClusterConfig, model: ModelFacts, cores: int) -> tupl
 def _worker(
     config: ClusterConfig, model: ModelFacts, role: Role, pool: PoolSection, index: int, auto_threads: int
 ) -> WorkerConfig:
-    bind = config.workers.bind_host
+    bind, cores = config.workers.bind_host, pool.cores_of(index)
     worker = WorkerConfig(
         worker_id=WorkerId(f"{role.value}-{index}"),
         incarnation=UNBORN,
@@ -128,7 +142,9 @@ def _worker(
         dtype=config.model.dtype,
         device=pool.device,
         attention=pool.attention,
-        threads=auto_threads if pool.threads == "auto" else pool.threads,
+        weights_dtype=weights_dtype(config),
+        threads=(len(cores) or auto_threads) if pool.threads == "auto" else pool.threads,
+        cores=cores,
         context_tokens=context_tokens(config, model),
         max_waiting=pool.max_waiting,
         prefix_cache=pool.prefix_cache,

@@ -1,4 +1,4 @@
-"""Edge: the pools of workers as Ray actors: an actor a worker, a placement group a pool, endless restarts.
+"""Edge: the pools of workers as Ray actors: a placement group and an actor a worker, endless restarts.
 
 Ray is driven from one thread of our own. It must be one that lives until the end, because on Linux Ray ties
 the processes of a local cluster to the thread that started them: they die with us, however we die.
@@ -10,10 +10,10 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 PLACEMENT_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.2
 TEMPORARY_FOLDER_PREFIX = "tandem-ray-"
 
 _QUIET = {
@@ -42,87 +43,124 @@ _QUIET = {
 }
 
 
-@dataclass(slots=True)
-class _Actors:
-    """What we asked Ray for, and must give back."""
-
-    handles: dict[WorkerId, Any] = field(default_factory=dict)
-    groups: list[Any] = field(default_factory=list)
-
-
 class RayPools:
-    """The actors of one cluster. All methods block at most by their bounds; none may run before `open`."""
+    """The actors of one cluster, by worker, each on resources of its own that Ray has reserved.
+
+    All methods block at most by their bounds; none may run before Ray is connected.
+    """
 
     def __init__(self, config: ClusterConfig, thread: ThreadPoolExecutor) -> None:
         self._config = config
         self._thread = thread
-        self._actors = _Actors()
+        self._handles: dict[WorkerId, Any] = {}
+        self._roles: dict[WorkerId, Role] = {}
+        self._places: dict[WorkerId, Any] = {}
+
+    @property
+    def running(self) -> Mapping[WorkerId, Role]:
+        """The workers that were started and not removed."""
+        return self._roles
 
     async def start(self, specs: Sequence[WorkerSpec]) -> None:
-        """Places the actors; returns when Ray has reserved their resources. Raises NotReady when it can't."""
-        for role, pool in (
-            (Role.PREFILL, self._config.pools.prefill),
-            (Role.DECODE, self._config.pools.decode),
-        ):
-            members = [spec for spec in specs if spec.config.role is role]
-            if members:
-                await self._call(partial(self._start_pool, pool, members))
+        """Places workers; returns when Ray has reserved resources for all. Raises NotReady when it can't."""
+        await self._call(partial(self._reserve, specs))
+        for spec in specs:
+            await self._call(partial(self._place, spec))
+
+    async def replace(self, worker_id: WorkerId, spec: WorkerSpec) -> None:
+        """Drains a worker and starts another one on its resources."""
+        await self._drain(worker_id)
+        await self._call(partial(self._take_over, worker_id, spec))
+
+    async def remove(self, worker_id: WorkerId) -> None:
+        """Drains a worker and gives its resources back."""
+        await self._drain(worker_id)
+        await self._call(partial(self._kill, worker_id))
 
     async def drain(self) -> None:
         """Drains all workers at once, within the configured bound."""
-        await self._call(self._drain_all)
+        await asyncio.gather(*(self._drain(worker_id) for worker_id in self._handles))
 
     async def close(self) -> None:
-        """Kills what still runs and gives the placement groups back; idempotent."""
-        await self._call(self._kill_all)
+        """Kills what still runs and gives all resources back; idempotent."""
+        for worker_id in list(self._places):
+            await self._call(partial(self._kill, worker_id))
 
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _start_pool(self, pool: PoolSection, specs: Sequence[WorkerSpec]) -> None:
+    async def _drain(self, worker_id: WorkerId) -> None:
+        """Asks often and briefly, so that Ray's thread is free for others meanwhile."""
         import ray
+
+        pending = [await self._call(self._handles[worker_id].drain.remote)]
+        try:
+            async with asyncio.timeout(self._config.ray.drain_timeout_s + CLOSE_TIMEOUT_S):
+                while pending:
+                    _, pending = await self._call(partial(ray.wait, pending, timeout=DRAIN_POLL_S))
+        except TimeoutError:
+            log.warning("worker did not drain in time", worker_id=worker_id)
+
+    def _pool(self, role: Role) -> PoolSection:
+        return self._config.pools.prefill if role is Role.PREFILL else self._config.pools.decode
+
+    def _reserve(self, specs: Sequence[WorkerSpec]) -> None:
         from ray.util.placement_group import placement_group
+
+        deadline_s = time.monotonic() + PLACEMENT_TIMEOUT_S
+        for spec in specs:
+            pool = self._pool(spec.config.role)
+            bundle = {"CPU": pool.num_cpus} | ({"GPU": pool.num_gpus} if pool.num_gpus else {})
+            self._places[spec.config.worker_id] = placement_group([bundle], strategy="PACK")
+        for spec in specs:
+            place = self._places[spec.config.worker_id]
+            if not place.wait(max(0.0, deadline_s - time.monotonic())):
+                self._release(specs)
+                raise NotReady(
+                    f"Ray has no room for {spec.config.worker_id} beside the others: it needs "
+                    f"{place.bundle_specs[0]}."
+                )
+
+    def _release(self, specs: Sequence[WorkerSpec]) -> None:
+        for spec in specs:
+            self._kill(spec.config.worker_id)
+
+    def _place(self, spec: WorkerSpec) -> None:
+        import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        bundle = {"CPU": pool.num_cpus} | ({"GPU": pool.num_gpus} if pool.num_gpus else {})
-        group = placement_group([dict(bundle) for _ in specs], strategy="PACK")
-        self._actors.groups.append(group)
-        if not group.wait(PLACEMENT_TIMEOUT_S):
-            raise NotReady(
-                f"Ray has no room for {len(specs)} {specs[0].config.role.value} workers with {bundle} each."
-            )
-        actor_class = ray.remote(WorkerActor)
-        for index, spec in enumerate(specs):
-            self._actors.handles[spec.config.worker_id] = actor_class.options(
+        worker_id, pool = spec.config.worker_id, self._pool(spec.config.role)
+        self._roles[worker_id] = spec.config.role
+        self._handles[worker_id] = (
+            ray.remote(WorkerActor)
+            .options(
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
                 max_restarts=-1,
                 max_task_retries=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=index
-                ),
-            ).remote(spec.to_json())
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._places[worker_id]),
+            )
+            .remote(spec.to_json())
+        )
 
-    def _drain_all(self) -> None:
-        import ray
+    def _take_over(self, worker_id: WorkerId, spec: WorkerSpec) -> None:
+        place = self._places.pop(worker_id)
+        self._places[spec.config.worker_id] = place
+        self._kill(worker_id)
+        self._place(spec)
 
-        bound_s = self._config.ray.drain_timeout_s + CLOSE_TIMEOUT_S
-        pending = {handle.drain.remote(): name for name, handle in self._actors.handles.items()}
-        if not pending:
-            return
-        _, late = ray.wait(list(pending), num_returns=len(pending), timeout=bound_s)
-        for reference in late:
-            log.warning("worker did not drain in time", worker_id=pending[reference])
-
-    def _kill_all(self) -> None:
+    def _kill(self, worker_id: WorkerId) -> None:
+        """Ends the worker's process, if it has one, and gives back the resources that are still its own."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        while self._actors.handles:
-            _, handle = self._actors.handles.popitem()
+        self._roles.pop(worker_id, None)
+        handle = self._handles.pop(worker_id, None)
+        if handle is not None:
             ray.kill(handle, no_restart=True)
-        while self._actors.groups:
-            remove_placement_group(self._actors.groups.pop())
+        place = self._places.pop(worker_id, None)
+        if place is not None:
+            remove_placement_group(place)
 
 
 @asynccontextmanager
@@ -173,6 +211,7 @@ def _connect(config: ClusterConfig, secrets: Mapping[str, str], folder: str) -> 
 def _local_settings(config: ClusterConfig, folder: str) -> dict[str, Any]:
     pools: tuple[PoolSection, ...] = (config.pools.prefill, config.pools.decode)
     wanted_cpus = sum(pool.replicas * pool.num_cpus for pool in pools)
+    wanted_cpus += config.most_added_workers * max(pool.num_cpus for pool in pools)
     wants_gpus = any(pool.num_gpus for pool in pools)
     return {
         "num_cpus": max(os.cpu_count() or 1, math.ceil(wanted_cpus)),

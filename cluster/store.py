@@ -7,11 +7,11 @@ they are never smaller than the server's time in milliseconds.
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
-import orjson
 import structlog
 from pydantic import TypeAdapter, ValidationError
 from redis.asyncio import Redis
@@ -19,6 +19,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
 
+from cluster.config_section import MOST_REPLICAS
+from planner.load_window import RolePlacement
 from tandem.errors import ConfigError, NotReady
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import WorkerRecord
@@ -70,7 +72,7 @@ _LIVING = (
     _NOW
     + """
 redis.call('SETNX', KEYS[2], ARGV[1])
-local answer = {redis.call('GET', KEYS[2])}
+local answer = {redis.call('GET', KEYS[2]), redis.call('HMGET', KEYS[3], 'version', 'prefill', 'decode')}
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
   local expires, entry = string.match(all[i + 1], '^(%d+) (.*)$')
@@ -81,6 +83,44 @@ for i = 1, #all, 2 do
   end
 end
 return answer
+"""
+)
+
+_DESIRE = """
+local version = redis.call('HGET', KEYS[1], 'version') or '0'
+if ARGV[1] ~= '' and ARGV[1] ~= version then return 0 end
+redis.call('HSET', KEYS[1], 'prefill', ARGV[2], 'decode', ARGV[3])
+if ARGV[1] == '' then redis.call('DEL', KEYS[2]) end
+return redis.call('HINCRBY', KEYS[1], 'version', 1)
+"""
+
+_LEAD = (
+    _NOW
+    + """
+local expires, holder = string.match(redis.call('GET', KEYS[1]) or '', '^(%d+) (.*)$')
+if expires and tonumber(expires) > now and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], string.format('%.0f', now + ARGV[2]) .. ' ' .. ARGV[1])
+return 1
+"""
+)
+
+_RESIGN = """
+if string.match(redis.call('GET', KEYS[1]) or '', '^%d+ (.*)$') == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return 1
+"""
+
+_CONTROL = (
+    _NOW
+    + """
+local expires, holder = string.match(redis.call('GET', KEYS[1]) or '', '^(%d+) (.*)$')
+if holder ~= ARGV[1] or tonumber(expires) <= now then return -1 end
+if ARGV[3] ~= '' then
+  if (redis.call('HGET', KEYS[2], 'version') or '0') ~= ARGV[3] then return -2 end
+  redis.call('HSET', KEYS[2], 'prefill', ARGV[4], 'decode', ARGV[5])
+  redis.call('HINCRBY', KEYS[2], 'version', 1)
+end
+redis.call('SET', KEYS[3], ARGV[2])
+return 1
 """
 )
 
@@ -109,11 +149,23 @@ class RegisteredWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class Desired:
+    """How many workers of each role are wanted; every change has a version of its own."""
+
+    version: int
+    placement: RolePlacement
+
+
+@dataclass(frozen=True, slots=True)
 class Living:
-    """Who holds a lease now; `epoch` changes when the registry lost its data."""
+    """Who holds a lease now, and what is wanted (None when nobody said, or nothing that makes sense).
+
+    `epoch` changes when the registry lost its data.
+    """
 
     epoch: str
     workers: tuple[RegisteredWorker, ...]
+    desired: Desired | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +174,14 @@ class Failures:
 
     count: int
     last_reason: str
+
+
+class Controlled(Enum):
+    """What became of a controller's write; values are those of the script."""
+
+    DONE = 1
+    NOT_LEADING = -1
+    CHANGED_MEANWHILE = -2
 
 
 _ENTRY = TypeAdapter(RegisteredWorker)
@@ -182,20 +242,51 @@ class Store:
 
     async def living(self) -> Living:
         """Everyone who holds a lease, sorted by id."""
-        epoch, *entries = await self._run(_LIVING, ["workers", "epoch"], [secrets.token_hex(8)])
+        keys = ["workers", "epoch", "desired"]
+        epoch, desired, *entries = await self._run(_LIVING, keys, [secrets.token_hex(8)])
         found = [worker for worker in map(_parse, entries) if worker is not None]
         return Living(
-            epoch.decode(errors="replace"), tuple(sorted(found, key=lambda worker: worker.record.worker_id))
+            epoch.decode(errors="replace"),
+            tuple(sorted(found, key=lambda worker: worker.record.worker_id)),
+            _desired(desired),
         )
 
-    async def set_desired(self, replicas: Mapping[str, int]) -> None:
-        """Notes how many workers of each role are wanted."""
-        await self._run("return redis.call('SET', KEYS[1], ARGV[1])", ["desired"], [orjson.dumps(replicas)])
+    async def desired(self) -> Desired | None:
+        """How many workers of each role are wanted; None when nobody said."""
+        return (await self.living()).desired
 
-    async def desired(self) -> dict[str, int]:
-        """How many workers of each role are wanted; empty when nobody said."""
-        text = await self._run("return redis.call('GET', KEYS[1])", ["desired"], [])
-        return {} if text is None else {str(role): int(count) for role, count in orjson.loads(text).items()}
+    async def set_desired(self, placement: RolePlacement, expected_version: int | None = None) -> bool:
+        """Notes what is wanted; False when the version is no longer the expected one (0: nobody said yet).
+
+        Without an expected version it is a new beginning: the controller's memory is dropped too.
+        """
+        expected = "" if expected_version is None else expected_version
+        arguments = (expected, placement.prefill, placement.decode)
+        return bool(await self._run(_DESIRE, ["desired", "controller-memory"], arguments))
+
+    async def lead(self, token: str, lease_s: float) -> bool:
+        """Takes or renews the lease of the one controller that acts; False while another one holds it."""
+        return bool(await self._run(_LEAD, ["controller"], [token, round(lease_s * 1000)]))
+
+    async def resign(self, token: str) -> None:
+        """Gives that lease back at once; another one's is left alone."""
+        await self._run(_RESIGN, ["controller"], [token])
+
+    async def controller_memory(self) -> bytes | None:
+        """What the controller remembered last, as it wrote it; None when it has no memory."""
+        found = await self._run("return redis.call('GET', KEYS[1])", ["controller-memory"], [])
+        return None if found is None else bytes(found)
+
+    async def control(self, token: str, memory: bytes, change: Desired | None) -> Controlled:
+        """Keeps the controller's memory, and with a change what is wanted from now on: both or neither.
+
+        `change.version` is the version that it replaces. Only who holds the lease may do that.
+        """
+        wanted = ("", 0, 0)
+        if change is not None:
+            wanted = (str(change.version), change.placement.prefill, change.placement.decode)
+        keys = ["controller", "desired", "controller-memory"]
+        return Controlled(int(await self._run(_CONTROL, keys, [token, memory, *wanted])))
 
     async def close(self) -> None:
         """Closes the connections; idempotent."""
@@ -212,6 +303,18 @@ class Store:
             ) from error
         except (RedisError, OSError, TimeoutError) as error:
             raise StoreUnavailable(f"The registry at {self._url} cannot be reached: {error}") from error
+
+
+def _desired(fields: Sequence[bytes | None]) -> Desired | None:
+    """None where nothing is written, or something that no cluster can be."""
+    try:
+        version, prefill, decode = (int(field or b"0") for field in fields)
+    except ValueError:
+        log.warning("unreadable desired placement")
+        return None
+    placement = RolePlacement(prefill, decode)
+    sensible = placement.valid and max(prefill, decode) <= MOST_REPLICAS
+    return Desired(version, placement) if version and sensible else None
 
 
 def _parse(entry: bytes) -> RegisteredWorker | None:

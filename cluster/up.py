@@ -18,7 +18,7 @@ async def serve_until_interrupted(config: ClusterConfig) -> int:
     console = Console(highlight=False)
     try:
         with TerminalProgress(console) as progress:
-            async with running_cluster(config, progress=progress) as cluster:
+            async with running_cluster(config, progress=progress, say=console.print) as cluster:
                 progress.stop()
                 console.print(f"gRPC  {cluster.grpc_address}")
                 console.print(f"HTTP  http://{cluster.http_address}/v1")

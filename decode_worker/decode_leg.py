@@ -84,7 +84,7 @@ class LegState(Enum):
     LANDED: its KV is here before it was started. ABORTING: it is over, but a pull may still write its blocks.
     """
 
-    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    # Enum's own hash is Python code, and the table is looked into for every leg.
     __hash__ = object.__hash__
 
     WAITING = "waiting"
@@ -98,7 +98,7 @@ class LegState(Enum):
 class LegInput(Enum):
     """What can happen to a leg."""
 
-    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    # Enum's own hash is Python code, and the table is looked into for every leg.
     __hash__ = object.__hash__
 
     RESERVE = "reserve"
@@ -131,7 +131,7 @@ LEG_TRANSITIONS = {
 class SampleState(Enum):
     """Where a sample in the batch stands. LEAVING: it is over, but the step in flight touches its blocks."""
 
-    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    # Enum's own hash is Python code, and the table is looked into for every leg.
     __hash__ = object.__hash__
 
     RUNNING = "running"
@@ -142,12 +142,13 @@ class SampleState(Enum):
 class SampleInput(Enum):
     """What can happen to a sample in the batch."""
 
-    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    # Enum's own hash is Python code, and the table is looked into for every leg.
     __hash__ = object.__hash__
 
     FINISH = "finish"
     STOP = "stop"
     STOP_IN_FLIGHT = "stop_in_flight"
+    FINISH_IN_FLIGHT = "finish_in_flight"
     STEP_DONE = "step_done"
 
 
@@ -155,6 +156,7 @@ SAMPLE_TRANSITIONS = {
     (SampleState.RUNNING, SampleInput.FINISH): SampleState.ENDED,
     (SampleState.RUNNING, SampleInput.STOP): SampleState.ENDED,
     (SampleState.RUNNING, SampleInput.STOP_IN_FLIGHT): SampleState.LEAVING,
+    (SampleState.RUNNING, SampleInput.FINISH_IN_FLIGHT): SampleState.LEAVING,
     (SampleState.RUNNING, SampleInput.STEP_DONE): SampleState.RUNNING,
     (SampleState.LEAVING, SampleInput.STOP): SampleState.LEAVING,
     (SampleState.LEAVING, SampleInput.STOP_IN_FLIGHT): SampleState.LEAVING,

@@ -329,7 +329,7 @@ class DecodeScheduler:
                 break
         if self._speculation is not None and draft:
             self._speculation.verified(sample, draft, len(accepted) - 1)
-        if sample.state is SampleState.RUNNING:
+        if draft and sample.state is SampleState.RUNNING:
             trim(self._pool, sample)
         return tokens
 

@@ -8,9 +8,10 @@ from functools import partial
 import grpc.aio
 import structlog
 
+from decode_worker.pipelined_scheduler import PipelinedScheduler
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, Reservation, SampleStart
 from decode_worker.speculation import speculation_of
-from engine.contract import LayerListener
+from engine.contract import LayerListener, PipelinedRunner
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
 from engine.worker import Worker, WorkerParts, open_worker
@@ -31,19 +32,34 @@ from tandem.worker_config import WorkerConfig
 log = structlog.get_logger(__name__)
 
 
+def _scheduler(parts: WorkerParts) -> DecodeScheduler:
+    """Plans a step ahead where the runner can begin one early and nothing is guessed."""
+    config, engine = parts.config, parts.engine
+    speculation = speculation_of(config)
+    if speculation is None and isinstance(engine.runner, PipelinedRunner):
+        return PipelinedScheduler(
+            parts.pool,
+            max_batch=config.max_batch,
+            max_waiting=config.max_waiting,
+            context_tokens=engine.context_tokens,
+            eos_ids=engine.eos_ids,
+        )
+    return DecodeScheduler(
+        parts.pool,
+        max_batch=config.max_batch,
+        max_waiting=config.max_waiting,
+        context_tokens=engine.context_tokens,
+        eos_ids=engine.eos_ids,
+        speculation=speculation,
+    )
+
+
 class DecodeWorker(Worker[DecodeOutcome]):
     """Fetches a leg's KV as soon as there is room, and decodes it in the running batch."""
 
     def __init__(self, parts: WorkerParts) -> None:
         config = parts.config
-        self._scheduler = DecodeScheduler(
-            parts.pool,
-            max_batch=config.max_batch,
-            max_waiting=config.max_waiting,
-            context_tokens=parts.engine.context_tokens,
-            eos_ids=parts.engine.eos_ids,
-            speculation=speculation_of(config),
-        )
+        self._scheduler = _scheduler(parts)
         super().__init__(parts, self._scheduler)
         self._staged = open_staging(config, parts.engine.cache, parts.engine.cache.pool)
         self._sink = self._open_sink(parts)
@@ -141,8 +157,9 @@ class DecodeWorker(Worker[DecodeOutcome]):
                 self._staged.close()
 
     def scheduled(self, plan: StepPlan | None) -> LayerListener | None:
-        """Ends the early fetches whose blocks the batch needed."""
-        self._end_lost()
+        """Ends the early fetches that were given up; their blocks may be more than the batch needed."""
+        if self._end_lost():
+            self._pull_what_fits()
         return None
 
     def after_step(self, outcome: DecodeOutcome) -> None:
@@ -182,11 +199,14 @@ class DecodeWorker(Worker[DecodeOutcome]):
         if self._scheduler.cancel(leg_id, sample_indices) and leg_id in self._pulls:
             self._pulls[leg_id].cancel()
 
-    def _end_lost(self) -> None:
-        for lost in self._scheduler.take_lost():
+    def _end_lost(self) -> bool:
+        """Whether there were early fetches that the scheduler gave up."""
+        given_up = self._scheduler.take_lost()
+        for lost in given_up:
             if lost.pulling:
                 self._pulls[lost.leg_id].cancel()
             self._prefetch_lost(lost.leg_id, lost.message)
+        return bool(given_up)
 
     def _prefetch_lost(self, leg_id: LegId, message: str) -> None:
         """The leg is no more here; it may come back with StartDecode."""

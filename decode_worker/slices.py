@@ -14,7 +14,7 @@ from engine.drafting.draft import (
 )
 from engine.ending import Ending, banned_tokens
 from engine.leg import LegToken
-from engine.step import SampledToken, SampleRequest, SequenceSlice
+from engine.step import PENDING, SampledToken, SampleRequest, SequenceSlice
 
 
 def sample_slice(sample: SampleRecord, eos_ids: Collection[int], propose: int = 0) -> SequenceSlice:
@@ -30,6 +30,20 @@ def sample_slice(sample: SampleRecord, eos_ids: Collection[int], propose: int = 
     requests = tuple(_request(sample, eos_ids, row) for row in rows)
     request = _draft_request(sample, propose) if propose else None
     return SequenceSlice(token_ids, start, sample.table, requests, sample.draft, request)
+
+
+def following_slice(sample: SampleRecord, eos_ids: Collection[int]) -> SequenceSlice:
+    """The token that the step in flight draws for a sample, and the draw after it."""
+    leg, output_index = sample.record.leg, sample.output_index + 1
+    request = SampleRequest(
+        key=sample.key,
+        sample_index=sample.sample_index,
+        output_index=output_index,
+        params=leg.params,
+        prompt_tokens=leg.prompt_tokens,
+        banned=banned_tokens(leg.params, output_index, eos_ids),
+    )
+    return SequenceSlice((PENDING,), len(sample.tokens), sample.table, (request,), follows=True)
 
 
 def accepted_tokens(draft: Draft, drawn: Sequence[SampledToken]) -> tuple[list[SampledToken], int]:

@@ -40,7 +40,9 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
             device=options.device,
             attention=options.attention,
             dtype=options.dtype,
-            threads=options.threads,
+            weights_dtype=None if options.weights_dtype == "auto" else options.weights_dtype,
+            threads=options.threads or len(options.cores) or os.cpu_count() or 1,
+            cores=options.cores,
             bind_host=options.bind_host,
             advertise_host=options.advertise_host or options.bind_host,
             port=options.port,
@@ -95,12 +97,18 @@ def _parser(role: Role) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--attention", default="auto", help="on a GPU: auto, flashinfer, triton or sdpa")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--weights-dtype", default="auto", choices=("auto", "int8"), help="of matrix products; auto: --dtype"
+    )
     parser.add_argument("--kv-dtype", choices=("int8",), help="how KV is stored; default: as --dtype")
     parser.add_argument(
         "--quest-pages", type=int, metavar="N", help="decode: read N blocks of KV a token; default: all"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, help="default: one a core")
+    parser.add_argument(
+        "--cores", type=_cores, default=(), metavar="N,N", help="that the worker keeps to; default: any"
+    )
     parser.add_argument("--bind-host", default="127.0.0.1")
     parser.add_argument("--advertise-host", help="address for others; default: the bind host")
     parser.add_argument("--port", type=int, default=0, help="0 lets the system choose")
@@ -115,3 +123,8 @@ def _parser(role: Role) -> argparse.ArgumentParser:
         f"({DEFAULT_OVERLAP_MIN_TOKENS}); 0: never",
     )
     return parser
+
+
+def _cores(text: str) -> tuple[int, ...]:
+    """Whole numbers divided by commas."""
+    return tuple(int(part) for part in text.split(","))

@@ -1,7 +1,7 @@
 """Pure: what a worker's event loop asks of its torch thread."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from engine.step import StepPlan, StepResult
 
@@ -17,5 +17,25 @@ class StepRunner(Protocol):
 
         `on_layers` is called with growing numbers before `run` returns, from whichever thread knows first
         (one that waits for a device's events, say); it may skip numbers, is quick and raises nothing.
+        """
+        ...
+
+
+class StepInFlight(Protocol):
+    """A step that was begun."""
+
+    def result(self) -> StepResult:
+        """Waits for it; to be called once, from the thread that began it and in the order of the steps."""
+        ...
+
+
+@runtime_checkable
+class PipelinedRunner(StepRunner, Protocol):
+    """A runner that begins a step while the one before is still computed, as a GPU does."""
+
+    def begin(self, plan: StepPlan, on_layers: LayerListener | None = None) -> StepInFlight:
+        """Begins a step; one more may be begun before its result is taken.
+
+        Slices of the second may follow the first: their tokens are what it draws. Else as `run`.
         """
         ...

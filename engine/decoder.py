@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.attention import BatchAttention
 from engine.contract import LayerListener
-from engine.linear import Linear, onednn_for
+from engine.linear import MakeProduct, Product
 from engine.model_config import ModelConfig
 from engine.rope import inverse_frequencies, rotate, rotation
 
@@ -19,30 +19,28 @@ class _Layer:
     """One layer's weights; norms are [hidden] or, for q and k, [head_dim]."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Product
     qk_norms: tuple[Tensor, Tensor] | None
-    output: Linear
+    output: Product
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Product
+    down: Product
 
 
 class Decoder:
     """Token ids in, logits out; K and V go through the attention given with each call."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], reorder: bool) -> None:
-        """`weights` as weights.expected_tensors names them; `reorder` as in Linear."""
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], product: MakeProduct) -> None:
+        """`weights` as weights.expected_tensors names them; `product` makes what multiplies by them."""
         self._config = config
-        if reorder and onednn_for(weights["model.embed_tokens.weight"]) is not None:
-            weights = _unmapped(weights)
         self._embeddings = weights["model.embed_tokens.weight"]
         self._dtype = self._embeddings.dtype
         self._epsilon = torch.tensor(config.norm_eps, device=self._embeddings.device)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self._embeddings.device)
-        self._layers = tuple(_layer(config, weights, index, reorder) for index in range(config.layers))
+        self._layers = tuple(_layer(config, weights, index, product) for index in range(config.layers))
         self._norm = weights["model.norm.weight"]
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-        self._head = Linear(weights[head], None, reorder)
+        self._head = product(weights[head], None)
 
     def forward(
         self,
@@ -130,21 +128,15 @@ class Decoder:
         return (rows * scale).to(rows.dtype).mul_(weight)
 
 
-def _unmapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Copies what is used as stored, so that nothing holds the mapped file once the rest is reordered."""
-    kept = ("norm.weight", "embed_tokens.weight", ".bias")
-    return {name: tensor.clone() if name.endswith(kept) else tensor for name, tensor in weights.items()}
-
-
-def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, reorder: bool) -> _Layer:
+def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, product: MakeProduct) -> _Layer:
     prefix = f"model.layers.{index}."
 
-    def linear(*names: str) -> Linear:
+    def linear(*names: str) -> Product:
         """One product for several projections of the same input."""
         parts = [weights[f"{prefix}{name}.weight"] for name in names]
         biases = [weights[key] for name in names if (key := f"{prefix}{name}.bias") in weights]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return Linear(weight, torch.cat(biases) if biases else None, reorder)
+        return product(weight, torch.cat(biases) if biases else None)
 
     norms = tuple(weights[f"{prefix}self_attn.{name}_norm.weight"] for name in ("q", "k") if config.qk_norm)
     return _Layer(

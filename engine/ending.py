@@ -27,6 +27,14 @@ def banned_tokens(params: SamplingParams, output_index: int, eos_ids: Collection
     return tuple(sorted(ends))
 
 
+def ends_by_length(
+    params: SamplingParams, output_index: int, *, total_tokens: int, context_tokens: int
+) -> bool:
+    """Whether the token at `output_index` is the last, whichever it is; see ending_after."""
+    last = params.max_tokens is not None and output_index + 1 >= params.max_tokens
+    return last or total_tokens >= context_tokens
+
+
 def ending_after(
     params: SamplingParams,
     token_id: int,
@@ -45,8 +53,5 @@ def ending_after(
         is_end = token_id in params.stop_token_ids or (not params.ignore_eos and token_id in eos_ids)
         if is_end:
             return Ending(FinishReason.STOP, token_id)
-    if params.max_tokens is not None and output_index + 1 >= params.max_tokens:
-        return _LENGTH
-    if total_tokens >= context_tokens:
-        return _LENGTH
-    return None
+    over = ends_by_length(params, output_index, total_tokens=total_tokens, context_tokens=context_tokens)
+    return _LENGTH if over else None

@@ -1,17 +1,14 @@
 """Edge: converts a GGUF file into a Hugging Face folder, once for all processes of the machine."""
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from engine.cache_folder import cache_folder, locked
 from engine.gguf_file import GgufFile
 from engine.gguf_model import TensorSource, folder_config, generation_config, tensor_sources
 from engine.gguf_tokenizer import build_tokenizer, tokenizer_config
@@ -19,14 +16,10 @@ from engine.model_config import read_model_config
 from engine.progress import Progress
 from tandem.errors import ModelError
 
-CACHE_ENV = "TANDEM_CACHE"
-"""Environment variable with the folder that converted models are kept in."""
-
 _VERSION = 1
 """Grows when the conversion's result changes, so that older results are not taken."""
 
 _LOCK_TIMEOUT_S = 3600.0
-_LOCK_POLL_S = 0.1
 _SAMPLE_BYTES = 1024 * 1024
 _SAMPLES = 32
 
@@ -37,15 +30,17 @@ def convert_gguf(path: Path, progress: Progress | None = None, cache: Path | Non
     Converts under a file lock unless it is in `cache` already (default: $TANDEM_CACHE or ~/.cache/tandem).
     Raises ModelError when the file is unsupported or the cache cannot be written.
     """
-    models = (cache or _default_cache()) / "models"
+    models = (cache or cache_folder()) / "models"
     target = models / file_digest(path)
     if target.is_dir():
         return target
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _locked(models / f"{target.name}.lock"):
+        with locked(models / f"{target.name}.lock", _LOCK_TIMEOUT_S):
             if not target.is_dir():
                 _convert(path, target, progress)
+    except TimeoutError as error:
+        raise ModelError(str(error)) from error
     except OSError as error:
         raise ModelError(f"{path} cannot be converted into {target}: {error.strerror}.") from error
     return target
@@ -64,29 +59,6 @@ def file_digest(path: Path) -> str:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
     return digest.hexdigest()[:32]
-
-
-def _default_cache() -> Path:
-    named = os.environ.get(CACHE_ENV)
-    return Path(named) if named else Path.home() / ".cache" / "tandem"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock, which the system frees if this process dies."""
-    deadline = time.monotonic() + _LOCK_TIMEOUT_S
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ModelError(
-                        f"Another process has held {path} for {_LOCK_TIMEOUT_S:.0f} s."
-                    ) from None
-                time.sleep(_LOCK_POLL_S)
-        yield
 
 
 def _convert(path: Path, target: Path, progress: Progress | None) -> None:

@@ -15,13 +15,16 @@ from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.drafting.loading import Target, load_drafting
 from engine.drafting.runner_drafter import RunnerDrafter
+from engine.int8_linear import int8_linear
 from engine.kv_cache import KvCache
 from engine.kv_policies.loading import check_kv_policies, open_kv
+from engine.layout_choice import choose_linears
+from engine.linear import stored_linear
 from engine.model_config import ModelConfig, read_model_config
 from engine.progress import Progress
 from engine.sampler import Sampler
 from engine.torch_runner import TorchStepRunner
-from engine.weights import read_weights, weight_files
+from engine.weights import linear_shapes, read_weights, unmapped, weight_files
 from tandem.digest import compatibility_digest
 from tandem.errors import ConfigError
 from tandem.worker_config import WorkerConfig
@@ -32,8 +35,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What weights and KV may be computed and kept in."""
 
-_REORDER_LIMIT_BYTES = 4 * 1024**3
-"""Up to this size weights are copied into oneDNN's own layout; larger ones stay mapped and shared."""
+_COPY_LIMIT_BYTES = 4 * 1024**3
+"""Up to this size weights are copied into the fastest layouts; larger ones stay mapped and shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +82,7 @@ def load_engine(
 
     Raises ModelError for the model and ConfigError for a dtype, device or KV policy that is not supported.
     """
-    if config.dtype not in DTYPES:
-        raise ConfigError(f"dtype {config.dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
-    check_kv_policies(config)
+    _check(config)
     accelerator = None if config.device == "cpu" else _accelerator(config.device)
     device = torch.device("cpu") if accelerator is None else accelerator.device
     torch.set_num_threads(config.threads)
@@ -107,10 +108,23 @@ def load_engine(
             config.codec,
             config.codec_thresholds,
             stored_as=config.kv_dtype,
+            weights_dtype=config.weights_dtype,
         ),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
         drafter=computing.drafter,
     )
+
+
+def _check(config: WorkerConfig) -> None:
+    """Raises ConfigError for types and KV policies that are not supported."""
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"dtype {config.dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
+    if config.weights_dtype is not None and (config.weights_dtype != "int8" or config.device != "cpu"):
+        raise ConfigError(
+            f"weights_dtype {config.weights_dtype!r} on {config.device} is not supported; "
+            "supported: int8 on cpu."
+        )
+    check_kv_policies(config)
 
 
 def _accelerator(name: str) -> "Accelerator":
@@ -128,9 +142,8 @@ def _on_cpu(
     if config.pool_blocks < 1:
         raise ConfigError("pool_blocks 0 (what fits) needs a GPU; name a number of blocks for the CPU.")
     dtype, device = DTYPES[config.dtype], torch.device("cpu")
-    stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
     with torch.inference_mode():
-        decoder = Decoder(model, weights, reorder=stored_bytes <= _REORDER_LIMIT_BYTES)
+        decoder = _decoder(config, model, weights, dtype)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
     kv = open_kv(config, model, dtype, lambda cache: CpuAttention(cache, model))
     runner = TorchStepRunner(
@@ -143,3 +156,15 @@ def _on_cpu(
         drafting.drafter,
     )
     return Computing(kv.around(runner), kv.cache, config.pool_blocks, drafting.drafter)
+
+
+def _decoder(
+    config: WorkerConfig, model: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> Decoder:
+    if config.weights_dtype is not None:
+        return Decoder(model, unmapped(weights), int8_linear)
+    stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
+    if stored_bytes > _COPY_LIMIT_BYTES:
+        return Decoder(model, weights, stored_linear)
+    product = choose_linears(linear_shapes(model), dtype)
+    return Decoder(model, unmapped(weights), product)

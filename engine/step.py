@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from engine.drafting.draft import NO_DRAFT, Draft, DraftRequest, Proposal
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams, TokenLogprob
+
+PENDING: Final = 0
+"""Stands for a token that the step before has yet to draw; a token of every vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,8 @@ class SequenceSlice:
     The last tokens may be a `draft` to verify: then there is one sample after the token before them and one
     after each guess, in order. Guesses on other branches are no part of a guess's past, and its position is
     its depth's, whatever its place in the cache. `propose` asks for a new draft.
+    A slice that `follows` has one token, still unknown when it is planned: what the step before draws for the
+    same key. Its `token_ids` hold PENDING.
     """
 
     token_ids: Sequence[int]
@@ -47,6 +53,7 @@ class SequenceSlice:
     samples: tuple[SampleRequest, ...]
     draft: Draft = NO_DRAFT
     propose: DraftRequest | None = None
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Edge: a decoder's weights out of safetensors files, mapped into memory rather than read."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,6 +55,27 @@ def _layer_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if bias:
             shapes[f"{name}.bias"] = (rows,)
     return shapes
+
+
+def linear_shapes(config: ModelConfig) -> Counter[tuple[int, int]]:
+    """(out, in) of every matrix product of the decoder, and how many weights have it.
+
+    As the decoder fuses them: query, key and value are one product, gate and up another.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    layer = ((query + 2 * key, hidden), (hidden, query), (2 * inner, hidden), (hidden, inner))
+    shapes: Counter[tuple[int, int]] = Counter()
+    for shape in layer:
+        shapes[shape] += config.layers
+    shapes[config.vocabulary_tokens, hidden] += 1
+    return shapes
+
+
+def unmapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies what is used as stored, so that nothing holds the mapped file once the rest is laid out anew."""
+    kept = ("norm.weight", "embed_tokens.weight", ".bias")
+    return {name: tensor.clone() if name.endswith(kept) else tensor for name, tensor in weights.items()}
 
 
 def weight_files(folder: Path) -> dict[Path, tuple[str, ...] | None]:

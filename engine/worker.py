@@ -17,6 +17,7 @@ from engine.blocks import BlockPool
 from engine.contract import LayerListener
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LegToken, LoadNumbers
 from engine.loading import LoadedEngine, load_engine
+from engine.pinning import on_cores
 from engine.step import StepPlan, StepResult
 from engine.step_loop import StepLoop, StepScheduler
 from engine.worker_metrics import WorkerMetrics
@@ -195,6 +196,7 @@ class Worker(ABC, Generic[OutcomeT]):
             handoffs_committed=self.handoffs_committed(),
             stalled_s=self._steps.stalled_s(),
             draining=self._draining,
+            busy_s=self._steps.busy_s(),
         )
 
     def cache_snapshot(self) -> wpb.CacheEvents:
@@ -308,10 +310,12 @@ async def open_worker(
 ) -> AsyncIterator[WorkerT]:
     """Loads the model on the torch thread, binds the port, serves until the block ends.
 
-    Raises ModelError when the model can't be loaded and OSError when the port is taken.
+    Raises ModelError when the model can't be loaded, ConfigError when the settings can't be had here, and
+    OSError when the port is taken.
     """
     torch_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
     with ExitStack() as parts:
+        parts.enter_context(on_cores(config.cores))
         # The thread ends, with the step in flight, before the engine unmaps the KV that the step writes.
         ending = parts.enter_context(ExitStack())
         parts.enter_context(torch_thread)

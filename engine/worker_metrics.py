@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
 from engine.transfer_metrics import TransferMetrics
+from tandem.metrics_server import metrics_served
 from tandem.worker_config import WorkerConfig
 
 STEP_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -135,16 +136,7 @@ class WorkerMetrics:
     def open(cls, config: WorkerConfig) -> Iterator["WorkerMetrics"]:
         """Metrics, served over HTTP at config.metrics_port (if any) until the block ends."""
         metrics = cls()
-        if config.metrics_port is None:
+        with metrics_served(metrics.registry, config.bind_host, config.metrics_port) as port:
+            if port is not None:
+                metrics.address = f"{config.advertise_host}:{port}"
             yield metrics
-            return
-        server, thread = start_http_server(
-            config.metrics_port, addr=config.bind_host, registry=metrics.registry
-        )
-        metrics.address = f"{config.advertise_host}:{server.server_port}"
-        try:
-            yield metrics
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join(timeout=2.0)

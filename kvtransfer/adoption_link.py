@@ -161,7 +161,7 @@ def prepare(
     offered = pool.begin(exchange, targets)
     with _resolved(pool, exchange):
         link.send(Kind.ASK, exchange, np.asarray(given, dtype=np.int64))
-        granted = _expect(link.receive(), Kind.GRANT).frames
+        granted = _answer_to(link, exchange, Kind.GRANT).frames
     return Prepared(exchange, granted, offered)
 
 
@@ -174,7 +174,7 @@ def adopt(link: AdoptionLink, pool: AdoptablePool, prepared: Prepared) -> None:
     offered = prepared.offered
     with _resolved(pool, prepared.exchange):
         link.send(Kind.COMMIT, prepared.exchange, np.concatenate((offered.segments, offered.indices)))
-        _expect(link.receive(), Kind.SETTLED)
+        _answer_to(link, prepared.exchange, Kind.SETTLED)
     pool.settle(prepared.exchange, prepared.granted)
 
 
@@ -184,7 +184,7 @@ def ask_outcome(link: AdoptionLink, pool: AdoptablePool, exchange: int) -> Excha
         link.send(Kind.QUERY, exchange)
         answer = link.receive()
         # What was asked before may be answered only now.
-        while answer.kind not in (Kind.OUTCOME, Kind.CANCELLED):
+        while answer.exchange != exchange or answer.kind not in (Kind.OUTCOME, Kind.CANCELLED):
             answer = link.receive()
     if answer.kind is Kind.OUTCOME:
         pool.settle(exchange, answer.frames)
@@ -222,10 +222,14 @@ def _answer(link: AdoptionLink, pool: AdoptablePool, message: Message) -> None:
         raise ProtocolError(f"A giver is not told {message.kind.name}.")
 
 
-def _expect(message: Message, kind: Kind) -> Message:
-    if message.kind is not kind:
-        raise TransferError(TransferFault.REFUSED, f"The giver answered {message.kind.name}.")
-    return message
+def _answer_to(link: AdoptionLink, exchange: int, kind: Kind) -> Message:
+    """Passes over late answers to other exchanges: their frames belong to other blocks."""
+    answer = link.receive()
+    while answer.exchange != exchange:
+        answer = link.receive()
+    if answer.kind is not kind:
+        raise TransferError(TransferFault.REFUSED, f"The giver answered {answer.kind.name}.")
+    return answer
 
 
 def _broken(error: OSError) -> TransferError:

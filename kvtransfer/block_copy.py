@@ -1,36 +1,23 @@
-"""Pure: copies scattered parts of blocks between two pools in a few native calls, each without the GIL.
+"""Pure: copies scattered parts of blocks between two pools in native calls, each without the GIL.
 
-A memmove for each block costs a call and a hand-over of the GIL apiece, so about 1 MiB at a time is gathered
-into the CPU's cache and scattered from there, by two threads. Long runs are copied directly. Rates beside one
-memcpy of as many contiguous bytes: docs/measurements, `tandem bench kv`.
+Rates beside one memcpy of as many contiguous bytes: docs/measurements, `tandem bench kv`.
 """
 
-import ctypes
 import itertools
-import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from kvtransfer.contract import BlockMemory
+from kvtransfer.native_rows import Addresses, Sums, copy_and_hash_rows, copy_rows
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
-BATCH_BYTES: Final = 1536 * 1024
-"""Bytes gathered at a time: they stay in the core's cache until they are scattered."""
-
-DIRECT_BYTES: Final = 256 * 1024
-"""Runs of at least so many bytes are copied by a memmove of their own."""
-
-CHUNK_BYTES: Final = 32 * 1024 * 1024
-"""Bytes of one memmove, between two looks at the lease: milliseconds. A large one bypasses the caches."""
-
-SMALLEST_UNIT_BYTES: Final = 1024
-"""Below this unit, moving item by item costs more than a memmove for each run."""
-
-Bytes = npt.NDArray[np.uint8]
+CHUNK_BYTES: Final = 8 * 1024 * 1024
+"""Bytes of one native call, between two looks at the lease: half a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +29,35 @@ class Parts:
     offset: int
     length: int
 
-    def share(self, first: int, count: int) -> "Parts":
-        """The same of some of the blocks."""
-        return Parts(self.blocks[first : first + count], self.block_bytes, self.offset, self.length)
-
-    def begins(self) -> npt.NDArray[np.int64]:
-        """Where each part begins in the pool, in bytes."""
-        return np.asarray(self.blocks, dtype=np.int64) * self.block_bytes + self.offset
-
-    def check(self, pool_bytes: int) -> None:
-        """Raises TransferError (LENGTH) unless every part lies in a pool of this size."""
+    def addresses(self, pool: "Span") -> Addresses:
+        """Where each part begins in memory, int64 [blocks]. Raises TransferError (LENGTH) for one outside."""
         if self.offset < 0 or self.length <= 0 or self.offset + self.length > self.block_bytes:
             message = f"A part of {self.length} bytes at {self.offset} does not fit a block."
             raise TransferError(TransferFault.LENGTH, message)
-        for block in self.blocks:
-            if block < 0 or (block + 1) * self.block_bytes > pool_bytes:
-                raise TransferError(TransferFault.LENGTH, f"The pool has no block {block}.")
+        blocks = np.asarray(self.blocks, dtype=np.int64)
+        if len(blocks) and not 0 <= blocks.min() <= blocks.max() < pool.length // self.block_bytes:
+            message = f"Blocks {blocks.min()} to {blocks.max()} are not all in the pool."
+            raise TransferError(TransferFault.LENGTH, message)
+        return blocks * self.block_bytes + (pool.address + self.offset)
 
 
-def runs_of(parts: Parts) -> list[tuple[int, int]]:
-    """(begin, length) in the pool's bytes; parts that follow each other are one run."""
-    if not parts.blocks:
-        return []
-    begins = parts.begins()
-    firsts = np.flatnonzero(np.diff(begins, prepend=-1 - parts.length) != parts.length)
-    counts = np.diff(firsts, append=len(begins))
-    return list(zip(begins[firsts].tolist(), (counts * parts.length).tolist(), strict=True))
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where bytes lie in memory, for as long as they are mapped; it does not keep them mapped."""
+
+    address: int
+    length: int
+
+    @classmethod
+    def of(cls, data: memoryview | mmap.mmap) -> "Span":
+        """The span of a buffer."""
+        seen = np.frombuffer(data, dtype=np.uint8)
+        return cls(seen.ctypes.data, seen.nbytes)
+
+    @classmethod
+    def of_pool(cls, memory: BlockMemory) -> "Span":
+        """All bytes of a pool in host memory."""
+        return cls.of(memory.window(0, memory.num_blocks * memory.block_bytes))
 
 
 def shares_of(count: int, most: int) -> list[tuple[int, int]]:
@@ -77,70 +67,29 @@ def shares_of(count: int, most: int) -> list[tuple[int, int]]:
 
 
 def copy_parts(
-    source: Bytes,
-    given: Parts,
-    target: Bytes,
-    taken: Parts,
-    landed: Callable[[int, int], None],
+    reads: Addresses,
+    writes: Addresses,
+    length: int,
+    landed: Callable[[int, int, Sums | None], None],
+    hashed: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> None:
-    """Copies each given part into the taken part at its place; both have the same offset, length and number.
+    """Copies the `length` bytes at each address that is read to the one that is written at its place.
 
-    `landed(first, count)` is called after every batch, or every `chunk_bytes` of a long run, with the blocks
-    that are there now; it may raise, which ends the copy. Parts must have been checked.
+    `landed(first, count, sums)` is called after about every `chunk_bytes` with the parts that are there now
+    and, if `hashed`, the XXH3-64 of each; it may raise, which ends the copy.
     """
-    bounds = _run_bounds(given, taken)
-    unit = math.gcd(given.block_bytes, given.offset, given.length)
-    long_runs = len(given.blocks) * given.length >= DIRECT_BYTES * (len(bounds) - 1)
-    if long_runs or unit < SMALLEST_UNIT_BYTES:
-        _copy_runs(source, given, target, taken, bounds.tolist(), landed, chunk_bytes)
-    else:
-        _copy_units(source, given, target, taken, unit, landed)
+    for first, count in batches(len(reads), length, chunk_bytes):
+        read, write = reads[first : first + count], writes[first : first + count]
+        if hashed:
+            landed(first, count, copy_and_hash_rows(read, write, length))
+        else:
+            copy_rows(read, write, length)
+            landed(first, count, None)
 
 
-def _run_bounds(given: Parts, taken: Parts) -> npt.NDArray[np.int64]:
-    """Where runs of blocks that follow each other on both sides begin, and the number of blocks."""
-    breaks = (np.diff(given.begins()) != given.length) | (np.diff(taken.begins()) != given.length)
-    return np.concatenate(([0], np.flatnonzero(breaks) + 1, [len(given.blocks)]))
-
-
-def _copy_runs(
-    source: Bytes,
-    given: Parts,
-    target: Bytes,
-    taken: Parts,
-    bounds: Sequence[int],
-    landed: Callable[[int, int], None],
-    chunk_bytes: int,
-) -> None:
-    reads, writes = given.begins() + source.ctypes.data, taken.begins() + target.ctypes.data
-    for first, after in itertools.pairwise(bounds):
-        for begin, number in _batches(first, after - first, given.length, chunk_bytes):
-            ctypes.memmove(int(writes[begin]), int(reads[begin]), number * given.length)
-            landed(begin, number)
-
-
-def _copy_units(
-    source: Bytes, given: Parts, target: Bytes, taken: Parts, unit: int, landed: Callable[[int, int], None]
-) -> None:
-    """Gathers and scatters items of `unit` bytes, which divide pools, blocks and parts."""
-    item = np.dtype(f"V{unit}")
-    sources = source[: source.size // unit * unit].view(item)
-    targets = target[: target.size // unit * unit].view(item)
-    each = np.arange(given.length // unit)
-    staging: npt.NDArray[Any] = np.empty(max(BATCH_BYTES // given.length, 1) * len(each), dtype=item)
-    reads, writes = given.begins() // unit, taken.begins() // unit
-    for first, number in _batches(0, len(given.blocks), given.length, BATCH_BYTES):
-        part = staging[: number * len(each)]
-        read = (reads[first : first + number, None] + each).reshape(-1)
-        # "clip" writes straight into `out`; every index was checked before.
-        np.take(sources, read, out=part, mode="clip")
-        np.put(targets, (writes[first : first + number, None] + each).reshape(-1), part, mode="clip")
-        landed(first, number)
-
-
-def _batches(first: int, count: int, each: int, most: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of at most `most` bytes together, at least one of them."""
-    step = max(most // each, 1)
-    for begin in range(first, first + count, step):
-        yield begin, min(step, first + count - begin)
+def batches(count: int, each_bytes: int, most_bytes: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of so many parts, at most `most_bytes` together but at least one of them."""
+    step = max(most_bytes // each_bytes, 1)
+    for begin in range(0, count, step):
+        yield begin, min(step, count - begin)

@@ -11,16 +11,8 @@ from typing import Final
 
 import xxhash
 
-from kvtransfer.contract import BlockMemory
-from tandem.ids import BlockId
-
 XXH3: Final = "xxh3_64"
 """Name of this checksum, as a pair agrees on it when it connects."""
-
-
-def part_of(memory: BlockMemory, block: BlockId, part_offset: int, part_bytes: int) -> memoryview:
-    """The bytes [part_offset, part_offset + part_bytes) of one block, without a copy."""
-    return memory.view(block)[part_offset : part_offset + part_bytes]
 
 
 def block_checksum(part: memoryview) -> int:

@@ -162,8 +162,15 @@ class PullGrant:
     lease_until_s: float
 
 
-OnLanded = Callable[[int, int], None]
-"""`on_landed(first, count)`: target[first : first + count] are whole, and written no more by this receive."""
+class OnLanded(Protocol):
+    """Is told what landed of one transfer."""
+
+    def __call__(self, first: int, count: int, xxh3: Sequence[int] | None = None) -> None:
+        """target[first : first + count] are whole, and written no more by this receive.
+
+        `xxh3` are the XXH3-64 of their parts, where the transport computed them from what lies there now.
+        """
+        ...
 
 
 class SourceTransport(Protocol):
@@ -232,8 +239,11 @@ class SinkTransport(Protocol):
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """Writes the granted part of each block into the same part of the target blocks, in order.
+
+        Gives the seconds from when its thread began on the bytes (by asking for them, where they come over a
+        connection) until the last was there: all but the ways between the event loop and the thread.
 
         `on_landed` may be called from any thread, at most once for a block, as soon as the block is there
         (its caller hashes it while it is in the CPU's cache, and sees that the transfer goes on); blocks it
@@ -281,8 +291,9 @@ class PullReport:
 
     Seconds of all pieces together: `accept_s` for the source to grant, `ready_s` waiting for a growing offer,
     `queue_s` for a turn among this sink's transfers, `move_s` for the bytes (hashing that the transport does
-    on the way included), `verify_s` for hashing what it left, `commit_s` for the source to compare and agree,
-    `decode_s` for a wire codec to write the pool's blocks.
+    on the way included), `copy_s` for what SinkTransport.receive says of it, `verify_s` for hashing what it
+    left, `commit_s` for the source to compare and agree, `decode_s` for a wire codec to write the pool's
+    blocks.
     """
 
     transport: str
@@ -292,6 +303,7 @@ class PullReport:
     ready_s: float
     queue_s: float
     move_s: float
+    copy_s: float
     verify_s: float
     commit_s: float
     decode_s: float = 0.0

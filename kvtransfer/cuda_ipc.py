@@ -19,7 +19,7 @@ from kvtransfer.cuda_driver import HANDLE_BYTES, MemorySharing
 from kvtransfer.device import Device, DevicePool, Lane, Mark, PieceCopy, Pieces
 from kvtransfer.listener import LinkListener
 from kvtransfer.pack_plan import Chunk, chunks
-from kvtransfer.threads import outlast, run_to_end
+from kvtransfer.threads import outlast, run_to_end, timed
 from kvtransfer.watch import Watch, outwait, wait_for
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
@@ -174,7 +174,7 @@ class CudaIpcSink:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """Copies in a thread; `on_landed` is not called: what has landed is not in any cache of the CPU."""
         mapping = self._mappings.get(source)
         if mapping is None or mapping.lost or self._opened is None:
@@ -190,7 +190,7 @@ class CudaIpcSink:
         mapping.watches[watch] = ended
         try:
             work = _Copying(device, mapping, pool, grant, tuple(target), watch)
-            await run_to_end(self._executor, work.run, watch.stop)
+            return await run_to_end(self._executor, partial(timed, work.run, self._clock), watch.stop)
         finally:
             del mapping.watches[watch]
             ended.set_result(None)

@@ -92,7 +92,7 @@ class FaultySink:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """Receives with the next fault of the schedule."""
         fault = self._schedule.draw()
         if fault is Fault.DROP:
@@ -112,7 +112,7 @@ class FaultySink:
                 receiving.cancel()
                 await outlast(receiving)
             raise TransferError(TransferFault.DISCONNECTED, "The schedule broke the link.")
-        await self._inner.receive(source, grant, target, heard)
+        copy_s = await self._inner.receive(source, grant, target, heard)
         if fault is Fault.TRUNCATE:
             self._memory.view(target[-1])[:] = last
         if fault is Fault.CORRUPT:
@@ -122,6 +122,7 @@ class FaultySink:
             arrived = [bytes(self._part(grant, block)) for block in target]
             for block, other in zip(target, arrived[1:] + arrived[:1], strict=True):
                 self._part(grant, block)[:] = other
+        return copy_s
 
     async def disconnect(self, source: PeerId) -> None:
         """Never fails by schedule."""

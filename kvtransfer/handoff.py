@@ -16,7 +16,7 @@ from tandem.errors import ProtocolError
 class HandoffState(Enum):
     """Where a hand-off stands, as one side sees it."""
 
-    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    # Enum's own hash is Python code, and the table is looked into for every leg.
     __hash__ = object.__hash__
 
     OFFERED = "offered"

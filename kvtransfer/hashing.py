@@ -5,9 +5,11 @@ from types import MappingProxyType
 from typing import Final, Protocol
 
 from kvtransfer import weighted_sum
-from kvtransfer.checksums import XXH3, block_checksum, part_of
+from kvtransfer.block_copy import CHUNK_BYTES, Parts, Span, batches
+from kvtransfer.checksums import XXH3
 from kvtransfer.contract import BlockMemory, DeviceBlockMemory
 from kvtransfer.device import DevicePool
+from kvtransfer.native_rows import hash_rows
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -17,6 +19,11 @@ INLINE_BYTES: Final = 1 << 20
 
 class Hasher(Protocol):
     """Computes one kind of checksum over one pool; from any thread."""
+
+    @property
+    def name(self) -> str:
+        """As a pair agrees on it."""
+        ...
 
     @property
     def inline_bytes(self) -> int:
@@ -37,14 +44,41 @@ class Hasher(Protocol):
         ...
 
 
-class HostHasher:
-    """Reads host memory with a function of bytes."""
+class NativeHasher:
+    """XXH3-64 of host memory, many blocks in a native call."""
 
+    name = XXH3
     inline_bytes = INLINE_BYTES
 
-    def __init__(self, memory: BlockMemory, checksum: Callable[[memoryview], int]) -> None:
+    def __init__(self, memory: BlockMemory) -> None:
         self._memory = memory
-        self._checksum = checksum
+
+    def sums(
+        self,
+        blocks: Sequence[BlockId],
+        part_offset: int,
+        part_bytes: int,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> tuple[int, ...]:
+        """See Hasher."""
+        parts = Parts(blocks, self._memory.block_bytes, part_offset, part_bytes)
+        begins = parts.addresses(Span.of_pool(self._memory))
+        found: list[int] = []
+        for first, count in batches(len(begins), part_bytes, CHUNK_BYTES):
+            if stopped():
+                raise TransferError(TransferFault.TIMEOUT, "Hashing was stopped.")
+            found.extend(hash_rows(begins[first : first + count], part_bytes).tolist())
+        return tuple(found)
+
+
+class HostHasher:
+    """wsum64 of host memory, block by block: for a pair whose other pool is on a device."""
+
+    name = weighted_sum.NAME
+    inline_bytes = INLINE_BYTES
+
+    def __init__(self, memory: BlockMemory) -> None:
+        self._memory = memory
 
     def sums(
         self,
@@ -58,13 +92,15 @@ class HostHasher:
         for block in blocks:
             if stopped():
                 raise TransferError(TransferFault.TIMEOUT, "Hashing was stopped.")
-            found.append(self._checksum(part_of(self._memory, block, part_offset, part_bytes)))
+            part = self._memory.view(block)[part_offset : part_offset + part_bytes]
+            found.append(weighted_sum.weighted_sum(part))
         return tuple(found)
 
 
 class DeviceHasher:
     """wsum64 by the device that holds the pool; one launch for all blocks, so it is not stopped half way."""
 
+    name = weighted_sum.NAME
     inline_bytes = 0
 
     def __init__(self, memory: BlockMemory) -> None:
@@ -92,9 +128,4 @@ def hashers(memory: BlockMemory) -> Mapping[str, Hasher]:
     """The checksums that can be computed of a pool, by the names that a pair agrees on, best first."""
     if isinstance(memory, DeviceBlockMemory) and memory.device_index is not None:
         return MappingProxyType({weighted_sum.NAME: DeviceHasher(memory)})
-    return MappingProxyType(
-        {
-            XXH3: HostHasher(memory, block_checksum),
-            weighted_sum.NAME: HostHasher(memory, weighted_sum.weighted_sum),
-        }
-    )
+    return MappingProxyType({XXH3: NativeHasher(memory), weighted_sum.NAME: HostHasher(memory)})

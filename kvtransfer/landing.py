@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
-from kvtransfer.checksums import piece_checksum
+from kvtransfer.checksums import XXH3, piece_checksum
 from kvtransfer.contract import PullGrant
 from kvtransfer.hashing import Hasher
 from kvtransfer.threads import run_to_end
@@ -28,12 +28,14 @@ class Landing:
         """Bytes that have not been heard of."""
         return self._here.count(0) * self._grant.part_bytes
 
-    def landed(self, first: int, count: int) -> None:
+    def landed(self, first: int, count: int, xxh3: Sequence[int] | None = None) -> None:
         """The OnLanded of a transport: called from any thread, once for each block at most."""
-        for index in range(first, first + count):
-            if self._hasher is not None:
-                (self._sums[index],) = self._hash(self._hasher, [index], lambda: False)
-            self._here[index] = 1
+        these = slice(first, first + count)
+        if xxh3 is not None and self._hasher is not None and self._hasher.name == XXH3:
+            self._sums[these] = xxh3
+        elif self._hasher is not None:
+            self._sums[these] = self._hash(self._hasher, range(first, first + count), lambda: False)
+        self._here[these] = b"\x01" * count
 
     async def checksum(self, executor: Executor) -> int:
         """The piece's checksum, hashing what the transport did not tell of; 0 without a hasher.

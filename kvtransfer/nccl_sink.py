@@ -90,7 +90,7 @@ class NcclSink:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """Asks on the link, then receives in a thread. What fails half way ends the communicator.
 
         `on_landed` is not called: what has landed is not in any cache of the CPU.
@@ -104,9 +104,11 @@ class NcclSink:
         part = Part(self._opened[2], tuple(target), grant.part_offset, grant.part_bytes)
         async with pair.turn:
             self._shelf.used(pair.communicator)
+            began_s = self._clock()
             await self._ask(pair, grant)
             watch = Watch(self._clock, grant.lease_until_s)
             await pair.communicator.run(partial(receive_part, part=part), watch)
+            return self._clock() - began_s
 
     async def disconnect(self, source: PeerId) -> None:
         """Ends what runs with a source and forgets it."""

@@ -91,6 +91,7 @@ class _Costs:
     ready_s: float = 0.0
     queue_s: float = 0.0
     move_s: float = 0.0
+    copy_s: float = 0.0
     verify_s: float = 0.0
     commit_s: float = 0.0
 
@@ -120,7 +121,7 @@ class Pulling:
         costs = self._costs
         return PullReport(
             *(self._road, self._moved_bytes, len(self._held), costs.accept_s, costs.ready_s),
-            *(costs.queue_s, costs.move_s, costs.verify_s, costs.commit_s),
+            *(costs.queue_s, costs.move_s, costs.copy_s, costs.verify_s, costs.commit_s),
         )
 
     async def _next_piece(self) -> bool:
@@ -246,7 +247,7 @@ class Pulling:
         machine.move_started()
         try:
             if road:
-                await self._receive(grant, road, targets, landing)
+                self._costs.copy_s += await self._receive(grant, road, targets, landing)
             moved_s = tools.clock()
             if not machine.moved(moved_s):
                 raise TransferError(TransferFault.LEASE, "The lease ended before all blocks had come.")
@@ -268,8 +269,8 @@ class Pulling:
 
     async def _receive(
         self, grant: PullGrant, road: str, targets: tuple[BlockId, ...], landing: Landing
-    ) -> None:
-        """Ends a transfer that overruns its lease or shows no progress for too long."""
+    ) -> float:
+        """As SinkTransport.receive; ends what overruns its lease or shows no progress for too long."""
         config, transport = self._tools.config, self._tools.transports[road]
         receiving = asyncio.create_task(
             transport.receive(self._order.source.peer, grant, targets, landing.landed)
@@ -283,12 +284,14 @@ class Pulling:
                     left_bytes = landing.left_bytes
                     bound_s = config.stall_s + left_bytes / config.slowest_bytes_per_s
                     await asyncio.wait((receiving,), timeout=bound_s)
-                await receiving
+                return await receiving
         except TimeoutError as error:
             raise TransferError(TransferFault.LEASE, "The lease ended during the transfer.") from error
         finally:
             receiving.cancel()
-            await outlast(receiving)
+            if await outlast(receiving):
+                # Else the pull would go on over another transport, and its deadline is used up.
+                raise asyncio.CancelledError
 
     async def _wait_until_ready(self) -> None:
         """Lets the source tell when more is ready; a lost answer costs one more question."""

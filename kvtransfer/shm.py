@@ -18,21 +18,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-import numpy as np
-
 from kvtransfer import framing
-from kvtransfer.block_copy import BATCH_BYTES, CHUNK_BYTES, Parts, copy_parts, shares_of
+from kvtransfer.block_copy import Parts, Span, copy_parts, shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, Transfer, TransferConfig
 from kvtransfer.listener import LinkListener, is_quiet
-from kvtransfer.threads import contained, outlast, run_beside, run_to_end
+from kvtransfer.native_rows import Sums
+from kvtransfer.threads import contained, outlast, run_beside, run_to_end, timed
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
-COPY_THREADS: Final = 2
-"""Threads that copy one transfer: one does not reach the memory's bandwidth, more than two gain little."""
+MOST_COPY_THREADS: Final = 4
+"""Threads that copy one transfer: a few cores reach the memory's bandwidth."""
 
-SHARED_BYTES: Final = 2 * 1024 * 1024
-"""From so many bytes on the threads share the work."""
+SHARED_BYTES: Final = 8 * 1024 * 1024
+"""From so many bytes on threads share the work: half a millisecond, many times what waking one costs."""
 
 INLINE_BYTES: Final = 1024 * 1024
 """Up to so many bytes are copied on the event loop: a tenth of a millisecond, less than a thread costs."""
@@ -108,7 +107,7 @@ class _Mapping:
     link: socket.socket
     pages: mmap.mmap
     address: str
-    size: int
+    span: Span
     stop: threading.Event = field(default_factory=threading.Event)
     readers: set[asyncio.Future[None]] = field(default_factory=set)
 
@@ -128,8 +127,11 @@ class ShmSink:
         self._timeout_s = config.connect_timeout_s
         self._clock = clock
         self._mappings: dict[PeerId, _Mapping] = {}
+        self._checksum = config.checksum
+        # Half of the cores: the others belong to the source, which hashes what it gives meanwhile.
+        self._threads = max(1, min(MOST_COPY_THREADS, len(os.sched_getaffinity(0)) // 2))
         self._executor = ThreadPoolExecutor(max(1, config.max_pulls), "kv-shm")
-        self._helpers = ThreadPoolExecutor((COPY_THREADS - 1) * max(1, config.max_pulls), "kv-shm-helper")
+        self._helpers = ThreadPoolExecutor(max(1, (self._threads - 1) * config.max_pulls), "kv-shm-helper")
 
     async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
         """Maps the source's pool unless it is mapped and its link lives."""
@@ -158,40 +160,36 @@ class ShmSink:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
-        """Copies in threads, a little here and now; looks at lease and cancellation after every megabyte."""
+    ) -> float:
+        """Copies in threads, a little here and now; looks at lease and cancellation every few megabytes."""
         mapping = self._mappings.get(source)
         if mapping is None or mapping.stop.is_set():
             raise TransferError(TransferFault.DISCONNECTED, "The source's pool is not mapped.")
         size = self._memory.block_bytes
         given = Parts(grant.source_blocks, size, grant.part_offset, grant.part_bytes)
         taken = Parts(target, size, grant.part_offset, grant.part_bytes)
-        given.check(mapping.size)
-        taken.check(self._memory.num_blocks * size)
+        reads, writes = given.addresses(mapping.span), taken.addresses(Span.of_pool(self._memory))
         stop = threading.Event()
 
         def copy(first: int, count: int) -> None:
-            def landed(begin: int, number: int) -> None:
+            def landed(begin: int, number: int, sums: Sums | None) -> None:
                 self._check(stop, mapping, grant)
                 if on_landed is not None:
-                    on_landed(first + begin, number)
+                    on_landed(first + begin, number, None if sums is None else sums.tolist())
 
-            read = np.frombuffer(mapping.pages, dtype=np.uint8)
-            written = np.frombuffer(self._memory.window(0, self._memory.num_blocks * size), dtype=np.uint8)
-            # What is hashed when it has landed should still be in the cache then.
-            chunk_bytes = CHUNK_BYTES if on_landed is None else BATCH_BYTES
-            mine, ours = given.share(first, count), taken.share(first, count)
-            copy_parts(read, mine, written, ours, landed, chunk_bytes)
+            mine = slice(first, first + count)
+            hashed = self._checksum and on_landed is not None
+            copy_parts(reads[mine], writes[mine], grant.part_bytes, landed, hashed)
 
         if grant.length_bytes <= INLINE_BYTES:
-            contained(lambda: copy(0, len(target)))
-            return
+            return timed(lambda: contained(lambda: copy(0, len(target))), self._clock)
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         mapping.readers.add(ended)
         try:
-            shares = shares_of(len(target), COPY_THREADS if grant.length_bytes >= SHARED_BYTES else 1)
+            shares = shares_of(len(target), self._threads if grant.length_bytes >= SHARED_BYTES else 1)
             works = [partial(copy, *share) for share in shares]
-            await run_to_end(self._executor, lambda: run_beside(self._helpers, works, stop.set), stop.set)
+            beside = partial(run_beside, self._helpers, works, stop.set)
+            return await run_to_end(self._executor, partial(timed, beside, self._clock), stop.set)
         finally:
             mapping.readers.discard(ended)
             ended.set_result(None)
@@ -277,4 +275,4 @@ class _Attaching:
                 os.close(descriptor)
         # A link that waits would make the look at whether it lives wait, too.
         self._link.setblocking(False)
-        return _Mapping(self._link, pages, self._address, size)
+        return _Mapping(self._link, pages, self._address, Span.of(pages))

@@ -16,7 +16,7 @@ from tandem.errors import ProtocolError
 class SinkInput(Enum):
     """What can happen to the sink."""
 
-    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    # Enum's own hash is Python code, and the table is looked into for every leg.
     __hash__ = object.__hash__
 
     ASK = "ask"

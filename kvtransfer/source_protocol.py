@@ -17,7 +17,7 @@ from tandem.errors import ProtocolError
 class SourceInput(Enum):
     """What can happen to the source."""
 
-    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    # Enum's own hash is Python code, and the table is looked into for every leg.
     __hash__ = object.__hash__
 
     PULL = "pull"

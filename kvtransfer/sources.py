@@ -95,7 +95,9 @@ class KnownSources:
 
     async def forget_failed(self, failed: KnownSource) -> None:
         """Closes the channel that failed, unless another pull has replaced it already."""
-        if self._known.get(failed.peer) is failed:
+        known = self._known.get(failed.peer)
+        # Addresses that were asked for anew came over the same channel.
+        if known is not None and known.client is failed.client:
             await self.forget(failed.peer)
 
     async def forget(self, peer: PeerId) -> None:

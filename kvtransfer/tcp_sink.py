@@ -7,18 +7,18 @@ connection that failed is closed; its end tells the source that the sink takes n
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, NoReturn
 
 from kvtransfer import framing, vectors
-from kvtransfer.block_copy import shares_of
+from kvtransfer.block_copy import batches, shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, PeerId, PullGrant, TransferConfig
 from kvtransfer.framing import Header, HeaderKind
 from kvtransfer.listener import is_quiet
-from kvtransfer.threads import outlast, run_beside, run_to_end
+from kvtransfer.threads import outlast, run_beside, run_to_end, timed
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -31,18 +31,24 @@ STREAMED_BYTES: Final = 4 * 1024 * 1024
 STREAMED_PART_BYTES: Final = 256 * 1024
 """Only parts of at least so many bytes are spread: with smaller ones two threads contend for the GIL."""
 
-LANDED_BYTES: Final = 4 * 1024 * 1024
+LANDED_BYTES: Final = 1024 * 1024
 """Bytes after which the blocks that came are told of: they are in the CPU's cache still."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """Blocks of a grant from `first` on that come over one connection."""
+    """The targets of a grant's blocks from `first` on, which come over one connection."""
 
+    memory: BlockMemory
     grant: PullGrant
     first: int
-    views: Sequence[memoryview]
+    targets: Sequence[BlockId]
     on_landed: OnLanded | None
+
+    def views(self, begin: int, count: int) -> Iterator[memoryview]:
+        """The bytes of some of the targets."""
+        part = slice(self.grant.part_offset, self.grant.part_offset + self.grant.part_bytes)
+        return (self.memory.view(block)[part] for block in self.targets[begin : begin + count])
 
 
 class _Line:
@@ -87,7 +93,7 @@ class _Line:
         if self._socket is None:
             raise TransferError(TransferFault.DISCONNECTED, "The data connection is closed.")
         size = share.grant.part_bytes
-        length, offset = len(share.views) * size, share.first * size
+        length, offset = len(share.targets) * size, share.first * size
         ask = Header(HeaderKind.ASK, share.grant.transfer, length, offset)
         try:
             self._socket.sendall(framing.encode_header(ask))
@@ -95,12 +101,10 @@ class _Line:
             self._fail(f"The data connection broke: {error}.", error)
         header = self._read_header(self._socket)
         framing.check_header(header, share.grant.transfer, length, offset)
-        step = max(LANDED_BYTES // size, 1)
-        for begin in range(0, len(share.views), step):
-            batch = share.views[begin : begin + step]
-            vectors.scatter_receive(self._socket, batch, check)
+        for begin, count in batches(len(share.targets), size, LANDED_BYTES):
+            vectors.scatter_receive(self._socket, share.views(begin, count), check)
             if share.on_landed is not None:
-                share.on_landed(share.first + begin, len(batch))
+                share.on_landed(share.first + begin, count)
 
     def stop(self) -> None:
         """Makes whatever blocks on the connection fail soon; it cannot be used any more."""
@@ -186,7 +190,7 @@ class TcpSink:
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """Receives in a thread; looks at the lease after every few megabytes."""
         pair = self._pairs.get(source)
         if pair is None:
@@ -214,7 +218,7 @@ class TcpSink:
 
         succeeded = False
         try:
-            await run_to_end(self._executor, fetch, stop)
+            copy_s = await run_to_end(self._executor, partial(timed, fetch, self._clock), stop)
             succeeded = True
         finally:
             ended.set_result(None)
@@ -224,6 +228,7 @@ class TcpSink:
                     line.close()
         for line in lines:
             self._give_back(source, pair, line)
+        return copy_s
 
     async def disconnect(self, source: PeerId) -> None:
         """Stops what runs with a source, waits until it stopped, and closes its connections."""
@@ -257,9 +262,8 @@ class TcpSink:
                 raise TransferError(TransferFault.LEASE, "The lease ended before all blocks had come.")
 
         first, count = share
-        part = slice(grant.part_offset, grant.part_offset + grant.part_bytes)
-        views = [self._memory.view(block)[part] for block in target[first : first + count]]
-        line.fetch(_Share(grant, first, views, on_landed), check)
+        targets = target[first : first + count]
+        line.fetch(_Share(self._memory, grant, first, targets, on_landed), check)
 
     def _new_line(self, pair: _Pair) -> _Line:
         return _Line(pair.address, pair.ticket, self._config.connect_timeout_s)

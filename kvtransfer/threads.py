@@ -52,15 +52,27 @@ def run_beside(helpers: Executor, works: Sequence[Callable[[], None]], stop: Cal
         raise failures[0]
 
 
-async def outlast(future: asyncio.Future[ResultT]) -> None:
-    """Waits until a future is done, also when cancelled meanwhile; its outcome is left unread."""
+def timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    """The seconds that work took."""
+    began_s = clock()
+    work()
+    return clock() - began_s
+
+
+async def outlast(future: asyncio.Future[ResultT]) -> bool:
+    """Waits until a future is done, also when cancelled meanwhile; its outcome is left unread.
+
+    Whether it was cancelled: a caller that would go on otherwise must pass that on.
+    """
+    cancelled = False
     while not future.done():
         try:
             await asyncio.wait((future,))
         except asyncio.CancelledError:
-            continue
+            cancelled = True
     if not future.cancelled():
         future.exception()
+    return cancelled
 
 
 def contained(work: Callable[[], ResultT]) -> ResultT:

@@ -1,9 +1,8 @@
 """Edge: moves many buffers over one blocking socket with few system calls and no copy in this process."""
 
-import itertools
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from tandem.errors import TransferError, TransferFault
@@ -24,8 +23,8 @@ def prepare(connection: socket.socket, stall_s: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
 
 
-def gather_send(connection: socket.socket, buffers: Sequence[memoryview], check: Callable[[], None]) -> None:
-    """Sends all buffers in order; `check` is called between system calls and may raise.
+def gather_send(connection: socket.socket, buffers: Iterable[memoryview], check: Callable[[], None]) -> None:
+    """Sends all buffers, of bytes, in order; `check` is called between system calls and may raise.
 
     Raises TransferError: TIMEOUT when nothing moved for the socket's bound, DISCONNECTED when it broke.
     """
@@ -33,9 +32,9 @@ def gather_send(connection: socket.socket, buffers: Sequence[memoryview], check:
 
 
 def scatter_receive(
-    connection: socket.socket, buffers: Sequence[memoryview], check: Callable[[], None]
+    connection: socket.socket, buffers: Iterable[memoryview], check: Callable[[], None]
 ) -> None:
-    """Fills all buffers in order; `check` is called between system calls and may raise.
+    """Fills all buffers, of bytes, in order; `check` is called between system calls and may raise.
 
     Raises TransferError: TIMEOUT when nothing came for the socket's bound, TRUNCATED when the stream ended.
     """
@@ -50,7 +49,7 @@ def scatter_receive(
 
 
 def _drain(
-    buffers: Sequence[memoryview],
+    buffers: Iterable[memoryview],
     move: Callable[[list[memoryview]], int],
     check: Callable[[], None],
     stalled: str,
@@ -71,16 +70,18 @@ def _drain(
             left = _after(left, moved)
 
 
-def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+def _batches(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
     """Groups of non-empty buffers within MAX_VECTORS and (but for one large buffer) BATCH_BYTES."""
     batch: list[memoryview] = []
     size = 0
-    for buffer in itertools.filterfalse(lambda view: view.nbytes == 0, buffers):
-        if batch and (len(batch) == MAX_VECTORS or size + buffer.nbytes > BATCH_BYTES):
+    for buffer in buffers:
+        length = len(buffer)
+        if batch and (len(batch) == MAX_VECTORS or size + length > BATCH_BYTES):
             yield batch
             batch, size = [], 0
-        batch.append(buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer)
-        size += buffer.nbytes
+        if length:
+            batch.append(buffer)
+            size += length
     if batch:
         yield batch
 
@@ -88,7 +89,7 @@ def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
 def _after(buffers: list[memoryview], moved: int) -> list[memoryview]:
     """What is left of the buffers once `moved` bytes are gone."""
     for index, buffer in enumerate(buffers):
-        if moved < buffer.nbytes:
+        if moved < len(buffer):
             return [buffer[moved:], *buffers[index + 1 :]]
-        moved -= buffer.nbytes
+        moved -= len(buffer)
     return []

@@ -56,10 +56,22 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleRange:
+    """How many workers a role may have."""
+
+    fewest: int = 1
+    most: int = 1024
+
+    def __contains__(self, count: int) -> bool:
+        return self.fewest <= count <= self.most
+
+
+@dataclass(frozen=True, slots=True)
 class ControllerRules:
     """The controller's limits. `headroom` multiplies the measured rate, `spare` too before workers are given
-    back; `fewest` and `most` bound the workers of both roles together. Prompt workers busier than
-    `prefill_busy` are short; decode workers are always busy, with small batches too.
+    back; `fewest` and `most` bound the workers of both roles together, `prefill` and `decode` those of each.
+    Prompt workers busier than `prefill_busy` are short; decode workers are always busy, with small batches
+    too.
     """
 
     fewest: int
@@ -74,12 +86,20 @@ class ControllerRules:
     calm_windows: int = 10
     can_flip: bool = True
     can_scale: bool = True
+    prefill: RoleRange = RoleRange()
+    decode: RoleRange = RoleRange()
+
+    def allows(self, placement: RolePlacement) -> bool:
+        """Whether each role has as many workers as it may."""
+        return placement.valid and placement.prefill in self.prefill and placement.decode in self.decode
 
     def check(self) -> None:
         """Raises ConfigError for rules without sense."""
         wrong = {
             "fewest: at least 2, one worker for each role": self.fewest >= 2,
             "most: at least fewest": self.most >= self.fewest,
+            "prefill: at least 1, most at least fewest": 1 <= self.prefill.fewest <= self.prefill.most,
+            "decode: at least 1, most at least fewest": 1 <= self.decode.fewest <= self.decode.most,
             "headroom, gain, spare: at least 1": min(self.headroom, self.gain, self.spare) >= 1,
             "attainment: between 0 and 1": 0 < self.attainment < 1,
             "prefill_busy: above 0, up to 1": 0 < self.prefill_busy <= 1,
@@ -110,18 +130,38 @@ class Decision:
         return bool(self.actions)
 
 
+@dataclass(frozen=True, slots=True)
+class ControllerState:
+    """All that a controller remembers: what it wants and since when, which of the last windows were short,
+    and for how many it was calm. A controller that begins with it goes on where the other one ended.
+    """
+
+    desired: RolePlacement | None = None
+    changed_s: float | None = None
+    recent: tuple[bool, ...] = ()
+    calm: int = 0
+
+
 class Controller:
     """Owns what is desired; told one window after the other, in order of time."""
 
-    def __init__(self, rules: ControllerRules, capacity_of: CapacityOf) -> None:
-        """Raises ConfigError for rules without sense."""
+    def __init__(
+        self, rules: ControllerRules, capacity_of: CapacityOf, state: ControllerState | None = None
+    ) -> None:
+        """Without a state it remembers nothing. Raises ConfigError for rules without sense."""
         rules.check()
+        begun = state or ControllerState()
         self._rules = rules
         self._capacity_of = capacity_of
-        self._desired: RolePlacement | None = None
-        self._changed_s: float | None = None
-        self._recent: deque[bool] = deque(maxlen=rules.patience + 1)
-        self._calm = 0
+        self._desired = begun.desired
+        self._changed_s = begun.changed_s
+        self._recent = deque(begun.recent, maxlen=rules.patience + 1)
+        self._calm = begun.calm
+
+    @property
+    def state(self) -> ControllerState:
+        """What it remembers after the last window."""
+        return ControllerState(self._desired, self._changed_s, tuple(self._recent), self._calm)
 
     def decide(self, window: LoadWindow) -> Decision:
         """What is wanted from now on; the same windows in the same order give the same decisions."""
@@ -181,7 +221,8 @@ class Controller:
         if best is not None and capacity(best) >= capacity(present) * self._rules.gain:
             return best
         # Nothing that the cluster can do helps: what would help is wanted all the same, and shown.
-        return max(splits(present.total), key=lambda one: (capacity(one), -_distance(present, one)))
+        wished = filter(self._rules.allows, splits(present.total))
+        return max(wished, key=lambda one: (capacity(one), -_distance(present, one)), default=None)
 
     def _totals(self, present: RolePlacement) -> Iterable[int]:
         most = max(self._rules.most, present.total) if self._rules.can_scale else present.total
@@ -189,7 +230,7 @@ class Controller:
 
     def _possible(self, present: RolePlacement, target: RolePlacement) -> bool:
         flips = target.prefill < present.prefill or target.decode < present.decode
-        return self._rules.can_flip or not flips
+        return self._rules.allows(target) and (self._rules.can_flip or not flips)
 
     def _fewer(self, present: RolePlacement, capacity: Capacity, needs: float) -> RolePlacement | None:
         """One worker fewer, where that is enough by far."""
@@ -199,7 +240,7 @@ class Controller:
             RolePlacement(present.prefill - 1, present.decode),
             RolePlacement(present.prefill, present.decode - 1),
         )
-        enough = [one for one in less if one.valid and capacity(one) >= needs]
+        enough = [one for one in less if self._rules.allows(one) and capacity(one) >= needs]
         return max(enough, key=capacity, default=None)
 
 
@@ -223,6 +264,19 @@ def difference(present: RolePlacement, target: RolePlacement, rules: ControllerR
         for kind, count in counts.items()
         if count
     )
+
+
+def diff(decision: Decision) -> str:
+    """What a decision changes, in one line; the controller's dry run prints it."""
+    if not decision.changed:
+        return f"nothing, {decision.verdict.value}"
+    done = [f"{action.kind.value} x {action.count}" for action in decision.actions if action.possible]
+    undone = [
+        f"{action.kind.value} x {action.count} (the cluster can't)"
+        for action in decision.actions
+        if not action.possible
+    ]
+    return f"{', '.join([*done, *undone])}; wanted: {decision.desired}, {decision.verdict.value}"
 
 
 def _distance(one: RolePlacement, other: RolePlacement) -> int:

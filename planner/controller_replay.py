@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from planner.controller import Decision
+from planner.controller import Decision, diff
 from planner.controller_log import Replayed, replay
 from planner.placement import WorkerKind
 from planner.plan_run import Problem
@@ -50,19 +50,6 @@ def replay_file(path: Path, capacity_of: CapacityOf) -> ReplayedLog:
             return ReplayedLog(tuple(replay(file, capacity_of)))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def diff(decision: Decision) -> str:
-    """What a decision changes, in one line; the controller's dry run prints it."""
-    if not decision.changed:
-        return f"nothing, {decision.verdict.value}"
-    done = [f"{action.kind.value} x {action.count}" for action in decision.actions if action.possible]
-    undone = [
-        f"{action.kind.value} x {action.count} (the cluster can't)"
-        for action in decision.actions
-        if not action.possible
-    ]
-    return f"{', '.join([*done, *undone])}; wanted: {decision.desired}, {decision.verdict.value}"
 
 
 def changes(decisions: Iterable[Decision]) -> list[str]:

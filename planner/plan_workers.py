@@ -17,16 +17,21 @@ from planner.model_shape import ModelShape, kv_capacity_tokens, model_named
 from planner.operator_tables import ComposedModel, OperatorTable, collective_link
 from planner.placement import WorkerKind
 from planner.plan_file import FleetFile, LatencySection, NodesSection
-from planner.profile_file import Profile, read_profile
+from planner.profile_file import Profile, measured_link, read_profile
 from planner.profile_model import ProfileModel
 from planner.roofline import Layout, Roofline
-from planner.transfer_links import LinkTransfer, link_of_rate
+from planner.transfer_links import LinkTable, LinkTransfer, link_of_rate
 from tandem.errors import ConfigError
 
 MAX_FILE_BYTES = 64 << 20
 """Largest profile or table that is read."""
 
 _LINK_LATENCY_S = 20e-6
+
+_TRANSPORT = "shm"
+"""How KV moves inside a node; a profile measures others, too."""
+_COMPARED_BYTES = 1 << 24
+"""A hand-off by which the slowest of several links is known."""
 
 
 class PlannedWorkers:
@@ -61,15 +66,30 @@ class PlannedWorkers:
         return float(self._nodes[device].memory or self._devices[device].memory_bytes)
 
     def transfer(self) -> TransferModel:
-        """KV moves at the slowest device's link inside a node, at the network's rate between nodes."""
-        inside = min(device.link_bytes_s for device in self._devices.values())
+        """KV moves at the slowest device's link inside a node, at the network's rate between nodes.
+
+        Inside a node, what the profiles of all devices measured is taken for it where they did.
+        """
         return LinkTransfer(
             self.model.kv_bytes_per_token,
             self._plan.block_size,
-            link_of_rate(inside, _LINK_LATENCY_S),
+            self._inside(),
             link_of_rate(self._plan.network_gbps * 1e9 / 8, _LINK_LATENCY_S),
             self._plan.hand_over_s,
         )
+
+    def _inside(self) -> LinkTable:
+        links = [
+            measured_link(self._profile(nodes.latency), _TRANSPORT)
+            if nodes.latency.kind == "profile"
+            else None
+            for nodes in self._nodes.values()
+        ]
+        measured = [link for link in links if link is not None]
+        if len(measured) < len(links):
+            slowest = min(device.link_bytes_s for device in self._devices.values())
+            return link_of_rate(slowest, _LINK_LATENCY_S)
+        return max(measured, key=lambda link: link.seconds(_COMPARED_BYTES))
 
     def _made(self, kind: WorkerKind) -> LatencyModel | None:
         if self.model.heads % kind.tp or kind.pp > self.model.layers:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planner.latency import PromptPart, StepShape
+from planner.transfer_links import LinkTable
 from tandem.errors import ConfigError
 
 Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
@@ -51,6 +52,12 @@ class Profile(_Part):
     step_overhead_s: Annotated[float, Field(ge=0, le=60)] = 0.0
     block_size: Annotated[int, Field(ge=1, le=4096)] = 16
     kv_bytes_per_token: Annotated[int, Field(ge=1)]
+
+
+def measured_link(profile: Profile, transport: str) -> LinkTable | None:
+    """The hand-offs of one transport with all that belongs to them, by bytes; None when none was measured."""
+    points = [(one.bytes, one.seconds) for one in profile.transfers if one.transport == transport]
+    return LinkTable(points) if points else None
 
 
 def read_profile(document: Mapping[str, Any], origin: str) -> Profile:

@@ -82,7 +82,7 @@ class LegState(Enum):
     may still read them. LEAVING_OFFERED: both.
     """
 
-    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    # Enum's own hash is Python code, and the table is looked into for every leg.
     __hash__ = object.__hash__
 
     WAITING = "waiting"
@@ -99,7 +99,7 @@ class LegState(Enum):
 class LegInput(Enum):
     """What can happen to a leg."""
 
-    # Enum\'s own hash is Python code, and the table is looked into for every leg.
+    # Enum's own hash is Python code, and the table is looked into for every leg.
     __hash__ = object.__hash__
 
     START = "start"

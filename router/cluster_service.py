@@ -44,6 +44,30 @@ class ClusterService(cluster_pb2_grpc.ClusterServiceServicer):
             ],
             queued_requests=core.admission.queued,
             active_requests=core.admission.active,
+            roles=[
+                cpb.RoleStatus(role=ROLE_TO_WIRE[count.role], desired=count.desired, actual=count.actual)
+                for count in core.roles()
+            ],
+        )
+
+    async def Load(
+        self,
+        request: cpb.LoadRequest,
+        _context: "grpc.aio.ServicerContext[cpb.LoadRequest, cpb.LoadResponse]",
+    ) -> cpb.LoadResponse:
+        """Totals, and the lengths of requests that ended lately."""
+        core, totals = self._core, self._core.totals
+        return cpb.LoadResponse(
+            router_id=core.router_id,
+            offered=totals.offered,
+            settled=totals.settled,
+            good=totals.good,
+            ended=totals.ended,
+            lengths=[
+                cpb.RequestLengths(prompt_tokens=prompt, output_tokens=output)
+                for prompt, output in totals.lengths_after(request.after)
+            ],
+            workers=[self._worker(record) for record in core.fleet.records],
         )
 
     def _worker(self, record: WorkerRecord) -> cpb.WorkerStatus:

@@ -9,7 +9,7 @@ from router.membership import Membership
 from router.worker_client import LinkListener, WorkerLink
 from router.worker_key import WorkerKey
 from tandem.v1 import worker_pb2 as wpb
-from tandem.worker import WorkerRecord
+from tandem.worker import Role, WorkerRecord
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +35,10 @@ class Fleet:
     def records(self) -> tuple[WorkerRecord, ...]:
         """All workers of the last membership snapshot, also those of another digest."""
         return self._records
+
+    def desired(self) -> Mapping[Role, int]:
+        """How many workers of each role are wanted; empty when nobody said."""
+        return self._membership.desired()
 
     @property
     def links(self) -> Mapping[WorkerKey, WorkerLink]:

@@ -1,9 +1,9 @@
 """Pure: where a router learns which workers live; the cluster implements it over Redis."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
-from tandem.worker import WorkerRecord
+from tandem.worker import Role, WorkerRecord
 
 
 class Membership(Protocol):
@@ -16,6 +16,10 @@ class Membership(Protocol):
         """
         ...
 
+    def desired(self) -> Mapping[Role, int]:
+        """How many workers of each role are wanted, as last seen; empty when nobody said."""
+        ...
+
 
 class FixedMembership:
     """A list that never changes, for workers started by hand."""
@@ -26,3 +30,7 @@ class FixedMembership:
     async def watch(self) -> AsyncIterator[tuple[WorkerRecord, ...]]:
         """Yields the list once."""
         yield self._workers
+
+    def desired(self) -> Mapping[Role, int]:
+        """Nobody said."""
+        return {}

@@ -14,6 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from router.request import TimelineReport, TokenUsage
+from router.role_counts import RoleCount
 from router.slo_accounting import ClassGoodput
 from router.worker_key import WorkerKey
 from tandem.v1 import worker_pb2 as wpb
@@ -31,6 +32,7 @@ class RouterGauges:
     ready: bool
     loads: Sequence[tuple[WorkerKey, wpb.LoadSnapshot]]
     goodput: Sequence[ClassGoodput]
+    roles: Sequence[RoleCount]
 
 
 class GapHistogram(Collector):
@@ -63,7 +65,7 @@ class GaugeCollector(Collector):
         self._read = read
 
     def collect(self) -> Iterable[Metric]:
-        """Queue, readiness, blocks of each worker, goodput of each class."""
+        """Queue, readiness, workers by role, blocks of each worker, goodput of each class."""
         now = self._read()
         yield GaugeMetricFamily("tandem_queued_requests", "Requests waiting at the router.", now.queued)
         yield GaugeMetricFamily("tandem_active_requests", "Requests admitted and unfinished.", now.active)
@@ -85,7 +87,17 @@ class GaugeCollector(Collector):
             batch.add_metric([key.worker_id], load.running_sequences)
         yield blocks
         yield batch
+        yield from self._roles(now.roles)
         yield from self._goodput(now.goodput)
+
+    @staticmethod
+    def _roles(counts: Sequence[RoleCount]) -> Iterable[Metric]:
+        workers = GaugeMetricFamily("tandem_workers", "Workers by role.", labels=["role", "state"])
+        for count in counts:
+            workers.add_metric([count.role.value, "actual"], count.actual)
+            if count.desired is not None:
+                workers.add_metric([count.role.value, "desired"], count.desired)
+        yield workers
 
     @staticmethod
     def _goodput(figures: Sequence[ClassGoodput]) -> Iterable[Metric]:

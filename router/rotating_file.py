@@ -18,13 +18,17 @@ class RotatingFile:
         """Writes whole lines; a line that would overfill the file begins the next one. Raises OSError."""
         together: list[bytes] = []
         for line in lines:
-            if self._bytes and self._bytes + len(line) > self._most_bytes:
+            if self.would_overfill(line):
                 self._write(together)
                 together = []
                 self._rotate()
             together.append(line)
             self._bytes += len(line)
         self._write(together)
+
+    def would_overfill(self, line: bytes) -> bool:
+        """Whether this line, appended now, begins another file."""
+        return self._bytes > 0 and self._bytes + len(line) > self._most_bytes
 
     def __enter__(self) -> "RotatingFile":
         return self

@@ -15,12 +15,14 @@ from router.ended_request import EndedRequest
 from router.fleet import Fleet
 from router.leg import State
 from router.live import LiveRequest
+from router.load_totals import LoadTotals
 from router.membership import Membership
 from router.metrics import RouterGauges, RouterMetrics
 from router.pacing import Pacer
 from router.readiness import Readiness, Verdict
 from router.request import GenerationRequest, GenerationUpdate
 from router.request_log import NoteEnd, ignore_end
+from router.role_counts import RoleCount, role_counts
 from router.session import Session, SessionRules
 from router.slo_accounting import SloAccounting
 from router.text_stream import TextStream
@@ -53,6 +55,7 @@ class RouterCore:
         self.metrics = RouterMetrics()
         self.admission = Admission(config.max_queued, config.max_active)
         self.accounting = SloAccounting(config.slo_classes, clock())
+        self.totals = LoadTotals()
         self.pacer = Pacer()
         self.readiness = Readiness(config.canary_interval_s)
         self.router_id = uuid.uuid4().hex[:12]
@@ -122,7 +125,12 @@ class RouterCore:
             ready=self.verdict().ready,
             loads=tuple(sorted(self.dispatcher.snapshots.items(), key=lambda item: item[0])),
             goodput=self.accounting.figures(self.clock()),
+            roles=self.roles(),
         )
+
+    def roles(self) -> tuple[RoleCount, ...]:
+        """Workers wanted and workers there, by role."""
+        return role_counts(self.fleet.desired(), self.dispatcher.placement.loads.values())
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, waits (bounded) for the running ones, cancels the rest."""
@@ -142,6 +150,7 @@ class RouterCore:
         self._refuse_duplicate(request)
         if not request.internal:
             self.accounting.offered(request.slo_class)
+            self.totals.came()
         try:
             if self._draining:
                 raise NotReady("The router shuts down and takes no more requests.")
@@ -222,6 +231,7 @@ class RouterCore:
             outcome = type(session.error).__name__
         self.metrics.requests.labels(slo.name, outcome).inc()
         usage = session.usage()
+        self.totals.left(usage.prompt_tokens, usage.completion_tokens, not missed_by)
         self.metrics.observe_ended(usage, report)
         tokens = (usage.prompt_tokens, usage.completion_tokens)
         times_s = (report.ttft_s, report.tpot_s)
@@ -247,6 +257,7 @@ class RouterCore:
             self.metrics.requests.labels(request.slo_class, outcome).inc()
             self.metrics.slo_missed.labels(request.slo_class, Stage.QUEUE.value).inc()
             prompt_tokens = len(request.token_ids)
+            self.totals.left(prompt_tokens, 0, good=False)
             self._note_end(EndedRequest(request.arrived_s, prompt_tokens, 0, request.slo_class, outcome))
 
     def _fail(self, live: LiveRequest, error: TandemError) -> None:

@@ -135,6 +135,15 @@ class AsyncTandemClient:
         except grpc.aio.AioRpcError as error:
             raise _error_of(error, self.address) from error
 
+    async def load(self, after: int = 0) -> cluster_pb2.LoadResponse:
+        """What came and how it ended since the router's start; lengths of requests that ended after one."""
+        try:
+            return await self._cluster.Load(
+                cluster_pb2.LoadRequest(after=after), metadata=self._metadata, timeout=CALL_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise _error_of(error, self.address) from error
+
     async def _connect(self) -> None:
         """Fails at once when nobody listens: that is no interruption of a request."""
         try:

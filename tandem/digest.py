@@ -24,11 +24,12 @@ def compatibility_digest(
     codec_thresholds: Path | None = None,
     *,
     stored_as: str | None = None,
+    weights_dtype: str | None = None,
 ) -> str:
     """Digest of model, revision, KV dtype, layout, wire codec with its thresholds, protocol: 32 hex digits.
 
     `stored_as` names how KV is kept when that is not as its dtype says (WorkerConfig.kv_dtype).
-
+    `weights_dtype` is how weights are kept when not as stored: KV computed from others is another KV.
     The model's revision is its config.json and the name and size of each weight file.
     Raises ConfigError when the thresholds cannot be read.
     """
@@ -45,6 +46,8 @@ def compatibility_digest(
         facts["codec"] = [codec, _content(codec_thresholds)]
     if stored_as is not None:
         facts["stored_as"] = [stored_as, *KV_ROWS.get(stored_as, ())]
+    if weights_dtype is not None:
+        facts["weights_dtype"] = weights_dtype
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

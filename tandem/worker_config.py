@@ -41,9 +41,11 @@ class WorkerConfig:
 
     `model_folder` is a Hugging Face folder (a GGUF file is converted into one first).
     `pool_blocks` is the size of the KV pool, 0 on a GPU for what fits beside the model; `attention` names a
-    GPU's back-end, `auto` the best one. `token_budget` bounds the tokens of one prefill step,
-    `max_batch` the sequences of one decode step, `max_waiting` the legs queued at the worker. KV of prompts
-    of at least `overlap_min_tokens` can be pulled while they are read (None: of none).
+    GPU's back-end, `auto` the best one. `weights_dtype` is how the weights of matrix products are kept: None
+    as `dtype` says, int8 in eight bits. The worker's threads keep to `cores` (empty: any).
+    `token_budget` bounds the tokens of one prefill step, `max_batch` the sequences of one decode step,
+    `max_waiting` the legs queued at the worker. KV of prompts of at least `overlap_min_tokens` can be pulled
+    while they are read (None: of none).
     `port` 0 lets the system choose; `metrics_port` None serves no metrics. The cluster token comes from the
     environment variable TANDEM_CLUSTER_TOKEN, never from here. `codec` is how KV is written on its way;
     `codec_thresholds` is the file that oaken needs. `kv_dtype` is how KV is stored: None as `dtype` says,
@@ -58,9 +60,11 @@ class WorkerConfig:
     pool_blocks: int
     block_size: int = 16
     dtype: str = "float32"
+    weights_dtype: str | None = None
     device: str = "cpu"
     attention: str = "auto"
     threads: int = 1
+    cores: tuple[int, ...] = ()
     context_tokens: int | None = None
     token_budget: int = 512
     overlap_min_tokens: int | None = 256

@@ -1,20 +1,25 @@
-"""docs/metrics.md names every metric of router and worker, with its kind and labels, and no other."""
+"""docs/metrics.md names every metric of router, worker and controller, with its kind and labels."""
 
 import re
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from cluster.controller.metrics import ControllerMetrics
 from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
 from engine.worker_metrics import WorkerMetrics
+from planner.controller import Action, ActionKind, Decision, Verdict
+from planner.load_window import RolePlacement
 from router.metrics import RouterGauges, RouterMetrics
+from router.role_counts import RoleCount
 from router.slo_accounting import ClassGoodput
 from router.worker_key import WorkerKey
 from tandem.errors import TransferFault
 from tandem.ids import Incarnation, WorkerId
 from tandem.slo import SloClass
 from tandem.v1 import worker_pb2 as wpb
+from tandem.worker import Role
 
 PAGE = Path(__file__).parents[1] / "docs/metrics.md"
 ROW = re.compile(r"^\| `(?P<name>\w+)` \| (?P<kind>\w+) \|(?P<labels>[^|]*)\|", re.MULTILINE)
@@ -43,7 +48,10 @@ def test_router_metrics_are_documented() -> None:
     slo = SloClass("chat", 1.0, 1.0, 1.0)
     loads = [(WorkerKey(WorkerId("d0"), Incarnation(1)), wpb.LoadSnapshot())]
     goodput = [ClassGoodput(slo, 1, 1, 1.0)]
-    metrics.watch(lambda: RouterGauges(queued=0, active=0, ready=True, loads=loads, goodput=goodput))
+    roles = [RoleCount(Role.DECODE, 2, 1)]
+    metrics.watch(
+        lambda: RouterGauges(queued=0, active=0, ready=True, loads=loads, goodput=goodput, roles=roles)
+    )
     metrics.observe_handoff(wpb.KvLanded(transport="tcp"))
     metrics.requests.labels(slo_class="chat", outcome="finished").inc()
     metrics.slo_missed.labels(slo_class="chat", stage="queue").inc()
@@ -70,6 +78,14 @@ def test_worker_metrics_are_documented() -> None:
     metrics.transfers.road_taken(source, "shm", "tcp")
     metrics.transfers.refused(TransferFault.DIGEST)
     assert _documented("Worker") == _exposed(metrics.registry)
+
+
+def test_controller_metrics_are_documented() -> None:
+    metrics = ControllerMetrics()
+    action = Action(ActionKind.ADD_DECODE, 1, True)
+    decision = Decision(0.0, Verdict.SHORT, RolePlacement(1, 2), (action,), 1.0, 2.0)
+    metrics.decided(decision, written=True)
+    assert _documented("Controller") == _exposed(metrics.registry)
 
 
 def test_no_metric_of_a_worker_is_also_one_of_the_router() -> None:

@@ -78,21 +78,22 @@ class DeviceBatch:
 
     @classmethod
     def of(cls, host: HostBatch, device: torch.device) -> "DeviceBatch":
-        """Copies that do not wait for the device: the host side is pinned where the device is a GPU."""
-
-        def sent(array: Numbers) -> Tensor:
-            tensor = torch.from_numpy(array)
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
+        """Copies that do not wait for the device."""
         return cls(
-            sent(host.token_ids),
-            sent(host.positions),
-            sent(host.slots),
-            sent(host.tables),
-            sent(host.lengths),
-            sent(host.logit_rows),
+            sent(host.token_ids, device),
+            sent(host.positions, device),
+            sent(host.slots, device),
+            sent(host.tables, device),
+            sent(host.lengths, device),
+            sent(host.logit_rows, device),
             host,
         )
+
+
+def sent(array: Numbers, device: torch.device) -> Tensor:
+    """The array on the device; nobody waits for the copy: the host side is pinned where that is a GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def host_batch(slices: Sequence[SequenceSlice], layers: int, block_size: int) -> HostBatch:

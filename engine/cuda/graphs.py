@@ -104,12 +104,12 @@ class DecodeGraphs:
             self._attention.plan(batch)
             self._captured[bucket] = self._capture(partial(self._decoder.features, batch, self._attention))
 
-    def features(self, host: HostBatch) -> Tensor | None:
-        """As CudaDecoder.features: [sequences, hidden], valid until the next call.
+    def prepare(self, host: HostBatch, fill: Callable[[Tensor], None]) -> Callable[[], Tensor] | None:
+        """Puts a batch where its graph reads it; None if no graph fits it.
 
-        None if no graph fits the batch.
-
-        A batch fits when every sequence feeds one token and wants its logits.
+        A batch fits when every sequence feeds one token and wants its logits. `fill` writes the token ids
+        that only the device knows. What is returned replays the graph and gives [sequences, hidden] as
+        CudaDecoder.features, valid until the next replay.
         """
         bucket = bucket_for(len(host.runs), tuple(sorted(self._captured)))
         plain = host.one_token_each and len(host.logit_rows) == len(host.runs)
@@ -126,10 +126,14 @@ class DecodeGraphs:
             (batch.tables[:, : given.tables.shape[1]], given.tables),
         ):
             target.copy_(source, non_blocking=True)
+        fill(batch.token_ids)
         self._attention.plan(batch)
+        return partial(self._replay, bucket, len(host.runs))
+
+    def _replay(self, bucket: int, sequences: int) -> Tensor:
         replay, features = self._captured[bucket]
         replay()
-        return features[: len(host.runs)]
+        return features[:sequences]
 
     def _rows(self, rows: int, host: HostBatch) -> DeviceBatch:
         """Views of the first rows of the static tensors, which hold or will hold `host`."""

@@ -19,7 +19,7 @@ from engine.drafting.guess_tree import Candidates, best_tree
 from engine.drafting.head_weights import read_tensors
 from engine.drafting.held_kv import HeldKv, HeldSequence
 from engine.drafting.runner_drafter import GrownSequence
-from engine.linear import Linear
+from engine.linear import Linear, packed_linear
 from engine.model_config import ModelConfig
 from engine.rope import inverse_frequencies, rotate, rotation
 
@@ -54,11 +54,11 @@ class EagleHead:
         tensors = read_tensors(folder, _FILES, shapes, dtype)
 
         def linear(*names: str) -> Linear:
-            return Linear(torch.cat([tensors[f"{layer}{name}.weight"] for name in names]), None, True)
+            return packed_linear(torch.cat([tensors[f"{layer}{name}.weight"] for name in names]), None)
 
         self._config = model
         self._frequencies = inverse_frequencies(model.rope, model.head_dim)
-        self._fuse = Linear(tensors["fc.weight"], None, True)
+        self._fuse = packed_linear(tensors["fc.weight"], None)
         self._qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self._output = linear("self_attn.o_proj")
         self._norm = tensors[layer + "post_attention_layernorm.weight"]

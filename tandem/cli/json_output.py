@@ -40,8 +40,17 @@ def status_json(status: cluster_pb2.StatusResponse) -> dict[str, Any]:
         "not_ready_reason": status.not_ready_reason,
         "queued_requests": status.queued_requests,
         "active_requests": status.active_requests,
+        "roles": [_role(count) for count in status.roles],
         "workers": [_worker(worker) for worker in status.workers],
         "slo_classes": [_slo_class(entry) for entry in status.slo_classes],
+    }
+
+
+def _role(count: cluster_pb2.RoleStatus) -> dict[str, Any]:
+    return {
+        "role": ROLE_FROM_WIRE[count.role].value,
+        "desired": count.desired if count.HasField("desired") else None,
+        "actual": count.actual,
     }
 
 
@@ -68,6 +77,7 @@ def _worker(status: cluster_pb2.WorkerStatus) -> dict[str, Any]:
             "steps": status.load.steps,
             "handoffs_committed": status.load.handoffs_committed,
             "stalled_s": status.load.stalled_s,
+            "busy_s": status.load.busy_s,
             "draining": status.load.draining,
         },
     }

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tandem.cli import bench, chat, demo, generate, plan, profile, simulate, status, up
+from tandem.cli import bench, chat, controller, demo, generate, plan, profile, simulate, status, up
 from tandem.errors import ConfigError, MendedBy, TandemError
 
 EXIT_FAILED = 1
@@ -15,7 +15,7 @@ EXIT_INTERRUPTED = 130
 _EXTRAS = {"scipy": "plan", "sklearn": "plan", "matplotlib": "plan"}
 """Libraries that only some commands need, and the extra of our package that brings them."""
 
-_COMMANDS = (up, demo, generate, chat, status, bench, profile, plan, simulate)
+_COMMANDS = (up, demo, generate, chat, status, bench, profile, plan, simulate, controller)
 
 
 def parser() -> argparse.ArgumentParser:

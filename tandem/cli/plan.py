@@ -51,7 +51,7 @@ def run(chosen: argparse.Namespace) -> int:
     plan = load_section(chosen.file, PlanFile)
     problem = read_problem(plan, chosen.file.parent)
     if chosen.replay is not None:
-        return _replay(problem, chosen.replay)
+        return replay_log(problem, chosen.replay)
     with PlanProcesses(plan, chosen.file.parent) as processes:
         with _progress() as progress:
             result = make_plan(problem, processes.find_many, progress)
@@ -66,8 +66,11 @@ def run(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _replay(problem: "Problem", log: Path) -> int:
-    """Exit code 0 when every decision is the logged one, byte for byte, else 1."""
+def replay_log(problem: "Problem", log: Path) -> int:
+    """Decides anew on a controller's log with the workers of a plan.
+
+    Exit code 0 when every decision is the logged one, byte for byte, else 1.
+    """
     from planner.controller_replay import plan_capacity, replay_file
 
     replayed = replay_file(log, plan_capacity(problem))

@@ -52,6 +52,7 @@ def _print_tables(console: "Console", status: "cluster_pb2.StatusResponse") -> N
     state = "ready" if status.ready else f"not ready: {status.not_ready_reason}"
     waiting = f"{status.queued_requests} queued, {status.active_requests} active"
     console.print(f"{status.model}: {state}; {waiting}")
+    console.print("; ".join(map(_role_line, status.roles)))
     workers = Table(box=None, padding=(0, 2, 0, 0))
     for title in (
         "worker",
@@ -95,3 +96,10 @@ def _print_tables(console: "Console", status: "cluster_pb2.StatusResponse") -> N
             f"{entry.goodput_rps:.2f}",
         )
     console.print(classes)
+
+
+def _role_line(count: "cluster_pb2.RoleStatus") -> str:
+    from tandem.wire import ROLE_FROM_WIRE
+
+    wanted = f" of {count.desired} wanted" if count.HasField("desired") else ""
+    return f"{ROLE_FROM_WIRE[count.role].value}: {count.actual}{wanted}"

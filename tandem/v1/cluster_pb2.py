@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import worker_pb2 as tandem_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/cluster.proto\x12\ttandem.v1\x1a\x16tandem/v1/worker.proto\"\x0f\n\rStatusRequest\"\xd4\x01\n\x0eStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x03 \x01(\t\x12(\n\x07workers\x18\x04 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12.\n\x0bslo_classes\x18\x05 \x03(\x0b\x32\x19.tandem.v1.SloClassStatus\x12\x17\n\x0fqueued_requests\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x07 \x01(\r\"\xbd\x01\n\x0cWorkerStatus\x12(\n\x06worker\x18\x01 \x01(\x0b\x32\x18.tandem.v1.WorkerAddress\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12\x10\n\x08\x61ttached\x18\x03 \x01(\x08\x12%\n\x04load\x18\x04 \x01(\x0b\x32\x17.tandem.v1.LoadSnapshot\x12\x12\n\nload_age_s\x18\x05 \x01(\x01\x12\x17\n\x0fmetrics_address\x18\x06 \x01(\t\"\x89\x01\n\x0eSloClassStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x03 \x01(\x01\x12\x15\n\rlongest_gap_s\x18\x04 \x01(\x01\x12\x0f\n\x07offered\x18\x05 \x01(\x04\x12\x0c\n\x04good\x18\x06 \x01(\x04\x12\x13\n\x0bgoodput_rps\x18\x07 \x01(\x01\x32O\n\x0e\x43lusterService\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/cluster.proto\x12\ttandem.v1\x1a\x16tandem/v1/worker.proto\"\x0f\n\rStatusRequest\"\xfa\x01\n\x0eStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x03 \x01(\t\x12(\n\x07workers\x18\x04 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\x12.\n\x0bslo_classes\x18\x05 \x03(\x0b\x32\x19.tandem.v1.SloClassStatus\x12\x17\n\x0fqueued_requests\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x63tive_requests\x18\x07 \x01(\r\x12$\n\x05roles\x18\x08 \x03(\x0b\x32\x15.tandem.v1.RoleStatus\"]\n\nRoleStatus\x12\x1d\n\x04role\x18\x01 \x01(\x0e\x32\x0f.tandem.v1.Role\x12\x14\n\x07\x64\x65sired\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06\x61\x63tual\x18\x03 \x01(\rB\n\n\x08_desired\"\x1c\n\x0bLoadRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\"\xb6\x01\n\x0cLoadResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07offered\x18\x02 \x01(\x04\x12\x0f\n\x07settled\x18\x03 \x01(\x04\x12\x0c\n\x04good\x18\x04 \x01(\x04\x12\r\n\x05\x65nded\x18\x05 \x01(\x04\x12*\n\x07lengths\x18\x06 \x03(\x0b\x32\x19.tandem.v1.RequestLengths\x12(\n\x07workers\x18\x07 \x03(\x0b\x32\x17.tandem.v1.WorkerStatus\">\n\x0eRequestLengths\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\"\xbd\x01\n\x0cWorkerStatus\x12(\n\x06worker\x18\x01 \x01(\x0b\x32\x18.tandem.v1.WorkerAddress\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12\x10\n\x08\x61ttached\x18\x03 \x01(\x08\x12%\n\x04load\x18\x04 \x01(\x0b\x32\x17.tandem.v1.LoadSnapshot\x12\x12\n\nload_age_s\x18\x05 \x01(\x01\x12\x17\n\x0fmetrics_address\x18\x06 \x01(\t\"\x89\x01\n\x0eSloClassStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x03 \x01(\x01\x12\x15\n\rlongest_gap_s\x18\x04 \x01(\x01\x12\x0f\n\x07offered\x18\x05 \x01(\x04\x12\x0c\n\x04good\x18\x06 \x01(\x04\x12\x13\n\x0bgoodput_rps\x18\x07 \x01(\x01\x32\x88\x01\n\x0e\x43lusterService\x12=\n\x06Status\x12\x18.tandem.v1.StatusRequest\x1a\x19.tandem.v1.StatusResponse\x12\x37\n\x04Load\x12\x16.tandem.v1.LoadRequest\x1a\x17.tandem.v1.LoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=62
   _globals['_STATUSREQUEST']._serialized_end=77
   _globals['_STATUSRESPONSE']._serialized_start=80
-  _globals['_STATUSRESPONSE']._serialized_end=292
-  _globals['_WORKERSTATUS']._serialized_start=295
-  _globals['_WORKERSTATUS']._serialized_end=484
-  _globals['_SLOCLASSSTATUS']._serialized_start=487
-  _globals['_SLOCLASSSTATUS']._serialized_end=624
-  _globals['_CLUSTERSERVICE']._serialized_start=626
-  _globals['_CLUSTERSERVICE']._serialized_end=705
+  _globals['_STATUSRESPONSE']._serialized_end=330
+  _globals['_ROLESTATUS']._serialized_start=332
+  _globals['_ROLESTATUS']._serialized_end=425
+  _globals['_LOADREQUEST']._serialized_start=427
+  _globals['_LOADREQUEST']._serialized_end=455
+  _globals['_LOADRESPONSE']._serialized_start=458
+  _globals['_LOADRESPONSE']._serialized_end=640
+  _globals['_REQUESTLENGTHS']._serialized_start=642
+  _globals['_REQUESTLENGTHS']._serialized_end=704
+  _globals['_WORKERSTATUS']._serialized_start=707
+  _globals['_WORKERSTATUS']._serialized_end=896
+  _globals['_SLOCLASSSTATUS']._serialized_start=899
+  _globals['_SLOCLASSSTATUS']._serialized_end=1036
+  _globals['_CLUSTERSERVICE']._serialized_start=1039
+  _globals['_CLUSTERSERVICE']._serialized_end=1175
 # @@protoc_insertion_point(module_scope)

@@ -49,6 +49,7 @@ class StatusResponse(_message.Message):
     SLO_CLASSES_FIELD_NUMBER: _builtins.int
     QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     ready: _builtins.bool
@@ -67,6 +68,10 @@ class StatusResponse(_message.Message):
     def slo_classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SloClassStatus]:
         """Goodput of each SLO class."""
 
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoleStatus]:
+        """How many workers of each role are wanted, and how many there are."""
+
     def __init__(
         self,
         *,
@@ -77,14 +82,145 @@ class StatusResponse(_message.Message):
         slo_classes: _abc.Iterable[Global___SloClassStatus] | None = ...,
         queued_requests: _builtins.int = ...,
         active_requests: _builtins.int = ...,
+        roles: _abc.Iterable[Global___RoleStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "model", b"model", "not_ready_reason", b"not_ready_reason", "queued_requests", b"queued_requests", "ready", b"ready", "slo_classes", b"slo_classes", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "model", b"model", "not_ready_reason", b"not_ready_reason", "queued_requests", b"queued_requests", "ready", b"ready", "roles", b"roles", "slo_classes", b"slo_classes", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
+
+@_typing.final
+class RoleStatus(_message.Message):
+    """RoleStatus compares what is wanted of a role with what is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    DESIRED_FIELD_NUMBER: _builtins.int
+    ACTUAL_FIELD_NUMBER: _builtins.int
+    role: _worker_pb2.Role.ValueType
+    """The role."""
+    desired: _builtins.int
+    """Workers wanted; absent when nobody said."""
+    actual: _builtins.int
+    """Workers that can be given requests: attached and not draining."""
+    def __init__(
+        self,
+        *,
+        role: _worker_pb2.Role.ValueType = ...,
+        desired: _builtins.int | None = ...,
+        actual: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_desired", b"_desired", "desired", b"desired"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_desired", b"_desired", "actual", b"actual", "desired", b"desired", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__desired: _TypeAlias = _typing.Literal["desired"]  # noqa: Y015
+    _WhichOneofArgType__desired: _TypeAlias = _typing.Literal["_desired", b"_desired"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__desired) -> _WhichOneofReturnType__desired | None: ...
+
+Global___RoleStatus: _TypeAlias = RoleStatus  # noqa: Y015
+
+@_typing.final
+class LoadRequest(_message.Message):
+    """LoadRequest asks for totals, and for the lengths of requests that ended after one that was told before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_FIELD_NUMBER: _builtins.int
+    after: _builtins.int
+    """Number of the last request whose lengths are known; 0 at first."""
+    def __init__(
+        self,
+        *,
+        after: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
+
+@_typing.final
+class LoadResponse(_message.Message):
+    """LoadResponse holds totals since the start of one router. Its own requests are not counted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    OFFERED_FIELD_NUMBER: _builtins.int
+    SETTLED_FIELD_NUMBER: _builtins.int
+    GOOD_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    router_id: _builtins.str
+    """Which life of a router; with another one the totals begin at 0."""
+    offered: _builtins.int
+    """Well-formed requests that came."""
+    settled: _builtins.int
+    """Requests that ended, rejected and failed ones included."""
+    good: _builtins.int
+    """Requests that met all objectives."""
+    ended: _builtins.int
+    """Number of the last request that ended with an output; what the next LoadRequest says."""
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestLengths]:
+        """Lengths of requests that ended after LoadRequest.after, at most 256 of those still known, evenly taken."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
+        """The workers."""
+
+    def __init__(
+        self,
+        *,
+        router_id: _builtins.str = ...,
+        offered: _builtins.int = ...,
+        settled: _builtins.int = ...,
+        good: _builtins.int = ...,
+        ended: _builtins.int = ...,
+        lengths: _abc.Iterable[Global___RequestLengths] | None = ...,
+        workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "good", b"good", "lengths", b"lengths", "offered", b"offered", "router_id", b"router_id", "settled", b"settled", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadResponse: _TypeAlias = LoadResponse  # noqa: Y015
+
+@_typing.final
+class RequestLengths(_message.Message):
+    """RequestLengths are one request's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Tokens of the prompt."""
+    output_tokens: _builtins.int
+    """Tokens of all samples."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestLengths: _TypeAlias = RequestLengths  # noqa: Y015
 
 @_typing.final
 class WorkerStatus(_message.Message):

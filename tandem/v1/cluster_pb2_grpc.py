@@ -40,6 +40,11 @@ class ClusterServiceStub:
                 request_serializer=tandem_dot_v1_dot_cluster__pb2.StatusRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_cluster__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.Load = channel.unary_unary(
+                '/tandem.v1.ClusterService/Load',
+                request_serializer=tandem_dot_v1_dot_cluster__pb2.LoadRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_cluster__pb2.LoadResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -53,6 +58,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Load(self, request, context):
+        """Load counts what came and how it ended, for who decides how many workers there should be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=tandem_dot_v1_dot_cluster__pb2.StatusRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_cluster__pb2.StatusResponse.SerializeToString,
+            ),
+            'Load': grpc.unary_unary_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=tandem_dot_v1_dot_cluster__pb2.LoadRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_cluster__pb2.LoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class ClusterService:
             '/tandem.v1.ClusterService/Status',
             tandem_dot_v1_dot_cluster__pb2.StatusRequest.SerializeToString,
             tandem_dot_v1_dot_cluster__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.ClusterService/Load',
+            tandem_dot_v1_dot_cluster__pb2.LoadRequest.SerializeToString,
+            tandem_dot_v1_dot_cluster__pb2.LoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class ClusterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ClusterServiceAsyncStub: ...
     Status: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.StatusRequest, _cluster_pb2.StatusResponse]
     """Status describes workers, load and goodput."""
+    Load: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.LoadRequest, _cluster_pb2.LoadResponse]
+    """Load counts what came and how it ended, for who decides how many workers there should be."""
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -43,6 +45,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Status: _aio.UnaryUnaryMultiCallable[_cluster_pb2.StatusRequest, _cluster_pb2.StatusResponse]  # type: ignore[assignment]
     """Status describes workers, load and goodput."""
+    Load: _aio.UnaryUnaryMultiCallable[_cluster_pb2.LoadRequest, _cluster_pb2.LoadResponse]  # type: ignore[assignment]
+    """Load counts what came and how it ended, for who decides how many workers there should be."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     """ClusterService is served by the router to operators."""
@@ -54,5 +58,13 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.StatusResponse, _abc.Awaitable[_cluster_pb2.StatusResponse]]:
         """Status describes workers, load and goodput."""
+
+    @_abc_1.abstractmethod
+    def Load(
+        self,
+        request: _cluster_pb2.LoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.LoadResponse, _abc.Awaitable[_cluster_pb2.LoadResponse]]:
+        """Load counts what came and how it ended, for who decides how many workers there should be."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -968,6 +968,7 @@ class LoadSnapshot(_message.Message):
     HANDOFFS_COMMITTED_FIELD_NUMBER: _builtins.int
     STALLED_S_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
     waiting_prefill_tokens: _builtins.int
     """Prompt tokens accepted and not yet computed."""
     waiting_legs: _builtins.int
@@ -992,6 +993,8 @@ class LoadSnapshot(_message.Message):
     """Seconds since the last finished step while work was waiting; 0 when idle."""
     draining: _builtins.bool
     """Whether the worker takes no new legs."""
+    busy_s: _builtins.float
+    """Seconds spent in steps since the start, the one in flight included."""
     def __init__(
         self,
         *,
@@ -1007,10 +1010,11 @@ class LoadSnapshot(_message.Message):
         handoffs_committed: _builtins.int = ...,
         stalled_s: _builtins.float = ...,
         draining: _builtins.bool = ...,
+        busy_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated_blocks", b"allocated_blocks", "draining", b"draining", "free_blocks", b"free_blocks", "handoffs_committed", b"handoffs_committed", "parked_legs", b"parked_legs", "referenced_blocks", b"referenced_blocks", "running_sequences", b"running_sequences", "stalled_s", b"stalled_s", "steps", b"steps", "total_blocks", b"total_blocks", "waiting_legs", b"waiting_legs", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated_blocks", b"allocated_blocks", "busy_s", b"busy_s", "draining", b"draining", "free_blocks", b"free_blocks", "handoffs_committed", b"handoffs_committed", "parked_legs", b"parked_legs", "referenced_blocks", b"referenced_blocks", "running_sequences", b"running_sequences", "stalled_s", b"stalled_s", "steps", b"steps", "total_blocks", b"total_blocks", "waiting_legs", b"waiting_legs", "waiting_prefill_tokens", b"waiting_prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -144,8 +144,9 @@ WRONG = {
     ("--rate", "1", "--class", "none=1"): "Unknown SLO class 'none'; known: fast, hopeless",
     ("--rate", "1", "--class", "fast"): "--class 'fast': expected NAME= and 1 number(s)",
     ("--rate", "1", "--slo", "fast=1,2"): "--slo 'fast=1,2': expected NAME= and 3 number(s)",
+    ("--rate", "1", "--api", "http", "--http-address", "here:there"): "'here:there' is no HOST:PORT",
     ("--rate", "-1"): "rate must be positive",
-    ("--rate", "1", "--limit", "0"): "--limit must be 1 or more",
+    ("--rate", "1", "--limit", "0"): "--limit must be positive",
     ("--trace", "/no/trace.csv"): "/no/trace.csv cannot be read",
 }
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from benchmarks import engine, engine_profile, machine_limits
 from benchmarks.engine import DecodeRun, Sizes, decode_json
 from benchmarks.engine_drive import StepTimes
-from benchmarks.engine_profile import grid
+from benchmarks.engine_profile import grid, transfer_layout
 from benchmarks.machine_limits import MachineLimits
 from benchmarks.model_cost import decode_flops, kv_elements_per_token, prefill_flops, read_parameters
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
+from planner.profile_file import measured_link, read_profile
 from tests.engine.tiny_models import family_configs, random_model
 from tests.tandem.test_json_output import documented, keys_of
 
@@ -114,6 +116,23 @@ def test_a_profile_is_written_as_documented(folder: Path, tmp_path: Path) -> Non
     assert result["step_overhead_s"] > 0
     assert result["points"][-1]["prompts"] == [[16, 0]]
     assert (result["points"][-1]["decode_batch"], result["points"][-1]["decode_context_tokens"]) == (2, 128)
+    block_bytes = result["kv_bytes_per_token"] * result["block_size"]
+    assert [(one["transport"], one["bytes"]) for one in result["transfers"]] == [
+        ("shm", block_bytes),
+        ("tcp", block_bytes),
+    ]
+    assert all(one["seconds"] > 0 and one["runs"] == 2 for one in result["transfers"])
+    link = measured_link(read_profile(result, "test"), "shm")
+    assert link is not None
+    assert link.seconds(block_bytes) == result["transfers"][0]["seconds"]
+
+
+def test_transfers_grow_to_what_memory_allows() -> None:
+    model = read_model_config(resolve_model("smollm2"))
+    assert transfer_layout(model, quick=False).counts == (1, 4, 16, 64)
+    assert transfer_layout(replace(model, layers=120), quick=False).counts == (1, 4, 16)
+    assert transfer_layout(replace(model, layers=12_000), quick=False).counts == (1,)
+    assert transfer_layout(model, quick=True).counts == (1,)
 
 
 def test_the_grid_fits_context_and_pool() -> None:

@@ -18,6 +18,7 @@ from benchmarks.kv_policy_reader import (
 )
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
+from engine.linear import stored_linear
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ def test_perplexity_is_that_of_the_model(tmp_path: Path) -> None:
     model = random_model(family_configs()["llama"])
     model.save_pretrained(tmp_path)
     config = read_model_config(tmp_path)
-    decoder = Decoder(config, read_weights(tmp_path, config, torch.float32, CPU), False)
+    decoder = Decoder(config, read_weights(tmp_path, config, torch.float32, CPU), stored_linear)
     sequence = [(11 * place * place + 5) % 101 for place in range(2 * BLOCK_SIZE + 9)]
     prompt, rest = sequence[: 2 * BLOCK_SIZE], sequence[2 * BLOCK_SIZE :]
     logits = reference_logits(model, sequence)[2 * BLOCK_SIZE :]

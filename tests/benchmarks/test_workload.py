@@ -81,6 +81,7 @@ def test_classes_come_in_their_shares_and_the_plan_is_reproducible() -> None:
     assert requests == plan(rows, OWN_TIMES, LIMITS, {"a": 3.0, "b": 1.0, "never": 0.0}, seeded)
 
 
-def test_impossible_shares_are_refused() -> None:
+@pytest.mark.parametrize("share", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_shares_are_refused(share: float) -> None:
     with pytest.raises(InvalidRequest, match="shares"):
-        plan(TIMED, OWN_TIMES, LIMITS, {"a": 0.0}, seeded)
+        plan(TIMED, OWN_TIMES, LIMITS, {"a": share}, seeded)

@@ -72,7 +72,23 @@ def test_sizes_are_read_with_units() -> None:
         ("redis: {tls_ca: ca.pem}", ["redis.tls_ca: needs a redis.url that starts with rediss://"]),
         ("ray: {address: cloud}", ["ray.address", "local, auto, ray://host:port (got 'cloud')"]),
         ("ray: {address: auto}", ["redis.url", "embedded", "rediss://host:port/db"]),
-        ("model: {dtype: int8}", ["model.dtype", "'float32', 'bfloat16' or 'float16' (got 'int8')"]),
+        ("model: {dtype: int8}", ["model.dtype", "'float32' or 'bfloat16' (got 'int8')"]),
+        ("pools: {decode: {cores: [1, 1]}}", ["pools.decode", "cores: names a core twice"]),
+        ("pools: {decode: {cores: [0, 1, 2], replicas: 2}}", ["pools.decode", "allowed: a multiple of 2"]),
+        (
+            "pools: {decode: {cores: [0, 1], replicas: 2, threads: 2}}",
+            ["pools.decode", "threads: 2 on 1 of the cores; allowed: auto, 1 to 1"],
+        ),
+        (
+            "pools: {prefill: {cores: [0, 1]}, decode: {cores: [1]}}",
+            ["pools", "decode.cores: core 1 is one of prefill.cores; allowed: others"],
+        ),
+        ("pools: {decode: {cores: [-1]}}", ["pools.decode.cores.0", "greater than or equal to 0"]),
+        ("pools: {decode: {cores: []}}", ["pools.decode.cores", "at least 1 item"]),
+        (
+            "model: {weights_dtype: int8}\npools: {decode: {device: cuda}}",
+            ["model.weights_dtype: int8 is for the CPU, and pools.decode.device is cuda; allowed: auto"],
+        ),
         (
             "model: {context: 1024}\npools: {decode: {pool_blocks: 63}}",
             [

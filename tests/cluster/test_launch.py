@@ -57,6 +57,13 @@ async def test_wrong_model_is_said_at_once() -> None:
     assert time.monotonic() - started_s < 10.0
 
 
+async def test_a_core_that_the_machine_lacks_is_said_at_once() -> None:
+    missing = max(os.sched_getaffinity(0)) + 1000
+    with pytest.raises(ConfigError, match=rf"pools\.decode\.cores: {missing} is not to be had .* allowed: "):
+        async with running_cluster(config(f"pools: {{decode: {{cores: [{missing}]}}}}")):
+            pytest.fail("the cluster must not start")
+
+
 async def test_unreachable_registry_is_said_at_once() -> None:
     with pytest.raises(NotReady, match=r"redis://127\.0\.0\.1:1/0"):
         async with running_cluster(config("redis: {url: 'redis://127.0.0.1:1/0'}")):

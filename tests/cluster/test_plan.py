@@ -47,6 +47,28 @@ def test_workers_are_named_by_role_and_share_the_cores() -> None:
     assert [worker.threads for worker in workers] == [3, 3, 7, 7, 7]
 
 
+def test_workers_take_equal_shares_of_their_pools_cores() -> None:
+    config = parse_cluster_config(
+        "pools: {prefill: {cores: [3]}, decode: {replicas: 2, cores: [0, 5, 4, 1]}}", "f"
+    )
+    workers = worker_configs(config, FACTS, cores=64)
+    assert [worker.cores for worker in workers] == [(3,), (0, 5), (4, 1)]
+    assert [worker.threads for worker in workers] == [1, 2, 2]
+
+
+def test_without_cores_a_worker_keeps_to_none() -> None:
+    config = parse_cluster_config("pools: {prefill: {cores: [0, 1], threads: 1}}", "f")
+    prefill, decode = worker_configs(config, FACTS, cores=8)
+    assert (prefill.cores, prefill.threads) == ((0, 1), 1)
+    assert (decode.cores, decode.threads) == ((), 4)
+
+
+def test_how_weights_are_kept_reaches_every_worker() -> None:
+    config = parse_cluster_config("model: {weights_dtype: int8}", "f")
+    assert {worker.weights_dtype for worker in worker_configs(config, FACTS, cores=2)} == {"int8"}
+    assert {worker.weights_dtype for worker in worker_configs(ClusterConfig(), FACTS, cores=2)} == {None}
+
+
 def test_a_worker_has_a_thread_even_on_one_core() -> None:
     assert {worker.threads for worker in worker_configs(ClusterConfig(), FACTS, cores=1)} == {1}
 

@@ -12,7 +12,16 @@ import pytest
 
 from cluster.embedded_store import EmbeddedStore, embedded_store
 from cluster.membership import StoreMembership, Superseded, keep_registered, registered
-from cluster.store import Failures, RegisteredWorker, Store, StoreAddress, StoreUnavailable
+from cluster.store import (
+    Controlled,
+    Desired,
+    Failures,
+    RegisteredWorker,
+    Store,
+    StoreAddress,
+    StoreUnavailable,
+)
+from planner.load_window import RolePlacement
 from tandem.errors import ConfigError
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role, WorkerRecord
@@ -156,10 +165,64 @@ async def test_failures_add_up_until_the_worker_registers(store: Store) -> None:
     assert set(await store.failures()) == {"b"}
 
 
-async def test_desired_placement_is_kept(store: Store) -> None:
-    assert await store.desired() == {}
-    await store.set_desired({"prefill": 1, "decode": 2})
-    assert await store.desired() == {"prefill": 1, "decode": 2}
+async def test_desired_placement_is_kept_under_a_new_version(store: Store) -> None:
+    assert await store.desired() is None
+    await store.set_desired(RolePlacement(1, 2))
+    assert await store.desired() == Desired(1, RolePlacement(1, 2))
+    await store.set_desired(RolePlacement(2, 1))
+    assert await store.desired() == Desired(2, RolePlacement(2, 1))
+
+
+async def test_what_is_wanted_is_replaced_only_by_who_saw_it(store: Store) -> None:
+    assert not await store.set_desired(RolePlacement(3, 3), expected_version=7)
+    assert await store.set_desired(RolePlacement(1, 2), expected_version=0)
+    assert not await store.set_desired(RolePlacement(3, 3), expected_version=0)
+    assert await store.set_desired(RolePlacement(2, 1), expected_version=1)
+    assert await store.desired() == Desired(2, RolePlacement(2, 1))
+
+
+async def test_one_controller_leads_until_its_lease_ends_or_it_resigns(store: Store) -> None:
+    assert await store.lead("one", LEASE_S)
+    assert await store.lead("one", LEASE_S)
+    assert not await store.lead("two", LEASE_S)
+    await store.resign("two")
+    assert not await store.lead("two", LEASE_S)
+    await eventually(lambda: store.lead("two", LEASE_S))
+    assert not await store.lead("one", LEASE_S)
+    await store.resign("two")
+    assert await store.lead("one", LEASE_S)
+
+
+async def test_only_the_leading_controller_writes_and_only_over_what_it_saw(store: Store) -> None:
+    await store.set_desired(RolePlacement(1, 2))
+    change = Desired(1, RolePlacement(2, 1))
+    assert await store.control("one", b"memory", change) is Controlled.NOT_LEADING
+    await store.lead("one", 60.0)
+    assert await store.control("two", b"memory", change) is Controlled.NOT_LEADING
+    stale = Desired(0, RolePlacement(3, 3))
+    assert await store.control("one", b"memory", stale) is Controlled.CHANGED_MEANWHILE
+    assert await store.controller_memory() is None
+    assert await store.control("one", b"memory", change) is Controlled.DONE
+    assert await store.desired() == Desired(2, RolePlacement(2, 1))
+    assert await store.control("one", b"later", None) is Controlled.DONE
+    assert await store.controller_memory() == b"later"
+    assert await store.desired() == Desired(2, RolePlacement(2, 1))
+
+
+async def test_a_new_beginning_makes_the_controller_forget(store: Store) -> None:
+    await store.lead("one", 60.0)
+    await store.control("one", b"memory", None)
+    await store.set_desired(RolePlacement(1, 1))
+    assert await store.controller_memory() is None
+
+
+async def test_the_membership_shows_what_is_wanted(store: Store) -> None:
+    await store.set_desired(RolePlacement(1, 2))
+    membership = StoreMembership(store, LEASE_S)
+    assert membership.desired() == {}
+    async with aclosing(membership.watch()) as changes:
+        await anext(changes)
+    assert membership.desired() == {Role.PREFILL: 1, Role.DECODE: 2}
 
 
 async def test_watch_yields_every_change_and_nothing_else(store: Store) -> None:

@@ -5,6 +5,7 @@ Preempted samples come back as legs of their own, as the router sends them: no t
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -47,18 +48,12 @@ class DecodeMachine(RuleBasedStateMachine):
     `early` are legs whose fetch began before their first tokens are known; they start later, come what may.
     """
 
+    sampling: ClassVar[dict[str, Any]] = {"ignore_eos": True, "presence_penalty": 0.1}
+
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(BLOCKS, SIZE)
-        self.legs = DecodeScheduler(
-            self.pool,
-            max_batch=BATCH,
-            max_waiting=4,
-            context_tokens=CONTEXT,
-            eos_ids=(EOS,),
-            chunk_tokens=3,
-            speculation=self.speculation(),
-        )
+        self.legs = self.scheduler()
         self.runner = ToyRunner(BLOCKS, SIZE, VOCABULARY)
         self.now_s = 0.0
         self.number = 0
@@ -68,6 +63,18 @@ class DecodeMachine(RuleBasedStateMachine):
         self.pulls: dict[LegId, tuple[Reservation, tuple[int, ...]]] = {}
         self.token_ids: dict[LegId, tuple[int, ...]] = {}
         self.plan: StepPlan | None = None
+
+    def scheduler(self) -> DecodeScheduler:
+        """The scheduler under test."""
+        return DecodeScheduler(
+            self.pool,
+            max_batch=BATCH,
+            max_waiting=4,
+            context_tokens=CONTEXT,
+            eos_ids=(EOS,),
+            chunk_tokens=3,
+            speculation=self.speculation(),
+        )
 
     def speculation(self) -> Speculation | None:
         """What guesses tokens for the scheduler: nobody."""
@@ -90,7 +97,7 @@ class DecodeMachine(RuleBasedStateMachine):
         priority: int,
         patience_s: float,
     ) -> None:
-        params = SamplingParams(max_tokens=max_tokens + known, ignore_eos=True, presence_penalty=0.1)
+        params = SamplingParams(max_tokens=max_tokens + known, **self.sampling)
         clients = [
             Client(tuple(prompt), index, params, toy_output(prompt, index, known, VOCABULARY))
             for index in range(samples)
@@ -160,7 +167,7 @@ class DecodeMachine(RuleBasedStateMachine):
         patience_s=st.sampled_from([1.0, 1e9, 1e9]),
     )
     def prefetch(self, prompt: list[int], samples: int, priority: int, patience_s: float) -> None:
-        params = SamplingParams(max_tokens=6, ignore_eos=True, presence_penalty=0.1)
+        params = SamplingParams(max_tokens=6, **self.sampling)
         clients = [Client(tuple(prompt), index, params) for index in range(samples)]
         starts = tuple(SampleStart(index, ()) for index in range(samples))
         leg = self.leg(tuple(prompt), starts, clients, priority, self.now_s + patience_s)
@@ -311,6 +318,7 @@ class DecodeMachine(RuleBasedStateMachine):
             if self.plan is not None:
                 self.end_step()
             self.take_drops(self.legs.expire(self.now_s))
+            self.take_lost()
             self.reserve()
             for leg_id in sorted(self.pulls):
                 self.answer_pull(leg_id, True)

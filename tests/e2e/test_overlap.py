@@ -178,3 +178,25 @@ async def test_an_offer_that_is_lost_is_made_anew_when_the_prompt_is_read(
         rest = await pair.decode.until_finished(1)
         assert [first, *rest[0]] == _reference(folder, LONG, 12)
         await pair.settled()
+
+
+async def test_a_leg_that_waits_goes_on_when_an_early_fetch_is_given_up(folder: Path) -> None:
+    """The fetch had landed, so that no pull ends and no step is done that would look for room."""
+    other = [token + 1 for token in LONG]
+    async with worker_pair(folder, "shm", overlap_min_tokens=16, pool_blocks=24) as pair:
+        await pair.prefill.send(start_prefill(LONG, GREEDY))
+        await pair.prefill.until("kv_offered")
+        await pair.decode.send(prefetch_kv(pair, LONG, remaining_s=2.0))
+        async with asyncio.timeout(WAIT_S):
+            while not pair.prefill.worker.handoffs_committed():
+                await asyncio.sleep(0.01)
+        await pair.prefill.send(start_prefill(other, GREEDY, leg_id="other"))
+        await pair.prefill.until("kv_offered", count=4)
+        entries = [entry for message in pair.prefill.news for entry in message.step.sequences]
+        first = next(entry.token_ids[0] for entry in entries if entry.leg_id == "other")
+        await pair.decode.send(start_decode(pair, other, {0: first}, GREEDY, leg_id="other"))
+        (lost,) = await pair.decode.until("prefetch_lost")
+        assert lost.prefetch_lost.leg_id == "leg"
+        rest = await pair.decode.until_finished(1)
+        assert [first, *rest[0]] == _reference(folder, other, 12)
+        await pair.settled()

@@ -164,7 +164,9 @@ def start_prefill(
     )
 
 
-def prefetch_kv(pair: Pair, prompt: list[int], leg_id: str = "leg", epoch: int = 1) -> wpb.RouterMessage:
+def prefetch_kv(
+    pair: Pair, prompt: list[int], leg_id: str = "leg", epoch: int = 1, remaining_s: float = 60.0
+) -> wpb.RouterMessage:
     """The instruction to fetch the KV of one sample while the prompt is read."""
     return wpb.RouterMessage(
         prefetch_kv=wpb.PrefetchKv(
@@ -173,7 +175,7 @@ def prefetch_kv(pair: Pair, prompt: list[int], leg_id: str = "leg", epoch: int =
             token_ids=prompt,
             prompt_tokens=len(prompt),
             sample_indices=[0],
-            remaining_s=60.0,
+            remaining_s=remaining_s,
             source=address_to_wire(pair.prefill.worker.record),
             epoch=epoch,
         )

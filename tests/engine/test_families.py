@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.cpu_attention import group_by_length
+from engine.linear import stored_linear
 from engine.model_config import ModelConfig, RopeKind, read_model_config
 from engine.weights import read_weights
 from tandem.errors import ModelError
@@ -122,7 +123,7 @@ def test_decode_batch_of_very_different_lengths(saved: tuple[Path, Any]) -> None
 def test_stored_weights_give_the_same_logits_as_reordered_ones(saved: tuple[Path, Any]) -> None:
     folder, model = saved
     prompt = tokens(PROMPT_TOKENS, seed=5)
-    with open_engine(folder, reorder=False) as engine:
+    with open_engine(folder, product=stored_linear) as engine:
         found = engine.step(slice_of(prompt, 0, scattered(10, seed=5)))
     assert_close(found, reference_logits(model, prompt)[-1:])
 

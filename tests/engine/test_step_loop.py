@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from decode_worker.pipelined_scheduler import PipelinedScheduler
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, SampleStart
 from engine.blocks import BlockPool
 from engine.contract import LayerListener
@@ -26,15 +27,17 @@ class Bench:
 
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self.runner = ToyRunner(64, 4, VOCABULARY)
-        self.scheduler = DecodeScheduler(
-            BlockPool(64, 4), max_batch=8, max_waiting=8, context_tokens=128, eos_ids=()
-        )
+        self.scheduler = self.decode_scheduler()
         self.tokens: list[int] = []
         self.dropped: list[DroppedLeg] = []
         self.ended = asyncio.Event()
         self.loop = StepLoop(
             self.scheduler, self.runner, thread, time.monotonic, self._outcome, self._expired
         )
+
+    def decode_scheduler(self) -> DecodeScheduler:
+        """The scheduler whose plans are run."""
+        return DecodeScheduler(BlockPool(64, 4), max_batch=8, max_waiting=8, context_tokens=128, eos_ids=())
 
     def start(self, deadline_s: float, max_tokens: int) -> None:
         """Puts a leg whose KV has landed into the batch."""
@@ -61,6 +64,7 @@ class Bench:
 async def test_work_that_comes_while_it_sleeps_is_run_to_its_end() -> None:
     with ThreadPoolExecutor(1) as thread:
         bench = Bench(thread)
+        began_s = time.monotonic()
         running = asyncio.create_task(bench.loop.run())
         await asyncio.sleep(0)
         bench.start(time.monotonic() + 60.0, max_tokens=12)
@@ -71,6 +75,31 @@ async def test_work_that_comes_while_it_sleeps_is_run_to_its_end() -> None:
     assert bench.tokens == toy_output(PROMPT, 0, 12, VOCABULARY)[1:]
     assert bench.loop.steps == 11
     assert bench.loop.stalled_s() == 0.0
+    assert 0.0 < bench.loop.busy_s() < time.monotonic() - began_s
+    assert bench.scheduler.load().allocated_blocks == 0
+
+
+class PipelinedBench(Bench):
+    """A bench whose scheduler plans a step while one is in flight."""
+
+    def decode_scheduler(self) -> DecodeScheduler:
+        return PipelinedScheduler(
+            BlockPool(64, 4), max_batch=8, max_waiting=8, context_tokens=128, eos_ids=()
+        )
+
+
+async def test_a_step_is_begun_before_the_result_of_the_one_before_is_taken() -> None:
+    with ThreadPoolExecutor(1) as thread:
+        bench = PipelinedBench(thread)
+        running = asyncio.create_task(bench.loop.run())
+        bench.start(time.monotonic() + 60.0, max_tokens=12)
+        async with asyncio.timeout(10.0):
+            await bench.ended.wait()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert bench.tokens == toy_output(PROMPT, 0, 12, VOCABULARY)[1:]
+    assert bench.loop.steps == 11
+    assert bench.runner.most_in_flight == 2
     assert bench.scheduler.load().allocated_blocks == 0
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
+from engine.linear import MakeProduct, packed_linear
 from engine.model_config import ModelConfig, read_model_config
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan
 from engine.torch_runner import TorchStepRunner
@@ -120,12 +121,12 @@ def open_engine(
     num_blocks: int = 64,
     block_size: int = 4,
     dtype: torch.dtype = torch.float32,
-    reorder: bool = True,
+    product: MakeProduct = packed_linear,
 ) -> Iterator[Engine]:
     """An Engine over a folder, on one thread."""
     device = torch.device("cpu")
     config = read_model_config(folder)
-    decoder = Decoder(config, read_weights(folder, config, dtype, device), reorder)
+    decoder = Decoder(config, read_weights(folder, config, dtype, device), product)
     sampler = RecordingSampler()
     with KvCache(config, num_blocks, block_size, dtype, device) as cache:
         runner = TorchStepRunner(decoder, cache, CpuAttention(cache, config), sampler, device, threads=1)

@@ -6,6 +6,7 @@ computed from other tokens breaks the chain.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engine.contract import LayerListener
 from engine.step import SampledToken, SequenceSlice, StepPlan, StepResult
@@ -40,16 +41,33 @@ def _draw(chain: int, sample_index: int, output_index: int, vocabulary: int) -> 
     return (_chain(_chain(chain, sample_index), output_index) >> 20) % vocabulary
 
 
+class ToyStepInFlight:
+    """A step whose result nobody has seen."""
+
+    def __init__(self, in_flight: list[StepResult]) -> None:
+        self._in_flight = in_flight
+        self._step = in_flight[-1].step
+
+    def result(self) -> StepResult:
+        """See StepInFlight: the results come in the order of the steps."""
+        result = self._in_flight.pop(0)
+        assert result.step == self._step
+        return result
+
+
 class ToyRunner:
     """Memory of a pool and the runner over it; raises AssertionError where KV is not what it should be."""
 
     def __init__(self, num_blocks: int, block_size: int, vocabulary: int) -> None:
         self._size = block_size
         self._vocabulary = vocabulary
+        self._in_flight: list[StepResult] = []
+        self.most_in_flight = 0
         self._slots: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(num_blocks)]
 
     def run(self, plan: StepPlan, on_layers: LayerListener | None = None) -> StepResult:
         """Carries out a plan, checking the KV that it reads; its one layer is done at the end."""
+        assert not any(part.follows for part in plan.slices), "a slice follows a step that is over"
         for source, target in plan.copies:
             self._slots[target] = list(self._slots[source])
         drawn: list[SampledToken] = []
@@ -58,6 +76,21 @@ class ToyRunner:
         if on_layers is not None:
             on_layers(1)
         return StepResult(plan.step, tuple(drawn), 0.001)
+
+    def begin(self, plan: StepPlan, on_layers: LayerListener | None = None) -> "ToyStepInFlight":
+        """Carries a plan out, and keeps the result to itself until it is asked for.
+
+        A slice that follows finds its token in the step before, whose result must not have been taken.
+        """
+        assert len(self._in_flight) < 2, "a third step is begun"
+        known = {token.key: token.token_id for token in self._in_flight[-1].tokens} if self._in_flight else {}
+        slices = tuple(
+            replace(part, token_ids=(known[part.samples[0].key],), follows=False) if part.follows else part
+            for part in plan.slices
+        )
+        self._in_flight.append(self.run(replace(plan, slices=slices), on_layers))
+        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
+        return ToyStepInFlight(self._in_flight)
 
     def pull(self, token_ids: Sequence[int], targets: Sequence[BlockId], first_block: int) -> None:
         """Writes the KV of `token_ids` from its block `first_block` on into `targets`, as a hand-off does."""

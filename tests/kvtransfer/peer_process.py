@@ -29,10 +29,10 @@ class AnnouncingSink(FaultySink):
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """As the base does, after the line."""
         print("granted", flush=True)
-        await super().receive(source, grant, target, on_landed)
+        return await super().receive(source, grant, target, on_landed)
 
 
 async def serve(num_blocks: int, block_bytes: int, name: str, fault: Fault) -> None:

@@ -153,6 +153,26 @@ def test_silent_giver_leaves_the_blocks_out_of_use_until_it_says() -> None:
         assert not giving.table.in_exchange(BlockId(1))
 
 
+def test_late_answer_is_not_taken_for_that_to_the_next_exchange() -> None:
+    """Its frames lie behind other blocks of the giver: two pools would write the same pages."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, own_pool() as taking, own_pool() as giving:
+        fill(giving, THEIRS)
+        other = AdoptionLink(theirs, giving, 20.0)
+        with pytest.raises(TransferError):
+            prepare(AdoptionLink(ours, taking, 0.05), taking, 1, blocks(1), blocks(2))
+        serve_one(other, giving)
+        link = AdoptionLink(ours, taking, 20.0)
+        serving = threading.Thread(target=lambda: [serve_one(other, giving) for _ in range(3)])
+        serving.start()
+        adopt(link, taking, prepare(link, taking, 2, blocks(5), blocks(6)))
+        assert marks(taking)[6] == (THEIRS, 5)
+        assert marks(giving)[5] == (OURS, 6)
+        assert ask_outcome(link, taking, 1) is ExchangeState.CANCELLED
+        serving.join()
+        assert marks(taking)[2] == (OURS, 2)
+
+
 def test_lost_answer_to_a_commit_is_asked_for() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, own_pool() as taking, own_pool() as giving:

@@ -119,9 +119,10 @@ async def test_wrong_bytes_on_the_device_are_seen_and_pulled_again() -> None:
         inner = pair.sink._transports["nccl"]
         receive = inner.receive
 
-        async def spoilt(*arguments: object) -> None:
-            await receive(*arguments)  # type: ignore[arg-type]
+        async def spoilt(*arguments: object) -> float:
+            copy_s = await receive(*arguments)  # type: ignore[arg-type]
             pair.sink_pool.view(TARGETS[2])[5] ^= 1
+            return copy_s
 
         inner.receive = spoilt  # type: ignore[assignment, method-assign]
         report = await pair.pull(key("a"), BlockRange(0, len(GIVEN)), TARGETS)

@@ -4,14 +4,31 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
-from kvtransfer.contract import BlockRange, KvReady, OnLanded, PeerId, PullGrant, PullReport, SinkTransport
+import kvtransfer.handoff_client
+import kvtransfer.source
+from kvtransfer.checksums import XXH3
+from kvtransfer.contract import (
+    BlockRange,
+    KvReady,
+    OnLanded,
+    PeerId,
+    PullGrant,
+    PullReport,
+    SinkTransport,
+    Transfer,
+)
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
 from kvtransfer.handoff import HandoffState, ReleaseReason
+from kvtransfer.handoff_wire import grant_from_wire
+from kvtransfer.offers import PullAsk
+from kvtransfer.pairing import Introduction
 from tandem.errors import ProtocolError, TransferError, TransferFault
-from tandem.ids import BlockId
+from tandem.ids import BlockId, Incarnation, WorkerId
+from tandem.v1.worker_pb2 import PullResponse
 from tests.kvtransfer.pair import Pair, Pool, blocks, config, connected_pair, eventually, key, outcome_of
 
 MIB = 1 << 20
@@ -43,12 +60,12 @@ class BreakingSink(FaultySink):
         grant: PullGrant,
         target: Sequence[BlockId],
         on_landed: OnLanded | None = None,
-    ) -> None:
+    ) -> float:
         """As the base does, or fails at once."""
         if len(self.grants) >= self.passing:
             raise TransferError(TransferFault.DISCONNECTED, "The test broke the link.")
         self.grants.append(grant)
-        await super().receive(source, grant, target, on_landed)
+        return await super().receive(source, grant, target, on_landed)
 
 
 def prefill(pool: Pool, ready: KvReady, seed: int) -> None:
@@ -176,6 +193,54 @@ async def test_offer_that_shrinks_is_refused() -> None:
         with pytest.raises(ProtocolError, match="cannot shrink"):
             pair.source.advance(key("a"), KvReady(1, 0))
         pair.source.advance(key("unknown"), ALL)
+
+
+async def test_a_sink_cannot_let_the_source_wait_longer_than_its_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kvtransfer.source, "MAX_WAIT_S", 0.02)
+    async with connected_pair(config("tcp"), 8, MIB) as pair:
+        pair.source.offer(key("a"), GIVEN, KvReady(0, 0))
+        sink = PeerId(WorkerId("decode-0"), Incarnation(1))
+        pair.source.connect(Introduction(sink, "d", ("tcp",), "", (XXH3,)))
+        transfer = Transfer(key("a"), 1, BlockRange(0, len(GIVEN)))
+        async with asyncio.timeout(5.0):
+            answer = await pair.source.pull(PullAsk(sink, "d", "tcp", transfer, wait_s=3600.0))
+        assert (answer.ready, answer.piece) == (False, None)
+
+
+OTHER_GRANTS: dict[str, Callable[[PullGrant], PullGrant]] = {
+    "more bytes than its parts have": lambda grant: replace(grant, length_bytes=grant.length_bytes + 1),
+    "parts beyond a block": lambda grant: replace(grant, part_offset=8, length_bytes=grant.length_bytes),
+    "parts of no length": lambda grant: replace(grant, part_bytes=0, length_bytes=0),
+    "other blocks": lambda grant: _of_range(grant, replace(grant.transfer.block_range, first_block=1)),
+    "layers that were not asked for": lambda grant: _of_range(
+        grant, replace(grant.transfer.block_range, num_layers=LAYERS + 1)
+    ),
+}
+
+
+def _of_range(grant: PullGrant, part: BlockRange) -> PullGrant:
+    return replace(grant, transfer=replace(grant.transfer, block_range=part))
+
+
+@pytest.mark.parametrize("wrong", OTHER_GRANTS)
+async def test_grant_of_what_was_not_asked_for_writes_nothing(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def granted(asked: Transfer, answer: PullResponse, asked_s: float) -> PullGrant:
+        return OTHER_GRANTS[wrong](grant_from_wire(asked, answer, asked_s))
+
+    monkeypatch.setattr(kvtransfer.handoff_client, "grant_from_wire", granted)
+    async with connected_pair(config("shm", checksum=False), 8, MIB) as pair:
+        before = pair.sink_pool.read(blocks(*range(8)))
+        pair.source.offer(key("a"), GIVEN)
+        with pytest.raises(TransferError) as caught:
+            await pair.pull(key("a"), BlockRange(0, len(GIVEN)), TARGETS)
+        assert caught.value.fault is TransferFault.LENGTH
+        assert pair.sink_pool.read(blocks(*range(8))) == before
+        await pair.wait_released(1, within_s=1.0)
+        assert pair.released == [(key("a"), ReleaseReason.ABORTED_BY_SINK)]
 
 
 class TestFallbackInTheMiddle:

@@ -3,13 +3,13 @@
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from kvtransfer.contract import BlockRange, SinkTransport
+from kvtransfer.contract import BlockRange, OnLanded, PeerId, PullGrant, SinkTransport
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.sink import HandoffSink
@@ -63,9 +63,15 @@ async def test_dead_source_frees_the_sink(transport: str) -> None:
         began = asyncio.Event()
 
         class Announcing(FaultySink):
-            async def receive(self, *arguments: object) -> None:
+            async def receive(
+                self,
+                source: PeerId,
+                grant: PullGrant,
+                target: Sequence[BlockId],
+                on_landed: OnLanded | None = None,
+            ) -> float:
                 began.set()
-                await super().receive(*arguments)  # type: ignore[arg-type]
+                return await super().receive(source, grant, target, on_landed)
 
         def wrap(inner: SinkTransport) -> SinkTransport:
             return Announcing(inner, pool, FaultSchedule(1, {Fault.DELAY: 1.0}, delay_s=0.2))

@@ -2,16 +2,94 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from kvtransfer.contract import BlockRange, PeerId, SinkTransport, SourceTransport
+from kvtransfer.contract import BlockRange, OnLanded, PeerId, PullGrant, SinkTransport, SourceTransport
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
 from kvtransfer.handoff import ReleaseReason
 from kvtransfer.tcp_sink import TcpSink
 from tandem.errors import TransferError, TransferFault
-from tandem.ids import Incarnation
-from tests.kvtransfer.pair import Pool, blocks, config, connected_pair, eventually, key, outcome_of
+from tandem.ids import BlockId, Incarnation
+from tests.kvtransfer.pair import Pair, Pool, blocks, config, connected_pair, eventually, key, outcome_of
+
+
+class _SlowToStop:
+    """A taking side that brings nothing and, when cancelled, ends only when it is let."""
+
+    name = "shm"
+
+    def __init__(self, inner: SinkTransport) -> None:
+        self._inner = inner
+        self.stopping = asyncio.Event()
+        self.may_end = asyncio.Event()
+
+    async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
+        """As what is inside."""
+        await self._inner.connect(source, address, ticket, block_bytes)
+
+    async def receive(
+        self,
+        source: PeerId,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        on_landed: OnLanded | None = None,
+    ) -> float:
+        """Stalls, as a device does that does not answer."""
+        try:
+            await asyncio.Event().wait()
+            return 0.0
+        except asyncio.CancelledError:
+            self.stopping.set()
+            await self.may_end.wait()
+            raise
+
+    async def disconnect(self, source: PeerId) -> None:
+        """As what is inside."""
+        await self._inner.disconnect(source)
+
+    async def close(self) -> None:
+        """As what is inside."""
+        await self._inner.close()
+
+
+class _UsedUp:
+    """A taking side whose first address is used up, and which then cuts the channel to the source."""
+
+    name = "tcp"
+
+    def __init__(self, inner: SinkTransport, cut: Callable[[PeerId], Awaitable[None]]) -> None:
+        self._inner = inner
+        self._cut = cut
+        self._connects = 0
+
+    async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
+        """Stale, then the cut, then as what is inside."""
+        self._connects += 1
+        if self._connects == 1:
+            raise TransferError(TransferFault.STALE_EPOCH, "This address is used up.")
+        if self._connects == 2:
+            await self._cut(source)
+        await self._inner.connect(source, address, ticket, block_bytes)
+
+    async def receive(
+        self,
+        source: PeerId,
+        grant: PullGrant,
+        target: Sequence[BlockId],
+        on_landed: OnLanded | None = None,
+    ) -> float:
+        """As what is inside."""
+        return await self._inner.receive(source, grant, target, on_landed)
+
+    async def disconnect(self, source: PeerId) -> None:
+        """As what is inside."""
+        await self._inner.disconnect(source)
+
+    async def close(self) -> None:
+        """As what is inside."""
+        await self._inner.close()
 
 
 class TestSendingTransport:
@@ -113,6 +191,42 @@ class TestFallback:
                 assert report.transport == "tcp"
                 assert pair.sink_pool.read(blocks(1, 2)) == pair.source_pool.read(blocks(5, 6))
             assert [reason for _, reason in pair.released] == [ReleaseReason.COMMITTED] * 5
+
+    async def test_pull_that_is_cancelled_while_a_stalled_transfer_ends_takes_no_other_road(self) -> None:
+        made: list[_SlowToStop] = []
+
+        def wrap(inner: SinkTransport, _pool: Pool) -> SinkTransport:
+            if inner.name != "shm":
+                return inner
+            made.append(_SlowToStop(inner))
+            return made[0]
+
+        async with connected_pair(config("shm", "tcp", stall_s=0.05), wrap_sink=wrap) as pair:
+            pair.source.offer(key("a"), blocks(5))
+            pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, 1), blocks(1)))
+            async with asyncio.timeout(5.0):
+                await made[0].stopping.wait()
+            pulling.cancel()
+            await asyncio.sleep(0)
+            made[0].may_end.set()
+            assert isinstance(await outcome_of(pulling), asyncio.CancelledError)
+            await pair.wait_released(1, within_s=2.0)
+            assert [reason for _, reason in pair.released] == [ReleaseReason.ABORTED_BY_SINK]
+
+    async def test_channel_that_fails_after_an_address_was_renewed_is_opened_anew(self) -> None:
+        pairs: list[Pair] = []
+
+        async def cut(source: PeerId) -> None:
+            await pairs[0].sink._sources._known[source].client.close()
+
+        async with connected_pair(config("tcp"), wrap_sink=lambda inner, _: _UsedUp(inner, cut)) as pair:
+            pairs.append(pair)
+            pair.source.offer(key("a"), blocks(5))
+            failure = await outcome_of(pair.pull(key("a"), BlockRange(0, 1), blocks(1)))
+            assert isinstance(failure, TransferError)
+            assert failure.fault is TransferFault.DISCONNECTED
+            pair.source.offer(key("b"), blocks(6))
+            assert (await pair.pull(key("b"), BlockRange(0, 1), blocks(2))).transport == "tcp"
 
     async def test_other_host_is_not_offered_shared_memory(self) -> None:
         async with connected_pair(config("shm", "tcp")) as pair:

@@ -13,6 +13,7 @@ from planner.controller import (
     Controller,
     ControllerRules,
     Decision,
+    RoleRange,
     Verdict,
     difference,
 )
@@ -111,11 +112,39 @@ def test_nothing_came_nothing_changes() -> None:
     assert told([empty])[0].verdict is Verdict.IDLE
 
 
+def test_a_role_keeps_to_its_range() -> None:
+    rules = replace(RULES, prefill=RoleRange(1, 2), decode=RoleRange(2, 3))
+    decisions = told([window(n, placed("2+2"), 45.0) for n in range(2)], rules)
+    assert decisions[1].verdict is Verdict.NO_BETTER
+    calm = told([window(n, placed("1+2"), 1.0) for n in range(RULES.calm_windows)], rules)
+    assert not any(decision.changed for decision in calm)
+
+
+def test_a_controller_goes_on_from_the_state_of_another_one() -> None:
+    windows = [window(n, placed("2+2"), 25.0, READING) for n in range(8)]
+    undisturbed = told(windows)
+    decisions, state = [], None
+    for one in windows:
+        controller = Controller(RULES, by_lengths, state)
+        decisions.append(controller.decide(one))
+        state = controller.state
+    assert decisions == undisturbed
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"fewest": 1}, {"most": 1}, {"gain": 0.5}, {"attainment": 1.0}, {"patience": 0}, {"dwell_s": -1.0}],
+    [
+        {"fewest": 1},
+        {"most": 1},
+        {"gain": 0.5},
+        {"attainment": 1.0},
+        {"patience": 0},
+        {"dwell_s": -1.0},
+        {"prefill": RoleRange(0, 4)},
+        {"decode": RoleRange(3, 2)},
+    ],
 )
-def test_rules_without_sense_are_refused(wrong: dict[str, float]) -> None:
+def test_rules_without_sense_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Controller(ControllerRules(**({"fewest": 2, "most": 4} | wrong)), by_lengths)  # type: ignore[arg-type]
 
@@ -179,6 +208,18 @@ def test_a_log_is_replayed_byte_for_byte(
     log = [head_line(RULES), *map(entry_line, windows, told(windows))]
     again = list(replay(log, by_lengths))
     assert [one.equal for one in again] == [True] * len(windows)
+
+
+def test_a_log_in_which_controllers_followed_each_other_is_replayed_byte_for_byte() -> None:
+    windows = [window(n, placed("2+2"), 25.0, READING) for n in range(6)]
+    log, state = [], None
+    for one in windows:
+        controller = Controller(RULES, by_lengths, state)
+        log += [head_line(RULES, state), entry_line(one, controller.decide(one))]
+        state = controller.state
+    again = list(replay(log, by_lengths))
+    assert [one.equal for one in again] == [True] * len(windows)
+    assert sum(one.decision.changed for one in again) == 1
 
 
 def test_a_replay_says_where_the_decision_is_another_one() -> None:

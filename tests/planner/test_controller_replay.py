@@ -52,6 +52,8 @@ def test_an_equal_replay_ends_with_0_and_shows_the_changes(
     log.write_bytes(b"".join(logged(plan_file, 8.0)))
     assert main(["plan", "-f", str(plan_file), "--replay", str(log)]) == 0
     shown = capsys.readouterr().out
+    assert main(["controller", "replay", str(log), "-f", str(plan_file)]) == 0
+    assert capsys.readouterr().out == shown
     assert "line 3: flip decode to prefill" in shown
     assert "3 windows, 0 decided otherwise than logged" in shown
 

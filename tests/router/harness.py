@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +55,7 @@ class ChangingMembership:
     """A list that tests change."""
 
     def __init__(self) -> None:
+        self.wanted: dict[Role, int] = {}
         self._records: dict[str, WorkerRecord] = {}
         self._changed = asyncio.Event()
 
@@ -67,6 +68,10 @@ class ChangingMembership:
         """The worker's lease ended."""
         del self._records[worker_id]
         self._changed.set()
+
+    def desired(self) -> Mapping[Role, int]:
+        """What a test wants."""
+        return self.wanted
 
     async def watch(self) -> AsyncIterator[tuple[WorkerRecord, ...]]:
         """All workers, after every change."""

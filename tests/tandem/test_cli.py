@@ -17,8 +17,19 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("up", "demo", "generate", "chat", "status", "bench", "profile", "plan", "simulate"):
-        assert f"    {command} " in shown
+    for command in (
+        "up",
+        "demo",
+        "generate",
+        "chat",
+        "status",
+        "bench",
+        "profile",
+        "plan",
+        "simulate",
+        "controller",
+    ):
+        assert f"\n    {command}" in shown
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -70,6 +81,17 @@ def test_a_library_that_only_some_commands_need_is_named(tmp_path: Path) -> None
         (["generate", "x", "--timeout", "0"], 2, "--timeout must be above 0"),
         (["demo", "--max-tokens", "0"], 2, "--max-tokens must be 1 to 4096"),
         (["bench", "router", "--runs", "0"], 2, "--runs must be positive"),
+        (["bench", "router", "--seconds", "nan"], 2, "--seconds must be positive and finite"),
+        (["bench", "sim", "--rate", "inf"], 2, "--rate must be positive and finite"),
+        (["bench", "serve", "--rate", "nan"], 2, "--rate must be positive and finite"),
+        (["bench", "serve", "--rate", "1", "--length-scale", "nan"], 2, "--length-scale must be positive"),
+        (["bench", "serve", "--rate", "1", "--timeout", "0"], 2, "--timeout must be positive"),
+        (["bench", "serve", "--rate", "1", "--max-prompt-tokens", "0"], 2, "--max-prompt-tokens must be"),
+        (["bench", "serve", "--rate", "1", "--output-tokens", "-1"], 2, "--output-tokens must be"),
+        (["bench", "serve", "--rate", "1", "--class", "chat=nan"], 2, "--class 'chat=nan': expected"),
+        (["bench", "serve", "--rate", "1", "--slo", "chat=1,-1,1"], 2, "--slo 'chat=1,-1,1': expected"),
+        (["controller", "run", "-f", "/nonexistent.yaml"], 2, "/nonexistent.yaml: cannot be read"),
+        (["controller", "replay", "log", "-f", "/nonexistent.yaml"], 2, "/nonexistent.yaml: cannot be read"),
     ],
 )
 def test_error_is_one_sentence_and_an_exit_code(

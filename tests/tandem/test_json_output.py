@@ -11,7 +11,7 @@ import pytest
 from benchmarks.forecast_report import Compared, Figures, forecast_json
 from benchmarks.kv import result_json
 from benchmarks.kv_layouts import SMALL_BLOCKS, Layout, Placement
-from benchmarks.kv_times import AdoptionTimes, CaseTimes, OverlapFigures, Road, Timed
+from benchmarks.kv_times import AdoptionTimes, CaseTimes, HandoffTimes, OverlapFigures, Road, Timed
 from benchmarks.latency_summary import Outcome, OutcomeKind, Spread, TokenArrival, summarise
 from benchmarks.relay_load import LoadResult
 from benchmarks.router_relay import relay_json
@@ -64,8 +64,11 @@ def status() -> dict[str, Any]:
     worker = cluster_pb2.WorkerStatus(
         worker=worker_pb2.WorkerAddress(worker_id="w"), role=worker_pb2.ROLE_DECODE
     )
+    role = cluster_pb2.RoleStatus(role=worker_pb2.ROLE_DECODE, desired=2, actual=1)
     return status_json(
-        cluster_pb2.StatusResponse(workers=[worker], slo_classes=[cluster_pb2.SloClassStatus(name="a")])
+        cluster_pb2.StatusResponse(
+            workers=[worker], slo_classes=[cluster_pb2.SloClassStatus(name="a")], roles=[role]
+        )
     )
 
 
@@ -92,12 +95,13 @@ def planned() -> dict[str, Any]:
 
 
 def kv() -> dict[str, Any]:
-    timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.0, 0.001), 0.005)
+    timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.002, 0.0, 0.001), 0.005)
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
     case = CaseTimes(layout, 4, (0.001,), (0.002,), {Road("shm", True): (timed,)})
     adoption = AdoptionTimes(1, 65_536, (0.001,), (0.001,), (0.001,), (0.001,))
     overlap = OverlapFigures(1200, 125e6, 55_296_000, 3, 0.442, 2.0, 2.1, 0.480, 0.012, 0.025)
-    return result_json([case], 1, case, 2, [adoption], overlap)
+    handoffs = HandoffTimes(layout, 2, case.roads)
+    return result_json([case], 1, handoffs, [adoption], overlap)
 
 
 def forecast() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from engine.cuda.loading import load_on_device
 from engine.decoder import Decoder
 from engine.drafting.loading import SmallEngine
 from engine.kv_cache import KvCache
+from engine.linear import stored_linear
 from engine.random_weights import random_weights
 from engine.sampler import Sampler
 from engine.step import SampleRequest, SequenceSlice, StepPlan
@@ -67,7 +68,7 @@ def on_gpu(worker: WorkerConfig) -> Computing:
 
 def on_cpu() -> TorchStepRunner:
     cache = KvCache(SHAPE, 64, WORKER.block_size, torch.float32, CPU)
-    decoder = Decoder(SHAPE, random_weights(SHAPE, torch.float32, CPU, 3), reorder=False)
+    decoder = Decoder(SHAPE, random_weights(SHAPE, torch.float32, CPU, 3), stored_linear)
     attention = CpuAttention(cache, SHAPE)
     return TorchStepRunner(decoder, cache, attention, Sampler(SHAPE.vocabulary_tokens), CPU, 1)
 

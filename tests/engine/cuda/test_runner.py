@@ -21,11 +21,13 @@ from engine.cuda.runner import CudaStepRunner
 from engine.decoder import Decoder
 from engine.drafting.draft import ROOT, Draft
 from engine.kv_cache import KvCache
+from engine.linear import stored_linear
 from engine.model_config import ModelConfig, read_model_config
 from engine.sampler import Sampler
-from engine.step import SampleRequest, SequenceSlice, StepPlan, StepResult
+from engine.step import PENDING, SampleRequest, SequenceSlice, StepPlan, StepResult
 from engine.torch_runner import TorchStepRunner
 from engine.weights import read_weights
+from tandem.errors import ProtocolError
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams
 from tests.engine.cuda import flashinfer_stand_in
@@ -52,7 +54,7 @@ def cpu_runner(folder: Path) -> TorchStepRunner:
     weights = read_weights(folder, config, torch.float32, CPU)
     cache = KvCache(config, BLOCKS, BLOCK_SIZE, torch.float32, CPU)
     attention = CpuAttention(cache, config)
-    decoder = Decoder(config, weights, reorder=False)
+    decoder = Decoder(config, weights, stored_linear)
     return TorchStepRunner(decoder, cache, attention, Sampler(config.vocabulary_tokens), CPU, 1)
 
 
@@ -119,6 +121,51 @@ def test_tokens_are_those_of_the_cpu(folder: Path, make: Maker, graphs: bool) ->
     reference, runner = cpu_runner(folder), cuda_runner(folder, make, graphs)
     for plan in steps_of(seed=3):
         assert token_ids(runner.run(plan)) == token_ids(reference.run(plan))
+
+
+def following(request: SampleRequest, start: int, table: list[BlockId]) -> SequenceSlice:
+    return SequenceSlice((PENDING,), start, table, (request,), follows=True)
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no-graphs"])
+def test_a_step_that_follows_feeds_what_the_one_before_draws(folder: Path, graphs: bool) -> None:
+    """Two samples, one of which asks for logprobs once; each step is begun before the last one's result."""
+    runner, reference = cuda_runner(folder, triton, graphs), cuda_runner(folder, triton, graphs=False)
+    tables = [[BlockId(block) for block in range(first, 20, 2)] for first in (0, 1)]
+    plain = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.9, seed=5)]
+    prompt = tuple(
+        SequenceSlice(range(3, 8 + key), 0, tables[key], (SampleRequest(key, 0, 0, plain[key]),))
+        for key in (0, 1)
+    )
+    known = {token.key: token.token_id for token in reference.run(StepPlan(0, prompt)).tokens}
+    in_flight = [runner.begin(StepPlan(0, prompt))]
+    for step in range(1, 6):
+        params = [plain[0], replace(plain[1], logprobs=1) if step == 3 else plain[1]]
+        slices = [
+            SequenceSlice(
+                (PENDING,),
+                4 + key + step,
+                tables[key],
+                (SampleRequest(key, 0, step, params[key]),),
+                follows=True,
+            )
+            for key in ((0, 1) if step != 5 else (1,))
+        ]
+        in_flight.append(runner.begin(StepPlan(step, tuple(slices))))
+        drawn = {token.key: token.token_id for token in in_flight.pop(0).result().tokens}
+        assert drawn == known
+        told = [replace(part, token_ids=(known[part.samples[0].key],), follows=False) for part in slices]
+        known = {token.key: token.token_id for token in reference.run(StepPlan(step, tuple(told))).tokens}
+    assert {token.key: token.token_id for token in in_flight.pop().result().tokens} == known
+
+
+def test_nothing_follows_a_step_that_drew_nothing(folder: Path) -> None:
+    runner = cuda_runner(folder, triton, graphs=False)
+    runner.run(StepPlan(1, (SequenceSlice([1, 2], 0, [BlockId(0)], ()),)))
+    request = SampleRequest(0, 0, 1, SamplingParams(temperature=0.0))
+    plan = StepPlan(2, (following(request, 2, [BlockId(0)]),))
+    with pytest.raises(ProtocolError, match="draws no token"):
+        runner.begin(plan)
 
 
 def test_a_batch_beyond_every_bucket_runs_without_a_graph(folder: Path) -> None:

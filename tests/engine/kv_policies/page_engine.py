@@ -13,6 +13,7 @@ from engine.decoder import Decoder
 from engine.kv_cache import KvCache
 from engine.kv_policies.page_attention import PageAttention
 from engine.kv_policies.page_runner import PageRunner
+from engine.linear import stored_linear
 from engine.model_config import read_model_config
 from engine.step import SequenceSlice, StepPlan
 from engine.torch_runner import TorchStepRunner
@@ -55,7 +56,7 @@ def open_pages(
 ) -> Iterator[PageEngine]:
     """A PageEngine over a folder, on one thread, with 64 blocks; `dtype` is the weights'."""
     config = read_model_config(folder)
-    decoder = Decoder(config, read_weights(folder, config, dtype, CPU), False)
+    decoder = Decoder(config, read_weights(folder, config, dtype, CPU), stored_linear)
     sampler = RecordingSampler()
     with KvCache(config, 64, BLOCK_SIZE, stored, CPU) as cache:
         attention = PageAttention(cache, config, pages)

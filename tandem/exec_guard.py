@@ -9,8 +9,17 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 PR_SET_PDEATHSIG = 1
+
+
+def guarded(argv: Sequence[str]) -> list[str]:
+    """The command that runs a program (its path first) so that it is gone when this process is, however.
+
+    The kernel ties it to the thread that starts it, so that must live as long as the process.
+    """
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *argv]
 
 
 def main() -> None:
