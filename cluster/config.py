@@ -1,14 +1,18 @@
 """Pure: what cluster.yaml may say; every key has a default, and the defaults are the demo on one machine."""
 
 import re
+from dataclasses import replace
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
-from cluster.config_pools import PoolsSection
+from cluster.config_decoding import SpeculativeSection
+from cluster.config_pools import PoolSection, PoolsSection
 from cluster.config_section import Name, Port, Seconds, Section
+from cluster.config_workers import LeasesSection, WorkersSection
 from cluster.controller.config import ControllerSection
+from engine.kv_policies.capabilities import KvSettings, kv_fault
 
 REDIS_PASSWORD_ENV = "TANDEM_REDIS_PASSWORD"  # noqa: S105 - the variable's name, not its value
 """Environment variable with the password of an external Redis."""
@@ -37,6 +41,11 @@ class ModelSection(Section):
         description="How the weights of matrix products are kept: `auto` as `dtype` says, `int8` in eight "
         "bits (CPU with VNNI only), which changes what is decoded a little.",
     )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        default="auto",
+        description="How the KV cache is stored: `auto` as `dtype` says, `int8` in eight bits with a scale "
+        "for each head's K or V of a token (CPU only, `workers.codec` identity).",
+    )
     context: Annotated[int, Field(ge=16, le=1_048_576)] | None = Field(
         default=None,
         description="Most tokens of prompt and output together; by default what the model was made for.",
@@ -57,44 +66,6 @@ class PoliciesSection(Section):
     dispatch: Literal["round_robin", "least_loaded", "prefix_aware"] = Field(
         default="prefix_aware", description="How a worker is chosen for a request."
     )
-
-
-class SpeculativeSection(Section):
-    """Guessing tokens and verifying several in one step (speculative decoding), on decode workers."""
-
-    method: Literal["none", "ngram", "draft_model", "medusa", "eagle"] = Field(
-        default="none",
-        description="Who guesses: `ngram` looks the last tokens up in the text so far, `draft_model` is a "
-        "smaller model, `medusa` and `eagle` are heads trained for the model.",
-    )
-    tokens: int = Field(default=8, ge=1, le=64, description="Most guesses of a sequence verified in a step.")
-    source: str | None = Field(
-        default=None,
-        max_length=4096,
-        description="The draft model (named as `model.source` is; same tokenizer) or the heads' folder.",
-    )
-    acceptance: Literal["exact", "rejection"] = Field(
-        default="exact",
-        description="`exact` gives the very tokens of a cluster that does not guess; `rejection`, for "
-        "`draft_model`, gives sampled output of the same distribution with more guesses accepted.",
-    )
-    min_ngram: int = Field(default=2, ge=1, le=16, description="Shortest match of `ngram`, in tokens.")
-    max_ngram: int = Field(default=4, ge=1, le=16, description="Longest match of `ngram`, in tokens.")
-    pool_blocks: int = Field(
-        default=1024, ge=1, le=10_000_000, description="KV pool of a draft model or EAGLE head, in blocks."
-    )
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> "SpeculativeSection":
-        if self.min_ngram > self.max_ngram:
-            raise ValueError(
-                f"min_ngram: {self.min_ngram} is more than max_ngram; allowed: 1 to {self.max_ngram}"
-            )
-        if self.method in ("draft_model", "medusa", "eagle") and self.source is None:
-            raise ValueError(f"source: method {self.method} needs one; allowed: a model or folder")
-        if self.acceptance == "rejection" and self.method != "draft_model":
-            raise ValueError("acceptance: rejection needs method draft_model; allowed: exact")
-        return self
 
 
 class RouterSection(Section):
@@ -132,109 +103,6 @@ class RouterSection(Section):
         default=ByteSize(64 << 20),
         ge=1 << 12,
         description="Size at which the request log is set aside as `.1`; the last 4 are kept.",
-    )
-
-
-class TlsSection(Section):
-    """PEM files on every worker's host; both ends of a connection prove themselves (TLS 1.3).
-
-    They are read for every new connection, so that renewed certificates need no restart.
-    """
-
-    cert: str = Field(min_length=1, max_length=4096, description="The worker's certificate, with its chain.")
-    key: str = Field(min_length=1, max_length=4096, description="The certificate's key, not encrypted.")
-    ca: str = Field(
-        min_length=1,
-        max_length=4096,
-        description="The authority: a peer whose certificate it did not sign is refused, by either end.",
-    )
-
-
-class NcclSection(Section):
-    """Bounds on what NCCL may take; each pair of workers that uses it has a communicator of its own."""
-
-    max_communicators: int = Field(
-        default=8,
-        ge=1,
-        le=1024,
-        description="Open ones of a worker's side; the least recently used is closed first. What they take "
-        "of the device is in the metric `tandem_worker_nccl_bytes`.",
-    )
-    staging: ByteSize = Field(
-        default=ByteSize(32 << 20),
-        ge=128 << 10,
-        le=2 << 30,
-        description="Device memory of a communicator for bytes on their way, two halves of it; the prefill "
-        "worker's holds for a pair.",
-    )
-    open_s: Seconds = Field(
-        default=15.0, description="Bound of opening one; the pair takes the next transport meanwhile."
-    )
-    abort_s: Seconds = Field(
-        default=1.0, description="Bound of an abort; a worker whose abort hangs longer is restarted."
-    )
-
-
-class WorkersSection(Section):
-    """What holds for the workers of both pools."""
-
-    bind_host: str = Field(
-        default="127.0.0.1", min_length=1, max_length=255, description="Address that workers bind."
-    )
-    advertise_host: str = Field(
-        default="auto",
-        min_length=1,
-        max_length=255,
-        description="Address under which others reach a worker; `auto` is `bind_host`, or the node's "
-        "address when that is `0.0.0.0`.",
-    )
-    transports: tuple[Literal["nccl", "cuda_ipc", "shm", "tcp"], ...] = Field(
-        default=("shm", "tcp"),
-        min_length=1,
-        description="How KV may move, best first; `nccl` and `cuda_ipc` move pools on GPUs, "
-        "and workers that cannot do one take the next.",
-    )
-    checksum: bool = Field(default=True, description="Whether moved KV is verified.")
-    codec: Literal["identity", "fp8", "int8", "oaken"] = Field(
-        default="identity",
-        description="How KV is written on its way: as it is, in eight bits (`fp8`, `int8`), or in about five "
-        "(`oaken`); all but `identity` change what is decoded a little.",
-    )
-    codec_thresholds: str | None = Field(
-        default=None,
-        max_length=4096,
-        description="File of thresholds that `oaken` needs, equal on every host; made by "
-        "`python -m benchmarks.kv_codecs`.",
-    )
-    tls: TlsSection | None = Field(
-        default=None,
-        description="Encrypts KV that moves over `tcp`; null: in the clear. The other transports and the "
-        "control plane are not encrypted.",
-    )
-    nccl: NcclSection = Field(default=NcclSection(), description="Bounds on what NCCL may take.")
-
-    @model_validator(mode="after")
-    def _codec_has_its_thresholds(self) -> "WorkersSection":
-        if (self.codec == "oaken") != (self.codec_thresholds is not None):
-            raise ValueError("codec_thresholds: belongs to codec oaken, which needs it")
-        return self
-
-    @model_validator(mode="after")
-    def _tls_has_its_transport(self) -> "WorkersSection":
-        if self.tls is not None and "tcp" not in self.transports:
-            raise ValueError("tls: belongs to the transport tcp; allowed: transports with tcp")
-        return self
-
-
-class LeasesSection(Section):
-    """How long promises hold."""
-
-    registry_s: Seconds = Field(
-        default=2.0, description="A worker that does not renew within it is taken for dead."
-    )
-    handoff_s: Seconds = Field(default=5.0, description="How long a source keeps blocks still for one pull.")
-    park_s: Seconds = Field(
-        default=30.0, description="How long a prefill worker keeps KV that nobody fetches."
     )
 
 
@@ -365,6 +233,9 @@ class ClusterConfig(Section):
                     f"pools.{name}.pool_blocks: {pool.pool_blocks} blocks cannot hold one context of "
                     f"{self.model.context} tokens; allowed: {needed} or more"
                 )
+        for name, settings in (("prefill", self._kv_of(self.pools.prefill)), ("decode", self._decode_kv())):
+            if (fault := kv_fault(settings)) is not None:
+                raise ValueError(f"pools.{name}: {fault}")
         if self.redis.url == "embedded" and self.ray.address != "local":
             raise ValueError(
                 "redis.url: the embedded one is on loopback and its password is known to local workers only; "
@@ -373,3 +244,12 @@ class ClusterConfig(Section):
         if self.redis.tls_ca is not None and not self.redis.url.startswith("rediss://"):
             raise ValueError("redis.tls_ca: needs a redis.url that starts with rediss://")
         return self
+
+    def _kv_of(self, pool: PoolSection) -> KvSettings:
+        kv_dtype = self.model.dtype if self.model.kv_dtype == "auto" else self.model.kv_dtype
+        return KvSettings(kv_dtype, device=pool.device, codec=self.workers.codec)
+
+    def _decode_kv(self) -> KvSettings:
+        pool = self.pools.decode
+        speculates = self.speculative.method != "none"
+        return replace(self._kv_of(pool), selection=pool.kv_selection.policy, speculates=speculates)

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, model_validator
 
+from cluster.config_decoding import KvSelectionSection
 from cluster.config_section import MOST_REPLICAS, Port, Section
 from cluster.core_shares import cores_fault
 
@@ -87,6 +88,9 @@ class DecodePool(PoolSection):
         ge=16,
         le=4096,
         description="Most sequences of one step; at least the 16 samples that one request may ask for.",
+    )
+    kv_selection: KvSelectionSection = Field(
+        default=KvSelectionSection(), description="Which of its KV a decode worker reads."
     )
 
 

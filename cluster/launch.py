@@ -22,6 +22,7 @@ from cluster.embedded_store import embedded_store
 from cluster.model_facts import read_model_facts
 from cluster.plan import (
     ModelFacts,
+    kv_dtype,
     router_config,
     thresholds_path,
     weights_dtype,
@@ -185,6 +186,7 @@ class _Launch:
         config = self._config
         return read_model_facts(
             *(folder, config.model.dtype, config.block_size, config.workers.codec, thresholds_path(config)),
+            stored_as=kv_dtype(config),
             weights_dtype=weights_dtype(config),
         )
 

@@ -16,9 +16,10 @@ def read_model_facts(
     codec: str = "identity",
     codec_thresholds: Path | None = None,
     *,
+    stored_as: str | None = None,
     weights_dtype: str | None = None,
 ) -> ModelFacts:
-    """Facts from config.json. Raises ModelError that names file and key."""
+    """Facts from config.json, and the digest (tandem.digest). Raises ModelError that names file and key."""
     path = folder / "config.json"
     try:
         document: dict[str, Any] = json.loads(path.read_text())
@@ -30,7 +31,13 @@ def read_model_facts(
     return ModelFacts(
         folder=folder,
         digest=compatibility_digest(
-            folder, dtype, block_size, codec, codec_thresholds, weights_dtype=weights_dtype
+            folder,
+            dtype,
+            block_size,
+            codec,
+            codec_thresholds,
+            stored_as=stored_as,
+            weights_dtype=weights_dtype,
         ),
         layers=_positive(document, "num_hidden_layers", path),
         kv_heads=int(kv_heads),

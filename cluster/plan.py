@@ -12,12 +12,15 @@ from tandem.errors import ConfigError
 from tandem.ids import Incarnation, WorkerId
 from tandem.slo import SloClass
 from tandem.worker import Role
-from tandem.worker_config import NcclConfig, SpeculativeConfig, TlsConfig, WorkerConfig
+from tandem.worker_config import KvSelectionConfig, NcclConfig, SpeculativeConfig, TlsConfig, WorkerConfig
 
 UNBORN = Incarnation(0)
 """Incarnation in a plan; each start of the worker takes a real one from the registry."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+SCALE_BYTES = {"int8": 4}
+"""Beside each head's K or V of a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,9 @@ class ModelFacts:
     context_tokens: int
 
     def block_bytes(self, block_size: int, dtype: str) -> int:
-        """Bytes of one KV block: K and V of all layers for block_size tokens."""
-        return self.layers * 2 * block_size * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+        """Bytes of one KV block: K and V of all layers for block_size tokens, stored as `dtype`."""
+        row_bytes = self.head_dim * DTYPE_BYTES[dtype] + SCALE_BYTES.get(dtype, 0)
+        return self.layers * 2 * block_size * self.kv_heads * row_bytes
 
 
 def served_name(config: ClusterConfig) -> str:
@@ -60,6 +64,11 @@ def thresholds_path(config: ClusterConfig) -> Path | None:
     """Where the wire codec's thresholds are, on every worker's host."""
     named = config.workers.codec_thresholds
     return None if named is None else Path(named)
+
+
+def kv_dtype(config: ClusterConfig) -> str | None:
+    """How KV is stored; None for as the weights are."""
+    return None if config.model.kv_dtype == "auto" else config.model.kv_dtype
 
 
 def weights_dtype(config: ClusterConfig) -> str | None:
@@ -152,11 +161,12 @@ def _worker(
         codec_thresholds=thresholds_path(config),
         tls=_tls(config),
         nccl=_nccl(config),
+        kv_dtype=kv_dtype(config),
     )
     if isinstance(pool, PrefillPool):
         return replace(worker, token_budget=pool.token_budget, overlap_min_tokens=pool.overlap_min_tokens)
     if isinstance(pool, DecodePool):
-        return replace(worker, max_batch=pool.max_batch, speculative=_speculative(config))
+        return _decoding(worker, config, pool)
     return worker
 
 
@@ -168,6 +178,16 @@ def _tls(config: ClusterConfig) -> TlsConfig | None:
 def _nccl(config: ClusterConfig) -> NcclConfig:
     section = config.workers.nccl
     return NcclConfig(section.max_communicators, int(section.staging), section.open_s, section.abort_s)
+
+
+def _decoding(worker: WorkerConfig, config: ClusterConfig, pool: DecodePool) -> WorkerConfig:
+    speculative, selection = _speculative(config), _kv_selection(pool)
+    return replace(worker, max_batch=pool.max_batch, speculative=speculative, kv_selection=selection)
+
+
+def _kv_selection(pool: DecodePool) -> KvSelectionConfig | None:
+    section = pool.kv_selection
+    return None if section.policy == "full" else KvSelectionConfig(section.policy, section.pages)
 
 
 def _speculative(config: ClusterConfig) -> SpeculativeConfig | None:
@@ -193,7 +213,7 @@ def _pool_blocks(config: ClusterConfig, model: ModelFacts, role: Role, pool: Poo
     """Blocks of a pool, 0 for what fits a GPU; raises ConfigError when it cannot hold one context."""
     if pool.pool_blocks == 0 and pool.device != "cpu":
         return 0
-    block_bytes = model.block_bytes(config.block_size, config.model.dtype)
+    block_bytes = model.block_bytes(config.block_size, kv_dtype(config) or config.model.dtype)
     blocks = pool.pool_blocks if pool.pool_blocks is not None else int(pool.memory) // block_bytes
     context = context_tokens(config, model)
     needed = -(-context // config.block_size)

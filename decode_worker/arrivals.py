@@ -47,6 +47,7 @@ class Arrivals:
         self._waiting: list[LegRecord] = []
         self._reserved: list[LegRecord] = []
         self._lost: list[LostPrefetch] = []
+        self._landed: dict[BlockId, int] = {}
         self._arrived = 0
 
     def __len__(self) -> int:
@@ -114,6 +115,7 @@ class Arrivals:
             LEG_TRANSITIONS, record.state, LegInput.LAND_EARLY if early else LegInput.LAND
         )
         self._pool.publish(record.leg.token_ids, record.table)
+        self._note_landed(record)
         if record.state is LegState.ENDED:
             self._end(record)
         return self._leave(record) if record.state is LegState.RUNNING else None
@@ -149,6 +151,11 @@ class Arrivals:
         lost, self._lost = tuple(self._lost), []
         return lost
 
+    def take_landed(self) -> tuple[tuple[BlockId, int], ...]:
+        """Blocks whose KV landed since the last call, and the tokens in each."""
+        landed, self._landed = tuple(self._landed.items()), {}
+        return landed
+
     @property
     def pulling(self) -> bool:
         """Whether blocks are reserved, so that more may become free without anybody giving way."""
@@ -177,8 +184,13 @@ class Arrivals:
             self._pool.release(cached)
             return None
         fresh = self._pool.allocate(count)
-        record.table = (*cached, *fresh)
+        record.table, record.cached_blocks = (*cached, *fresh), len(cached)
         return Reservation(record.leg.leg_id, fresh, len(cached), now_s - record.arrived_s)
+
+    def _note_landed(self, record: LegRecord) -> None:
+        size, tokens = self._pool.block_size, len(record.leg.token_ids)
+        for index in range(record.cached_blocks, len(record.table)):
+            self._landed[record.table[index]] = min(size, tokens - index * size)
 
     def _stop(self, record: LegRecord) -> bool:
         before = record.state

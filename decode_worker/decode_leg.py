@@ -170,7 +170,7 @@ class LegRecord:
 
     `starts` are the samples still wanted before the leg joins, `samples` those in the batch afterwards. A leg
     that is not `started` is fetched early, while its prompt is read.
-    `table` holds the leg's blocks while they are pulled.
+    `table` holds the leg's blocks while they are pulled, all but the first `cached_blocks` of them.
     """
 
     leg: DecodeLeg
@@ -180,6 +180,7 @@ class LegRecord:
     started: bool = True
     state: LegState = LegState.WAITING
     table: tuple[BlockId, ...] = ()
+    cached_blocks: int = 0
     samples: "list[SampleRecord]" = field(default_factory=list)
 
     @property

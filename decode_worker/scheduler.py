@@ -174,7 +174,7 @@ class DecodeScheduler:
             asked = self._speculation.asked_tokens
         copies = tuple(s.pending_copy for s in self._in_flight if s.pending_copy is not None)
         slices = tuple(sample_slice(sample, self._eos_ids, asked) for sample in self._in_flight)
-        self._plan = StepPlan(self._steps, slices, copies)
+        self._plan = StepPlan(self._steps, slices, copies, self._arrivals.take_landed())
         return self._plan
 
     def complete(self, result: StepResult, now_s: float) -> DecodeOutcome:

@@ -17,7 +17,7 @@ from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import Incarnation, WorkerId
 from tandem.logs import configure_logging
 from tandem.worker import Role
-from tandem.worker_config import TlsConfig, WorkerConfig
+from tandem.worker_config import KvSelectionConfig, TlsConfig, WorkerConfig
 
 OpenWorker = Callable[[WorkerConfig, str | None], AbstractAsyncContextManager[Worker[Any]]]
 
@@ -53,6 +53,10 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
             codec=options.codec,
             codec_thresholds=options.codec_thresholds,
             tls=None if options.tls is None else TlsConfig(*options.tls),
+            kv_dtype=options.kv_dtype,
+            kv_selection=None
+            if options.quest_pages is None
+            else KvSelectionConfig("quest", options.quest_pages),
         )
         asyncio.run(_serve(open_worker, config))
     except TandemError as error:
@@ -100,6 +104,10 @@ def _parser(role: Role) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument(
         "--weights-dtype", default="auto", choices=("auto", "int8"), help="of matrix products; auto: --dtype"
+    )
+    parser.add_argument("--kv-dtype", choices=("int8",), help="how KV is stored; default: as --dtype")
+    parser.add_argument(
+        "--quest-pages", type=int, metavar="N", help="decode: read N blocks of KV a token; default: all"
     )
     parser.add_argument("--threads", type=int, help="default: one a core")
     parser.add_argument(

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from engine.kv_policies.quantised_rows import quantised_row
 from engine.model_config import ModelConfig
 from tandem.errors import ModelError, TransferError, TransferFault
 from tandem.ids import BlockId
@@ -20,17 +21,18 @@ class KvCache:
     """K and V of every layer for `num_blocks` blocks of `block_size` tokens.
 
     `pool` is [num_blocks, layers, 2, block_size, kv_heads, head_dim], contiguous; index 0 of the third
-    dimension is K, 1 is V. On the CPU it lies in a memfd with block i at offset i * block_bytes. Satisfies
-    kvtransfer.contract.BlockMemory.
+    dimension is K, 1 is V; a pool of torch.int8 has rows as kv_policies/quantised_rows.py says. On the CPU
+    it lies in a memfd with block i at offset i * block_bytes. Satisfies kvtransfer.contract.BlockMemory.
     """
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Raises ModelError when a size is not positive or the memory cannot be had."""
+        """Raises ModelError when a size is not positive or impossible, or the memory cannot be had."""
         if num_blocks < 1 or block_size < 1:
             raise ModelError(f"A KV pool needs blocks and tokens; got {num_blocks} blocks of {block_size}.")
-        shape = (num_blocks, config.layers, 2, block_size, config.kv_heads, config.head_dim)
+        row = quantised_row(config.head_dim) if dtype == torch.int8 else config.head_dim
+        shape = (num_blocks, config.layers, 2, block_size, config.kv_heads, row)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.block_bytes = math.prod(shape[1:]) * dtype.itemsize

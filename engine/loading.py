@@ -18,6 +18,7 @@ from engine.drafting.loading import Target, load_drafting
 from engine.drafting.runner_drafter import RunnerDrafter
 from engine.int8_linear import int8_linear
 from engine.kv_cache import KvCache
+from engine.kv_policies.loading import check_kv_policies, open_kv
 from engine.layout_choice import choose_linears
 from engine.linear import stored_linear
 from engine.model_config import ModelConfig, read_model_config
@@ -85,15 +86,9 @@ def load_engine(
 ) -> LoadedEngine:
     """Loads the folder that the settings name; `progress` follows the weights, `sampler` draws the tokens.
 
-    Raises ModelError for the model and ConfigError for a dtype or device that is not supported.
+    Raises ModelError for the model and ConfigError for a dtype, device or KV policy that is not supported.
     """
-    if config.dtype not in DTYPES:
-        raise ConfigError(f"dtype {config.dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
-    if config.weights_dtype is not None and (config.weights_dtype != "int8" or config.device != "cpu"):
-        raise ConfigError(
-            f"weights_dtype {config.weights_dtype!r} on {config.device} is not supported; "
-            "supported: int8 on cpu."
-        )
+    _check(config)
     accelerator = None if config.device == "cpu" else _accelerator(config.device)
     device = torch.device("cpu") if accelerator is None else accelerator.device
     torch.set_num_threads(config.threads)
@@ -118,12 +113,25 @@ def load_engine(
             config.block_size,
             config.codec,
             config.codec_thresholds,
+            stored_as=config.kv_dtype,
             weights_dtype=config.weights_dtype,
         ),
         context_tokens=min(model.context_tokens, config.context_tokens or model.context_tokens),
         drafter=computing.drafter,
         team=computing.team,
     )
+
+
+def _check(config: WorkerConfig) -> None:
+    """Raises ConfigError for types and KV policies that are not supported."""
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"dtype {config.dtype!r} is not supported; supported: {', '.join(DTYPES)}.")
+    if config.weights_dtype is not None and (config.weights_dtype != "int8" or config.device != "cpu"):
+        raise ConfigError(
+            f"weights_dtype {config.weights_dtype!r} on {config.device} is not supported; "
+            "supported: int8 on cpu."
+        )
+    check_kv_policies(config)
 
 
 def _accelerator(name: str) -> "Accelerator":
@@ -145,17 +153,17 @@ def _on_cpu(
     with torch.inference_mode():
         decoder = _decoder(config, model, weights, dtype, team)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
-    cache = KvCache(model, config.pool_blocks, config.block_size, dtype, device)
+    kv = open_kv(config, model, dtype, lambda cache: CpuAttention(cache, model, team))
     runner = TorchStepRunner(
         decoder,
-        cache,
-        CpuAttention(cache, model, team),
+        kv.cache,
+        kv.attention,
         sampler or drafting.sampler,
         device,
         config.threads,
         drafting.drafter,
     )
-    return Computing(runner, cache, config.pool_blocks, drafting.drafter, team)
+    return Computing(kv.around(runner), kv.cache, config.pool_blocks, drafting.drafter, team)
 
 
 def _native_team(config: WorkerConfig, dtype: torch.dtype) -> "Team | None":

@@ -58,12 +58,17 @@ class SequenceSlice:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All that one step does: first the block copies (copy-on-write), then the slices."""
+    """All that one step does: first the block copies (copy-on-write), then the slices.
+
+    Who keeps facts about the content of blocks hears of `landed` ones before the copies.
+    """
 
     step: int
     slices: tuple[SequenceSlice, ...]
     copies: tuple[tuple[BlockId, BlockId], ...] = ()
     """(source, target) pairs."""
+    landed: tuple[tuple[BlockId, int], ...] = ()
+    """Blocks that others than steps wrote since the last plan, and how many tokens each holds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ PROTOCOL_VERSION = 1
 
 KV_LAYOUT = "block-major/layers,2,block,kv_heads,head_dim"
 
+KV_ROWS = {"int8": ("head_dim int8", "float32 scale")}
+"""What a row of K or V of one head is, where it is not head_dim numbers of the KV dtype."""
+
 
 def compatibility_digest(
     model_folder: Path,
@@ -20,10 +23,12 @@ def compatibility_digest(
     codec: str = "identity",
     codec_thresholds: Path | None = None,
     *,
+    stored_as: str | None = None,
     weights_dtype: str | None = None,
 ) -> str:
     """Digest of model, revision, KV dtype, layout, wire codec with its thresholds, protocol: 32 hex digits.
 
+    `stored_as` names how KV is kept when that is not as its dtype says (WorkerConfig.kv_dtype).
     `weights_dtype` is how weights are kept when not as stored: KV computed from others is another KV.
     The model's revision is its config.json and the name and size of each weight file.
     Raises ConfigError when the thresholds cannot be read.
@@ -39,6 +44,8 @@ def compatibility_digest(
     }
     if codec != "identity":
         facts["codec"] = [codec, _content(codec_thresholds)]
+    if stored_as is not None:
+        facts["stored_as"] = [stored_as, *KV_ROWS.get(stored_as, ())]
     if weights_dtype is not None:
         facts["weights_dtype"] = weights_dtype
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

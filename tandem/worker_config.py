@@ -47,6 +47,14 @@ class NcclConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class KvSelectionConfig:
+    """Which of its KV a decode worker reads: `policy` full or quest; quest reads `pages` blocks a KV head."""
+
+    policy: str
+    pages: int = 64
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """One worker's settings.
 
@@ -59,7 +67,8 @@ class WorkerConfig:
     while they are read (None: of none).
     `port` 0 lets the system choose; `metrics_port` None serves no metrics. The cluster token comes from the
     environment variable TANDEM_CLUSTER_TOKEN, never from here. `codec` is how KV is written on its way;
-    `codec_thresholds` is the file that oaken needs. `tls` encrypts what moves over tcp.
+    `codec_thresholds` is the file that oaken needs. `tls` encrypts what moves over tcp. `kv_dtype` is how KV
+    is stored: None as `dtype` says, int8 in eight bits with scales; `kv_selection` None reads all of it.
     """
 
     worker_id: WorkerId
@@ -94,3 +103,5 @@ class WorkerConfig:
     tls: TlsConfig | None = None
     nccl: NcclConfig = NcclConfig()
     speculative: SpeculativeConfig | None = None
+    kv_dtype: str | None = None
+    kv_selection: KvSelectionConfig | None = None

@@ -128,6 +128,8 @@ def _draft_model(target: Target, wanted: SpeculativeConfig, load_small: LoadSmal
         pool_blocks=wanted.pool_blocks,
         speculative=None,
         context_tokens=None,
+        kv_dtype=None,
+        kv_selection=None,
     )
     guessed = GuessedWeights() if wanted.acceptance == "rejection" else None
     if guessed is not None and config.vocabulary_tokens != target.config.vocabulary_tokens:

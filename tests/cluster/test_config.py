@@ -153,3 +153,30 @@ def test_external_registry_and_ray_are_accepted_together() -> None:
         ray=RaySection(address="ray://head:10001"),
     )
     assert config.redis.namespace == "tandem"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "model: {kv_dtype: int8}\nworkers: {codec: fp8}",
+            r"pools\.prefill: kv_dtype int8 does not go through codec fp8; allowed: identity",
+        ),
+        (
+            "model: {kv_dtype: int8}\npools: {decode: {device: cuda}}",
+            r"pools\.decode: kv_dtype int8 runs on the CPU only, not on device cuda",
+        ),
+        (
+            "pools: {decode: {kv_selection: {policy: quest}}}\nspeculative: {method: ngram}",
+            r"pools\.decode: kv_selection quest does not go with speculative decoding",
+        ),
+        (
+            "model: {dtype: bfloat16}\npools: {decode: {kv_selection: {policy: quest}}}",
+            r"pools\.decode: kv_selection quest does not read KV of bfloat16; allowed: float32, int8",
+        ),
+        ("pools: {prefill: {kv_selection: {policy: quest}}}", r"pools\.prefill\.kv_selection: unknown key"),
+    ],
+)
+def test_kv_policies_that_do_not_go_together_are_one_sentence(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_cluster_config(text, "f")

@@ -3,15 +3,20 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster.config import ClusterConfig
 from cluster.config_file import parse_cluster_config
+from cluster.model_facts import read_model_facts
 from cluster.plan import ModelFacts, router_config, worker_configs
+from engine.kv_cache import KvCache
+from engine.model_config import read_model_config
 from kvtransfer.settings import transfer_config
 from tandem.errors import ConfigError
 from tandem.slo import SloClass
 from tandem.worker import Role
-from tandem.worker_config import TlsConfig
+from tandem.worker_config import KvSelectionConfig, TlsConfig
+from tests.engine.tiny_models import family_configs, random_model
 
 FACTS = ModelFacts(Path("/model"), "d1", layers=2, kv_heads=1, head_dim=8, context_tokens=256)
 BLOCK_BYTES = 2 * 2 * 16 * 1 * 8 * 4
@@ -136,3 +141,27 @@ def test_pool_that_cannot_hold_one_context_is_refused(setting: str, key: str) ->
     config = parse_cluster_config(f"pools: {{decode: {{{setting}}}}}", "f")
     with pytest.raises(ConfigError, match=rf"pools\.decode\.{key}: .* allowed: 16 blocks"):
         worker_configs(config, large, cores=2)
+
+
+def test_kv_policies_reach_the_workers_and_the_size_of_the_pools() -> None:
+    config = parse_cluster_config(
+        "model: {kv_dtype: int8}\npools: {decode: {memory: 1MiB, kv_selection: {policy: quest, pages: 9}}}",
+        "f",
+    )
+    prefill, decode = worker_configs(config, FACTS, cores=2)
+    assert (prefill.kv_dtype, prefill.kv_selection) == ("int8", None)
+    assert (decode.kv_dtype, decode.kv_selection) == ("int8", KvSelectionConfig("quest", pages=9))
+    assert decode.pool_blocks == (1 << 20) // (2 * 2 * 16 * 1 * (8 + 4))
+
+
+def test_full_selection_in_the_weights_type_is_the_default() -> None:
+    workers = worker_configs(ClusterConfig(), FACTS, cores=2)
+    assert {(worker.kv_dtype, worker.kv_selection) for worker in workers} == {(None, None)}
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", torch.float32), ("int8", torch.int8)])
+def test_block_bytes_are_those_of_a_workers_pool(tmp_path: Path, dtype: str, stored: torch.dtype) -> None:
+    random_model(family_configs()["llama"]).save_pretrained(tmp_path)
+    facts = read_model_facts(tmp_path, "float32", 16)
+    with KvCache(read_model_config(tmp_path), 1, 16, stored, torch.device("cpu")) as cache:
+        assert facts.block_bytes(16, dtype) == cache.block_bytes

@@ -127,14 +127,17 @@ async def worker_pair(
     transport: str,
     *,
     overlap_min_tokens: int | None = None,
+    kv_dtypes: tuple[str | None, str | None] = (None, None),
     both: Mapping[str, object] = MappingProxyType({}),
     **decode_changes: object,
 ) -> AsyncIterator[Pair]:
-    """Both workers, attached; `both` are settings of the two."""
+    """Both workers, attached; `kv_dtypes`: the prefill, the decode worker's; `both`: settings of the two."""
     async with AsyncExitStack() as stack:
         hands = []
-        prefill_changes: dict[str, object] = {"overlap_min_tokens": overlap_min_tokens}
-        changes: dict[Role, dict[str, object]] = {Role.PREFILL: prefill_changes, Role.DECODE: decode_changes}
+        changes: dict[Role, dict[str, object]] = {
+            Role.PREFILL: {"overlap_min_tokens": overlap_min_tokens, "kv_dtype": kv_dtypes[0]},
+            Role.DECODE: {**decode_changes, "kv_dtype": kv_dtypes[1]},
+        }
         for role, kind in ((Role.PREFILL, PrefillWorker), (Role.DECODE, DecodeWorker)):
             config = worker_config(folder, role, transports=(transport,), **both, **changes[role])
             worker: Worker[Any] = await stack.enter_async_context(kind.open(config, TOKEN))

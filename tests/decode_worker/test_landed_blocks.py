@@ -1,0 +1,37 @@
+"""Plans name the blocks that hand-offs wrote, for whoever keeps facts about their content."""
+
+from engine.blocks import BlockPool
+from tests.decode_worker.test_scheduler import finish, leg, scheduler, start
+
+
+def test_a_plan_names_the_blocks_that_landed_since_the_last_one_with_their_tokens() -> None:
+    legs = scheduler(BlockPool(16, 4))
+    tokens = tuple(range(100, 110))
+    start(legs, leg("a", tokens))
+    first = legs.schedule(0.0)
+    assert first is not None
+    table = first.slices[0].block_table
+    assert first.landed == ((table[0], 4), (table[1], 4), (table[2], 2))
+    finish(legs, first)
+    second = legs.schedule(0.0)
+    assert second is not None
+    assert second.landed == ()
+    finish(legs, second)
+    start(legs, leg("b", tokens))
+    third = legs.schedule(0.0)
+    assert third is not None
+    assert third.landed == ((third.slices[1].block_table[2], 2),), "cached blocks landed before"
+
+
+def test_blocks_that_landed_for_nobody_are_named_too() -> None:
+    """They stay in the prefix cache, so that a later leg may read them."""
+    legs = scheduler(BlockPool(16, 4))
+    tokens = tuple(range(100, 110))
+    legs.add(leg("a", tokens), 0.0)
+    (reservation,) = legs.reserve(0.0)
+    legs.cancel(reservation.leg_id)
+    assert not legs.landed(reservation.leg_id, 0.0)
+    start(legs, leg("b", tokens))
+    plan = legs.schedule(0.0)
+    assert plan is not None
+    assert dict(plan.landed).keys() >= set(plan.slices[0].block_table[:3])
