@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sharegpt_lengths import SHAREGPT
-from planner.goodput import Probe, find_goodput
-from planner.placement import Candidate, Mode, WorkerKind
-from planner.placement_bound import Lengths
-from planner.plan_file import PlanFile
-from planner.plan_run import Problem, read_problem
-from planner.simulated_candidate import SimulatedCandidate
+from planner.placements.bound import Lengths
+from planner.placements.goodput import Probe, find_goodput
+from planner.placements.placement import Candidate, Mode, WorkerKind
+from planner.placements.simulated_candidate import SimulatedCandidate
+from planner.plan.file import PlanFile
+from planner.plan.run import Problem, read_problem
 
 DEVICE = "a100-80g"
 PROMPTS_A_GPU = 100

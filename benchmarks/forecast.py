@@ -34,13 +34,13 @@ from benchmarks.load_generator import offer
 from benchmarks.machine_limits import machine_name
 from benchmarks.targets import GrpcTarget
 from benchmarks.workload import Arrivals, LengthLimits, PlannedRequest, TokenDraws, plan
-from planner.arrivals import ArrivalProcess
+from planner.forecast.live_forecast import PairLimits, forecast
+from planner.forecast.live_profile import LiveProfile, beside
 from planner.latency import PromptPart, StepShape
-from planner.live_forecast import PairLimits, forecast
-from planner.live_profile import LiveProfile, beside
-from planner.profile_model import ProfileModel
-from planner.traces import TraceRow, read_trace
-from planner.workload import SimRequest
+from planner.step_times.profile_model import ProfileModel
+from planner.workloads.arrivals import ArrivalProcess
+from planner.workloads.traces import TraceRow, read_trace
+from planner.workloads.workload import SimRequest
 from tandem.client import AsyncTandemClient
 from tandem.errors import ConfigError, InvalidRequest
 from tandem.slo import SloClass

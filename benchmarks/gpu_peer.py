@@ -23,10 +23,10 @@ from kvtransfer.contract import (
     SinkTransport,
     TransferConfig,
 )
-from kvtransfer.handoff import ReleaseReason
-from kvtransfer.handoff_service import HandoffServicer
-from kvtransfer.sink import HandoffSink
-from kvtransfer.source import HandoffSource
+from kvtransfer.handoffs.service import HandoffServicer
+from kvtransfer.handoffs.sink import HandoffSink
+from kvtransfer.handoffs.source import HandoffSource
+from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.transports import sink_transports
 from tandem import grpc_edge
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId

@@ -16,7 +16,7 @@ from benchmarks.gpu_peer import Spec
 from benchmarks.gpu_pool import GpuPool
 from benchmarks.gpu_report import GpuFigure
 from kvtransfer.contract import PullReport
-from kvtransfer.sink import HandoffSink
+from kvtransfer.handoffs.sink import HandoffSink
 from tandem.errors import TandemError, TransferError
 from tandem.ids import BlockId
 

@@ -11,8 +11,8 @@ from benchmarks.kv_giver import TIMEOUT_S, touch
 from benchmarks.kv_layouts import SOURCE_STEP, Layout
 from benchmarks.kv_times import AdoptionTimes
 from benchmarks.processes import exchange, running_module
-from kvtransfer.adoption import AdoptablePool
-from kvtransfer.adoption_link import AdoptionLink, adopt, ask_outcome, prepare
+from kvtransfer.shm.adoption import AdoptablePool
+from kvtransfer.shm.adoption_link import AdoptionLink, adopt, ask_outcome, prepare
 
 
 async def measured_adoption(layout: Layout, rounds: int) -> list[AdoptionTimes]:

@@ -7,8 +7,8 @@ import secrets
 import socket
 import sys
 
-from kvtransfer.adoption import AdoptablePool
-from kvtransfer.adoption_link import AdoptionLink, Kind, serve_one
+from kvtransfer.shm.adoption import AdoptablePool
+from kvtransfer.shm.adoption_link import AdoptionLink, Kind, serve_one
 from tandem.errors import TransferError
 
 TIMEOUT_S = 30.0

@@ -18,7 +18,7 @@ from benchmarks.processes import exchange, running_module
 from benchmarks.raw_tcp import RawReader
 from engine.kv_cache import KvCache
 from kvtransfer.contract import BlockRange, HandoffKey
-from kvtransfer.sink import HandoffSink
+from kvtransfer.handoffs.sink import HandoffSink
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.worker import Role, WorkerRecord
 

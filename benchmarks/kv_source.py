@@ -21,8 +21,8 @@ from benchmarks.kv_times import Road
 from benchmarks.raw_tcp import raw_source
 from engine.kv_cache import KvCache
 from kvtransfer.contract import HandoffKey
-from kvtransfer.handoff_service import HandoffServicer
-from kvtransfer.source import HandoffSource
+from kvtransfer.handoffs.service import HandoffServicer
+from kvtransfer.handoffs.source import HandoffSource
 from tandem import grpc_edge
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.logs import configure_logging

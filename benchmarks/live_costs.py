@@ -4,10 +4,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from planner.forecast.live_profile import Company, LiveProfile, beside
 from planner.latency import PromptPart, StepShape
-from planner.live_profile import Company, LiveProfile, beside
-from planner.profile_file import MeasuredStep, MeasuredTransfer
-from planner.profile_model import ProfileModel
+from planner.step_times.profile_file import MeasuredStep, MeasuredTransfer
+from planner.step_times.profile_model import ProfileModel
 from tandem.errors import TandemError
 
 

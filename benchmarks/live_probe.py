@@ -15,14 +15,14 @@ from itertools import pairwise
 
 from benchmarks.live_asker import LiveAsker, Stream
 from benchmarks.live_costs import Alone, PromptTimes, Round, Window, profile_of, prompt_point, transfer
-from planner.arrivals import ArrivalProcess, arrival_times_s
+from planner.forecast.live_forecast import PairLimits
+from planner.forecast.live_profile import Company, LiveProfile
+from planner.forecast.live_rehearsal import SLO_CLASS, Rehearsed, rehearsed
 from planner.latency import PromptPart, StepShape
-from planner.live_forecast import PairLimits
-from planner.live_profile import Company, LiveProfile
-from planner.live_rehearsal import SLO_CLASS, Rehearsed, rehearsed
-from planner.profile_file import MeasuredStep
-from planner.profile_model import ProfileModel
-from planner.workload import SimRequest
+from planner.step_times.profile_file import MeasuredStep
+from planner.step_times.profile_model import ProfileModel
+from planner.workloads.arrivals import ArrivalProcess, arrival_times_s
+from planner.workloads.workload import SimRequest
 from tandem.errors import TandemError
 from tandem.worker import Role
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from kvtransfer.vectors import prepare
+from kvtransfer.tcp.vectors import prepare
 from tandem.errors import TandemError
 
 TIMEOUT_S = 10.0

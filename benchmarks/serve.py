@@ -21,9 +21,9 @@ from benchmarks.latency_summary import LoadSummary, Outcome, OutcomeKind, Spread
 from benchmarks.load_generator import offer
 from benchmarks.targets import GrpcTarget, HttpTarget, Target
 from benchmarks.workload import Arrivals, LengthLimits, PlannedRequest, TokenDraws, plan
-from planner.arrivals import ArrivalProcess
-from planner.traces import TraceRow, read_trace
-from planner.workload import fixed_lengths
+from planner.workloads.arrivals import ArrivalProcess
+from planner.workloads.traces import TraceRow, read_trace
+from planner.workloads.workload import fixed_lengths
 from tandem.client import AsyncTandemClient
 from tandem.errors import InvalidRequest, TandemError
 from tandem.slo import SloClass

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_arguments import check_positive
-from planner.arrivals import ArrivalProcess, arrival_times_s
-from planner.hardware import device_named
-from planner.model_shape import kv_capacity_tokens, model_named
-from planner.records import Records
-from planner.roofline import Layout, Roofline
+from planner.simulation.records import Records
+from planner.simulation.setup import Drive, RouterRules, Setup, SimRole, WorkerSpec
 from planner.simulator import simulate
-from planner.simulator_setup import Drive, RouterRules, Setup, SimRole, WorkerSpec
-from planner.traces import TraceRow, read_trace
-from planner.transfer_links import LinkTransfer, link_of_rate
-from planner.workload import Lognormal, SimRequest, lognormal_lengths, rate_scaled, requests
+from planner.step_times.hardware import device_named
+from planner.step_times.model_shape import kv_capacity_tokens, model_named
+from planner.step_times.roofline import Layout, Roofline
+from planner.step_times.transfer_links import LinkTransfer, link_of_rate
+from planner.workloads.arrivals import ArrivalProcess, arrival_times_s
+from planner.workloads.traces import TraceRow, read_trace
+from planner.workloads.workload import Lognormal, SimRequest, lognormal_lengths, rate_scaled, requests
 from tandem.errors import ConfigError
 from tandem.ids import WorkerId
 from tandem.slo import SloClass

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
-from planner.arrivals import ArrivalProcess, Draws, arrival_times_s
-from planner.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
+from planner.workloads.arrivals import ArrivalProcess, Draws, arrival_times_s
+from planner.workloads.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
 from tandem.errors import InvalidRequest
 
 FIRST_PLAIN_TOKEN = 256

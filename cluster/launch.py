@@ -38,7 +38,7 @@ from cluster.store import RegisteredWorker, Store, StoreAddress
 from cluster.worker_host import WorkerSpec
 from engine.model_source import resolve_model
 from engine.pinning import check_cores
-from planner.load_window import RolePlacement
+from planner.control.load_window import RolePlacement
 from tandem.errors import ConfigError, NotReady
 from tandem.grpc_edge import CLUSTER_TOKEN_ENV
 from tandem.ids import WorkerId

@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from cluster.config import ClusterConfig
 from cluster.config_pools import DecodePool, PoolSection, PrefillPool
 from cluster.core_shares import cores_of
-from planner.load_window import RolePlacement
+from planner.control.load_window import RolePlacement
 from router.config import RouterConfig
 from tandem.errors import ConfigError
 from tandem.ids import Incarnation, WorkerId

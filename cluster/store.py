@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
 
 from cluster.config_section import MOST_REPLICAS
-from planner.load_window import RolePlacement
+from planner.control.load_window import RolePlacement
 from tandem.errors import ConfigError, NotReady
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import WorkerRecord

@@ -18,8 +18,8 @@ from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
 from kvtransfer.coded_sink import CodedSink
 from kvtransfer.contract import BlockRange, HandoffKey, PullReport
+from kvtransfer.handoffs.sink import HandoffSink
 from kvtransfer.settings import transfer_config
-from kvtransfer.sink import HandoffSink
 from kvtransfer.staging import open_staging
 from tandem.errors import Overloaded, TandemError, TransferError
 from tandem.ids import LegId

@@ -13,7 +13,7 @@ from kvtransfer.contract import (
     TransferConfig,
     TransferObserver,
 )
-from kvtransfer.sink import HandoffSink
+from kvtransfer.handoffs.sink import HandoffSink
 from kvtransfer.staging import StagedMemory
 from kvtransfer.threads import run_to_end
 from tandem.ids import BlockId

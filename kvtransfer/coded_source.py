@@ -9,9 +9,9 @@ from functools import partial
 import structlog
 
 from kvtransfer.contract import HandoffKey, KvReady, SourceTransport, TransferConfig, TransferObserver
-from kvtransfer.handoff import ReleaseReason
-from kvtransfer.pieces import complete, grown
-from kvtransfer.source import HandoffSource
+from kvtransfer.handoffs.pieces import complete, grown
+from kvtransfer.handoffs.source import HandoffSource
+from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.staging import StagedMemory
 from tandem.ids import BlockId
 from tandem.worker import WorkerRecord

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from kvtransfer.communicator import CommunicatorLimits
+from kvtransfer.nccl.communicator import CommunicatorLimits
 from tandem.errors import TransferFault
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.worker import WorkerRecord

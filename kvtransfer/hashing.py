@@ -114,7 +114,7 @@ class DeviceHasher:
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[int, ...]:
         """See Hasher."""
-        from kvtransfer.cuda_device import device_checksums
+        from kvtransfer.cuda.device import device_checksums
 
         if stopped():
             raise TransferError(TransferFault.TIMEOUT, "Hashing was stopped.")

@@ -6,8 +6,8 @@ import socket
 import struct
 from typing import Final
 
-from kvtransfer import framing
 from kvtransfer.listener import read_exactly
+from kvtransfer.tcp import framing
 from tandem.errors import TransferError, TransferFault
 
 _CREDENTIALS: Final = struct.Struct("3i")

@@ -8,10 +8,10 @@ from contextlib import ExitStack, contextmanager
 
 import structlog
 
-from kvtransfer import framing
 from kvtransfer.contract import OnRefused, PeerId
-from kvtransfer.framing import Header, HeaderKind
-from kvtransfer.tickets import TicketBook
+from kvtransfer.handoffs.tickets import TicketBook
+from kvtransfer.tcp import framing
+from kvtransfer.tcp.framing import Header, HeaderKind
 from tandem.errors import TransferError, TransferFault
 
 MAX_CONNECTIONS = 1024

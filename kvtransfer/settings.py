@@ -1,7 +1,7 @@
 """Pure: the part of a worker's settings that concerns KV transfers."""
 
-from kvtransfer.communicator import CommunicatorLimits
 from kvtransfer.contract import TransferConfig
+from kvtransfer.nccl.communicator import CommunicatorLimits
 from tandem.worker_config import WorkerConfig
 
 

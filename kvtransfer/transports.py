@@ -5,22 +5,22 @@ from types import MappingProxyType
 from typing import Final, TypeVar
 
 from kvtransfer.contract import BlockMemory, SinkTransport, SourceTransport, TransferConfig
-from kvtransfer.cuda_driver import open_sharing
-from kvtransfer.cuda_ipc import CudaIpcSink, CudaIpcSource, IpcKit
+from kvtransfer.cuda.driver import open_sharing
+from kvtransfer.cuda.ipc import CudaIpcSink, CudaIpcSource, IpcKit
 from kvtransfer.device import Device
-from kvtransfer.nccl import load_binding
-from kvtransfer.nccl_communicator import NcclKit
-from kvtransfer.nccl_sink import NcclSink
-from kvtransfer.nccl_source import NcclSource
-from kvtransfer.shm import ShmSink, ShmSource
-from kvtransfer.tcp_sink import TcpSink
-from kvtransfer.tcp_source import TcpSource
+from kvtransfer.nccl.binding import load_binding
+from kvtransfer.nccl.sink import NcclSink
+from kvtransfer.nccl.source import NcclSource
+from kvtransfer.nccl.threaded_communicator import NcclKit
+from kvtransfer.shm.transport import ShmSink, ShmSource
+from kvtransfer.tcp.sink import TcpSink
+from kvtransfer.tcp.source import TcpSource
 from tandem.errors import ConfigError
 
 
 def _open_device(index: int) -> Device:
     """Loads torch and triton only where a pool is on a GPU."""
-    from kvtransfer.cuda_device import open_device
+    from kvtransfer.cuda.device import open_device
 
     return open_device(index)
 

@@ -10,18 +10,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import tee
 
-from planner.events import NEWS, EventQueue
-from planner.plain_cluster import PlainCluster, may_be_plain
-from planner.plain_request import NotPlainError
-from planner.records import Ended, Records
-from planner.simulator_colocated import ColocatedSite
-from planner.simulator_decode import DecodeSite
-from planner.simulator_prefill import PrefillSite
-from planner.simulator_pull import Pulls
-from planner.simulator_router import SimulatedRouter
-from planner.simulator_setup import Drive, Fault, FaultKind, Setup, SimRole, check
-from planner.utilisation import Utilisation
-from planner.workload import SimRequest, prompt_ids
+from planner.simulation.colocated import ColocatedSite
+from planner.simulation.decode import DecodeSite
+from planner.simulation.events import NEWS, EventQueue
+from planner.simulation.plain_cluster import PlainCluster, may_be_plain
+from planner.simulation.plain_request import NotPlainError
+from planner.simulation.prefill import PrefillSite
+from planner.simulation.pull import Pulls
+from planner.simulation.records import Ended, Records
+from planner.simulation.router import SimulatedRouter
+from planner.simulation.setup import Drive, Fault, FaultKind, Setup, SimRole, check
+from planner.simulation.utilisation import Utilisation
+from planner.workloads.workload import SimRequest, prompt_ids
 from router.session import Session
 from router.worker_key import WorkerKey
 from tandem.errors import InvalidRequest, TandemError
@@ -217,7 +217,7 @@ class Simulation:
 def simulate(setup: Setup, requests: Iterable[SimRequest]) -> SimulationResult:
     """What becomes of the requests, which come in order of arrival.
 
-    Counts the plain course (planner/plain_cluster.py) as long as it is one, else drives the full objects.
+    Counts the plain course (simulation/plain_cluster.py) as long as it is one, else drives the full objects.
     Raises InvalidRequest for what can't be simulated.
     """
     check(setup)

@@ -13,10 +13,10 @@ from engine.worker import Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
 from kvtransfer.coded_source import CodedSource
 from kvtransfer.contract import BlockMemory, HandoffKey, KvReady, SourceTransport, TransferConfig
-from kvtransfer.handoff import ReleaseReason
-from kvtransfer.handoff_service import HandoffServicer
+from kvtransfer.handoffs.service import HandoffServicer
+from kvtransfer.handoffs.source import HandoffSource
+from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.settings import transfer_config
-from kvtransfer.source import HandoffSource
 from kvtransfer.staging import open_staging
 from kvtransfer.transports import source_transports
 from prefill_worker.scheduler import GrownLeg, OfferedLeg, PrefillLeg, PrefillOutcome, PrefillScheduler

@@ -38,7 +38,7 @@ PURE_FOR_ROUTER = {"engine.tokenizer", "engine.block_hash", "engine.leg", "engin
 OWNED = {
     "ray": ("cluster/",),
     "redis": ("cluster/store.py",),
-    "cupy": ("kvtransfer/nccl.py",),
+    "cupy": ("kvtransfer/nccl/binding.py",),
     "transformers": ("tests/",),
 }
 

@@ -9,8 +9,8 @@ from cluster.controller.metrics import ControllerMetrics
 from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
 from engine.worker_metrics import WorkerMetrics
-from planner.controller import Action, ActionKind, Decision, Verdict
-from planner.load_window import RolePlacement
+from planner.control.controller import Action, ActionKind, Decision, Verdict
+from planner.control.load_window import RolePlacement
 from router.metrics import RouterGauges, RouterMetrics
 from router.role_counts import RoleCount
 from router.slo_accounting import ClassGoodput

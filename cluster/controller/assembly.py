@@ -15,7 +15,7 @@ from cluster.controller.loop import Brain, ControllerLoop, Senses, dry_run
 from cluster.controller.metrics import ControllerMetrics
 from cluster.controller.rules import controller_rules
 from cluster.store import Store, StoreAddress
-from planner.role_capacity import CapacityOf
+from planner.control.role_capacity import CapacityOf
 from tandem.errors import ConfigError
 from tandem.metrics_server import metrics_served
 
@@ -24,9 +24,9 @@ log = structlog.get_logger(__name__)
 
 def read_brain(config: ClusterConfig) -> Brain:
     """Reads the plan that says what a worker can do. Raises ConfigError, InvalidRequest."""
-    from planner.controller_replay import plan_capacity
-    from planner.plan_file import PlanFile
-    from planner.plan_run import read_problem
+    from planner.control.replay import plan_capacity
+    from planner.plan.file import PlanFile
+    from planner.plan.run import read_problem
     from planner.yaml_document import load_section
 
     section = config.controller

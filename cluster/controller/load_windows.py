@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from planner.load_window import LoadWindow, RolePlacement
+from planner.control.load_window import LoadWindow, RolePlacement
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role
 

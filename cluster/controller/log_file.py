@@ -1,4 +1,4 @@
-"""Edge: the controller's log on a disk; what it holds is in planner/controller_log.py."""
+"""Edge: the controller's log on a disk; what it holds is in planner/control/log.py."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from typing import Protocol
 
 import structlog
 
-from planner.controller import ControllerRules, ControllerState, Decision
-from planner.controller_log import entry_line, head_line
-from planner.load_window import LoadWindow
+from planner.control.controller import ControllerRules, ControllerState, Decision
+from planner.control.load_window import LoadWindow
+from planner.control.log import entry_line, head_line
 from router.rotating_file import RotatingFile
 from tandem.errors import ConfigError
 

@@ -19,9 +19,9 @@ from cluster.controller.log_file import ControllerLog
 from cluster.controller.metrics import ControllerMetrics
 from cluster.outage import Outage
 from cluster.store import Controlled, Desired, Store, StoreUnavailable
-from planner.controller import Controller, ControllerRules, ControllerState, Decision, diff
-from planner.load_window import LoadWindow
-from planner.role_capacity import CapacityOf
+from planner.control.controller import Controller, ControllerRules, ControllerState, Decision, diff
+from planner.control.load_window import LoadWindow
+from planner.control.role_capacity import CapacityOf
 from tandem.errors import TandemError
 
 log = structlog.get_logger(__name__)

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from planner.controller import Decision
+from planner.control.controller import Decision
 
 
 class ControllerMetrics:

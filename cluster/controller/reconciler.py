@@ -11,7 +11,7 @@ from cluster.outage import Outage
 from cluster.ray_pools import RayPools
 from cluster.store import Living, Store, StoreUnavailable
 from cluster.worker_host import WorkerSpec
-from planner.load_window import RolePlacement
+from planner.control.load_window import RolePlacement
 from tandem.errors import NotReady
 from tandem.ids import WorkerId
 

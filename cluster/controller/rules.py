@@ -2,7 +2,7 @@
 
 from cluster.config import ClusterConfig
 from cluster.controller.config import RoleLimits
-from planner.controller import ControllerRules, RoleRange
+from planner.control.controller import ControllerRules, RoleRange
 
 
 def controller_rules(config: ClusterConfig, attainment: float) -> ControllerRules:

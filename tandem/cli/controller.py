@@ -64,8 +64,8 @@ def run_controller(chosen: argparse.Namespace) -> int:
 
 def run_replay(chosen: argparse.Namespace) -> int:
     """Raises ConfigError, InvalidRequest."""
-    from planner.plan_file import PlanFile
-    from planner.plan_run import read_problem
+    from planner.plan.file import PlanFile
+    from planner.plan.run import read_problem
     from planner.yaml_document import load_section
 
     return replay_log(read_problem(load_section(chosen.file, PlanFile), chosen.file.parent), chosen.log)

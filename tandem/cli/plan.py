@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from planner.placement_search import Progress
-    from planner.plan_result import PlanResult
-    from planner.plan_run import Problem
+    from planner.placements.search import Progress
+    from planner.plan.result import PlanResult
+    from planner.plan.run import Problem
 
 UNCUT_COLUMNS = 250
 
@@ -39,13 +39,13 @@ def run(chosen: argparse.Namespace) -> int:
     """Prints the plan. Raises ConfigError, InvalidRequest, each with what would be needed."""
     import json
 
-    from planner.plan_curves import plan_lines
-    from planner.plan_file import PlanFile
-    from planner.plan_output import write_cluster_yaml
-    from planner.plan_plot import draw
-    from planner.plan_processes import PlanProcesses
-    from planner.plan_result import plan_json
-    from planner.plan_run import make_plan, read_problem
+    from planner.plan.curves import plan_lines
+    from planner.plan.file import PlanFile
+    from planner.plan.output import write_cluster_yaml
+    from planner.plan.plot import draw
+    from planner.plan.processes import PlanProcesses
+    from planner.plan.result import plan_json
+    from planner.plan.run import make_plan, read_problem
     from planner.yaml_document import load_section
 
     plan = load_section(chosen.file, PlanFile)
@@ -71,7 +71,7 @@ def replay_log(problem: "Problem", log: Path) -> int:
 
     Exit code 0 when every decision is the logged one, byte for byte, else 1.
     """
-    from planner.controller_replay import plan_capacity, replay_file
+    from planner.control.replay import plan_capacity, replay_file
 
     replayed = replay_file(log, plan_capacity(problem))
     print("\n".join(replayed.lines()))

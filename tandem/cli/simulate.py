@@ -30,11 +30,11 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 def run(chosen: argparse.Namespace) -> int:
     """Prints the figures. Raises ConfigError or InvalidRequest, each with what would be needed."""
-    from planner.controller_replay import changes
-    from planner.simulate_controlled import run_controlled
-    from planner.simulate_file import SimFile
-    from planner.simulate_output import draw, simulation_json, write_records, write_timeline
-    from planner.simulate_run import run_file
+    from planner.control.replay import changes
+    from planner.simulate.controlled import run_controlled
+    from planner.simulate.file import SimFile
+    from planner.simulate.output import draw, simulation_json, write_records, write_timeline
+    from planner.simulate.run import run_file
     from planner.yaml_document import load_section
 
     file = load_section(chosen.file, SimFile)

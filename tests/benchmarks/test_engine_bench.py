@@ -17,7 +17,7 @@ from benchmarks.machine_limits import MachineLimits
 from benchmarks.model_cost import decode_flops, kv_elements_per_token, prefill_flops, read_parameters
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
-from planner.profile_file import measured_link, read_profile
+from planner.step_times.profile_file import measured_link, read_profile
 from tests.engine.tiny_models import family_configs, random_model
 from tests.tandem.test_json_output import documented, keys_of
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.live_costs import Alone, PromptTimes, Round, Window, profile_of
-from planner.profile_file import MeasuredStep
+from planner.step_times.profile_file import MeasuredStep
 from tandem.errors import TandemError
 from tests.planner.live_profiles import LONG, SHORT, company
 

@@ -12,9 +12,9 @@ from benchmarks.workload import (
     PlannedRequest,
     plan,
 )
-from planner.arrivals import ArrivalProcess
-from planner.traces import TraceRow
-from planner.workload import fixed_lengths
+from planner.workloads.arrivals import ArrivalProcess
+from planner.workloads.traces import TraceRow
+from planner.workloads.workload import fixed_lengths
 from tandem.errors import InvalidRequest
 
 LIMITS = LengthLimits(scale=0.1, max_prompt_tokens=200, max_output_tokens=20, vocabulary_tokens=1000)

@@ -21,7 +21,7 @@ from cluster.store import (
     StoreAddress,
     StoreUnavailable,
 )
-from planner.load_window import RolePlacement
+from planner.control.load_window import RolePlacement
 from tandem.errors import ConfigError
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role, WorkerRecord

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import kvtransfer.pieces
+import kvtransfer.handoffs.pieces
 from engine.contract import LayerListener
 from engine.step import StepPlan, StepResult
 from engine.torch_runner import TorchStepRunner
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model's KV is far below what is worth a piece of its own."""
-    monkeypatch.setattr(kvtransfer.pieces, "MIN_PIECE_BYTES", 1)
+    monkeypatch.setattr(kvtransfer.handoffs.pieces, "MIN_PIECE_BYTES", 1)
 
 
 @pytest.fixture

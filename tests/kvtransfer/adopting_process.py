@@ -9,8 +9,8 @@ import signal
 import socket
 import sys
 
-from kvtransfer.adoption import AdoptablePool
-from kvtransfer.adoption_link import AdoptionLink, Kind, serve_one
+from kvtransfer.shm.adoption import AdoptablePool
+from kvtransfer.shm.adoption_link import AdoptionLink, Kind, serve_one
 from tandem.errors import TransferError
 from tandem.ids import BlockId
 

@@ -6,10 +6,10 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from kvtransfer.cuda_driver import HANDLE_BYTES
-from kvtransfer.cuda_ipc import IpcAddress
-from kvtransfer.nccl import UNIQUE_ID_BYTES
-from kvtransfer.nccl_address import NcclAddress
+from kvtransfer.cuda.driver import HANDLE_BYTES
+from kvtransfer.cuda.ipc import IpcAddress
+from kvtransfer.nccl.address import NcclAddress
+from kvtransfer.nccl.binding import UNIQUE_ID_BYTES
 
 SILENCE_S = 5.0
 """Bound of every wait here; the parts under test have shorter ones."""

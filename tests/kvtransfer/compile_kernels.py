@@ -4,7 +4,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from kvtransfer import block_kernels
+from kvtransfer.cuda import block_kernels
 
 COPY = {"source": "i64", "source_stride": "i32", "source_indices": "*i64", "target": "i64"} | {
     "target_stride": "i32",

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from kvtransfer import weighted_sum
 from kvtransfer.contract import BlockMemory, SinkTransport, SourceTransport, TransferConfig
-from kvtransfer.cuda_ipc import CudaIpcSink, CudaIpcSource, IpcKit
+from kvtransfer.cuda.ipc import CudaIpcSink, CudaIpcSource, IpcKit
 from kvtransfer.device import DevicePool
-from kvtransfer.nccl_sink import NcclSink
-from kvtransfer.nccl_source import NcclSource
+from kvtransfer.nccl.sink import NcclSink
+from kvtransfer.nccl.source import NcclSource
 from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, HostDevice, host_kit
 from tests.kvtransfer.pair import HOST_ROADS, Roads
 from tests.kvtransfer.test_cuda_ipc import HostSharing

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from kvtransfer.communicator import CommunicatorLimits
 from kvtransfer.device import Lane, Mark, PieceCopy
-from kvtransfer.nccl import CupyBinding
-from kvtransfer.nccl_communicator import NcclKit
+from kvtransfer.nccl.binding import CupyBinding
+from kvtransfer.nccl.communicator import CommunicatorLimits
+from kvtransfer.nccl.threaded_communicator import NcclKit
 from tests.kvtransfer.pair import Pool
 
 QUICK = CommunicatorLimits(

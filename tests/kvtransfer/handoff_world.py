@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvtransfer.contract import HandoffKey, PeerId
-from kvtransfer.handoff import HandoffState, SinkTimes, SourceTimes
-from kvtransfer.sink_protocol import SinkHandoff
-from kvtransfer.source_protocol import SourceHandoff, SourceInput
+from kvtransfer.handoffs.sink_protocol import SinkHandoff
+from kvtransfer.handoffs.source_protocol import SourceHandoff, SourceInput
+from kvtransfer.handoffs.words import HandoffState, SinkTimes, SourceTimes
 from tandem.ids import Incarnation, LegId, WorkerId
 
 KEY = HandoffKey(LegId("leg"), 1)

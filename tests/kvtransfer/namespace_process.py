@@ -10,7 +10,7 @@ import sys
 import time
 
 from kvtransfer.contract import BlockRange, TransferConfig
-from kvtransfer.sink import HandoffSink
+from kvtransfer.handoffs.sink import HandoffSink
 from tandem.ids import BlockId
 from tandem.worker import Role
 from tests.kvtransfer.pair import TOKEN, Pool, key, record, served_source

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from kvtransfer.communicator import CommunicatorLimits
 from kvtransfer.contract import BlockRange, PeerId, PullGrant, Transfer
-from kvtransfer.nccl_sink import NcclSink
-from kvtransfer.nccl_source import NcclSource
+from kvtransfer.nccl.communicator import CommunicatorLimits
+from kvtransfer.nccl.sink import NcclSink
+from kvtransfer.nccl.source import NcclSource
 from tandem.errors import TransferFault
 from tandem.ids import BlockId
 from tandem.worker import Role

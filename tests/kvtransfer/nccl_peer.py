@@ -7,7 +7,7 @@ import asyncio
 import signal
 
 from kvtransfer.contract import BlockRange, Transfer
-from kvtransfer.nccl_source import NcclSource
+from kvtransfer.nccl.source import NcclSource
 from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, Mischief, host_kit
 from tests.kvtransfer.nccl_pair import BLOCK_BYTES, SINK, TICKET
 from tests.kvtransfer.pair import blocks, config, key

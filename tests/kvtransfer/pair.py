@@ -21,10 +21,10 @@ from kvtransfer.contract import (
     TransferConfig,
     TransferObserver,
 )
-from kvtransfer.handoff import ReleaseReason
-from kvtransfer.handoff_service import HandoffServicer
-from kvtransfer.sink import HandoffSink
-from kvtransfer.source import HandoffSource
+from kvtransfer.handoffs.service import HandoffServicer
+from kvtransfer.handoffs.sink import HandoffSink
+from kvtransfer.handoffs.source import HandoffSource
+from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.staging import StagedMemory
 from kvtransfer.transports import sink_transports, source_transports
 from tandem import grpc_edge

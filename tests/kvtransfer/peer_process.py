@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from kvtransfer.contract import BlockRange, HandoffKey, OnLanded, PeerId, PullGrant, SinkTransport
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
-from kvtransfer.handoff import ReleaseReason
-from kvtransfer.sink import HandoffSink
+from kvtransfer.handoffs.sink import HandoffSink
+from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.transports import sink_transports, source_transports
 from tandem.ids import BlockId
 from tandem.worker import Role

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvtransfer.adoption import AdoptablePool
-from kvtransfer.adoption_link import AdoptionLink, Kind, adopt, ask_outcome, prepare, serve_one
-from kvtransfer.page_table import ExchangeState, Frames, PageTable, SegmentId, mappings_of
+from kvtransfer.shm.adoption import AdoptablePool
+from kvtransfer.shm.adoption_link import AdoptionLink, Kind, adopt, ask_outcome, prepare, serve_one
+from kvtransfer.shm.page_table import ExchangeState, Frames, PageTable, SegmentId, mappings_of
 from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.ids import BlockId
 from tests.kvtransfer.adopting_process import fill

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from kvtransfer import framing
 from kvtransfer.contract import BlockRange, HandoffKey, PeerId, PullGrant, Transfer
-from kvtransfer.framing import Header, HeaderKind
-from kvtransfer.nccl_sink import NcclSink
+from kvtransfer.nccl.sink import NcclSink
+from kvtransfer.tcp import framing
+from kvtransfer.tcp.framing import Header, HeaderKind
 from tandem.errors import TransferError, TransferFault
 from tandem.worker import Role
 from tests.kvtransfer.bad_peers import bad_source, link_of, say
@@ -38,7 +38,7 @@ ASK = Header(HeaderKind.ASK, TRANSFER, LENGTH)
 @pytest.fixture(autouse=True)
 def kernel_in_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over device memory are computed here."""
-    monkeypatch.setattr("kvtransfer.cuda_device.device_checksums", checksums_in_host)
+    monkeypatch.setattr("kvtransfer.cuda.device.device_checksums", checksums_in_host)
 
 
 def watched_pair(road: str, heard: Heard, digest: str = "d") -> AbstractAsyncContextManager[Pair]:
@@ -170,7 +170,7 @@ async def test_request_for_what_is_not_granted_is_refused_by_name(
     road: str, asked: Header, fault: TransferFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvtransfer.posts.MEETING_S", 0.1)
-    monkeypatch.setattr("kvtransfer.tcp_source.MEETING_S", 0.1)
+    monkeypatch.setattr("kvtransfer.tcp.source.MEETING_S", 0.1)
     heard = Heard()
     async with watched_pair(road, heard) as pair:
         await pull_works(pair, "before")
@@ -278,7 +278,7 @@ async def test_bytes_under_a_bad_header_are_not_taken(
     async with watched_pair(road, heard) as pair:
         await pull_works(pair, "before")
         before = pair.sink_pool.read(EVERYTHING)
-        monkeypatch.setattr("kvtransfer.framing.encode_header", spoil)
+        monkeypatch.setattr("kvtransfer.tcp.framing.encode_header", spoil)
         pair.source.offer(key("spoilt"), blocks(1, 2))
         with pytest.raises(TransferError) as caught:
             await pair.pull(key("spoilt"), BlockRange(0, 2), blocks(3, 4))

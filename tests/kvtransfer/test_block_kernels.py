@@ -21,7 +21,7 @@ DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if GPU else ["cpu"]
 
 import triton.language as tl  # noqa: E402
 
-from kvtransfer import block_kernels  # noqa: E402
+from kvtransfer.cuda import block_kernels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvtransfer.communicator import (
+from kvtransfer.nccl.communicator import (
     TRANSITIONS,
     CommunicatorAction,
     CommunicatorCounts,
@@ -14,7 +14,7 @@ from kvtransfer.communicator import (
     LruOrder,
     transition,
 )
-from kvtransfer.pack_plan import chunks
+from kvtransfer.nccl.pack_plan import chunks
 from tandem.errors import ProtocolError, TransferError, TransferFault
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from kvtransfer.contract import BlockMemory, BlockRange, PeerId, SinkTransport, TransferConfig
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
-from kvtransfer.handoff import HandoffState, ReleaseReason
+from kvtransfer.handoffs.words import HandoffState, ReleaseReason
 from tandem.errors import TransferError, TransferFault
 from tests.kvtransfer.coding import coding
 from tests.kvtransfer.device_roads import checksums_in_host, roads_of
@@ -39,7 +39,7 @@ def pair_over(road: "Road", settings: TransferConfig, **options: Any) -> Abstrac
 @pytest.fixture(autouse=True)
 def kernel_in_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over device memory are computed here; the rest of hashing is as on a device."""
-    monkeypatch.setattr("kvtransfer.cuda_device.device_checksums", checksums_in_host)
+    monkeypatch.setattr("kvtransfer.cuda.device.device_checksums", checksums_in_host)
 
 
 class Road(NamedTuple):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvtransfer.contract import BlockRange, PeerId, PullGrant, Transfer
-from kvtransfer.cuda_driver import HANDLE_BYTES, CudaDriver, SharedMemory
-from kvtransfer.cuda_ipc import CudaIpcSink, CudaIpcSource, IpcAddress, IpcKit
+from kvtransfer.cuda.driver import HANDLE_BYTES, CudaDriver, SharedMemory
+from kvtransfer.cuda.ipc import CudaIpcSink, CudaIpcSource, IpcAddress, IpcKit
 from tandem.errors import TransferError, TransferFault
 from tandem.worker import Role
 from tests.kvtransfer.fake_nccl import DevicePoolInHost, HostDevice, HostLane, ignore
@@ -123,7 +123,7 @@ class TestCopies:
                 assert found == old[:4096] + new[4096:4608] + old[4608:]
 
     async def test_large_transfers_are_copied_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvtransfer.cuda_ipc.CHUNK_BYTES", 2 * BLOCK_BYTES)
+        monkeypatch.setattr("kvtransfer.cuda.ipc.CHUNK_BYTES", 2 * BLOCK_BYTES)
         async with ipc_pair() as pair:
             await pair.connect()
             await pair.sink.receive(SOURCE, pair.grant(), TARGETS)

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from kvtransfer.contract import BlockRange, TransferConfig
-from kvtransfer.handoff import ReleaseReason
+from kvtransfer.handoffs.sink import HandoffSink
+from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.hashing import hashers
-from kvtransfer.sink import HandoffSink
-from kvtransfer.tcp_sink import TcpSink
-from kvtransfer.tcp_source import TcpSource
+from kvtransfer.tcp.sink import TcpSink
+from kvtransfer.tcp.source import TcpSource
 from tandem.errors import TransferError
 from tandem.worker import Role
 from tests.kvtransfer.device_roads import Makers, checksums_in_host, ipc_makers, nccl_makers
@@ -32,7 +32,7 @@ GIVEN, TARGETS = blocks(7, 8, 9, 3, 30, 0), blocks(1, 2, 3, 20, 5, 11)
 @pytest.fixture(autouse=True)
 def kernel_in_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of hashing is as on a device."""
-    monkeypatch.setattr("kvtransfer.cuda_device.device_checksums", checksums_in_host)
+    monkeypatch.setattr("kvtransfer.cuda.device.device_checksums", checksums_in_host)
 
 
 @asynccontextmanager

@@ -80,7 +80,7 @@ async def hand_over_growing(
 async def test_faults_cost_time_but_never_bytes_or_blocks(
     first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvtransfer.pieces.MIN_PIECE_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr("kvtransfer.handoffs.pieces.MIN_PIECE_BYTES", 2 * BLOCK_BYTES)
     async with asyncio.TaskGroup() as group:
         for seed in range(first, first + TOGETHER):
             group.create_task(run_schedule(seed), name=f"seed {seed}")

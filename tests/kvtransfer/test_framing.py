@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer import framing
 from kvtransfer.contract import BlockRange, HandoffKey, Transfer
-from kvtransfer.framing import Header, HeaderKind
+from kvtransfer.tcp import framing
+from kvtransfer.tcp.framing import Header, HeaderKind
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import LegId
 

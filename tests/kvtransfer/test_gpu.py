@@ -9,7 +9,7 @@ import torch
 from benchmarks import gpu_peer, gpu_transfers
 from benchmarks.gpu_pool import GpuPool
 from kvtransfer import weighted_sum
-from kvtransfer.cuda_device import device_checksums, open_device
+from kvtransfer.cuda.device import device_checksums, open_device
 from kvtransfer.device import DevicePool, PieceCopy
 from kvtransfer.watch import outwait
 

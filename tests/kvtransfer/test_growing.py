@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-import kvtransfer.handoff_client
-import kvtransfer.source
+import kvtransfer.handoffs.client
+import kvtransfer.handoffs.source
 from kvtransfer.checksums import XXH3
 from kvtransfer.contract import (
     BlockMemory,
@@ -24,10 +24,10 @@ from kvtransfer.contract import (
     Transfer,
 )
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
-from kvtransfer.handoff import HandoffState, ReleaseReason
-from kvtransfer.handoff_wire import grant_from_wire
-from kvtransfer.offers import PullAnswer, PullAsk
-from kvtransfer.pairing import Introduction
+from kvtransfer.handoffs.offers import PullAnswer, PullAsk
+from kvtransfer.handoffs.pairing import Introduction
+from kvtransfer.handoffs.wire import grant_from_wire
+from kvtransfer.handoffs.words import HandoffState, ReleaseReason
 from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation, WorkerId
 from tandem.v1.worker_pb2 import PullResponse
@@ -122,7 +122,7 @@ async def test_growing_offer_outlives_lease_and_park_time_while_a_sink_waits(
     transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The source's clock is put forward with every question of the sink, twice as far as it parks offers."""
-    monkeypatch.setattr("kvtransfer.pulling.WAIT_S", 0.01)
+    monkeypatch.setattr("kvtransfer.handoffs.pulling.WAIT_S", 0.01)
     settings = config(transport, lease_s=3.0, park_s=1.0)
     async with connected_pair(settings, 8, MIB) as pair:
         asked: list[PullAsk] = []
@@ -213,7 +213,7 @@ async def test_offer_that_shrinks_is_refused() -> None:
 async def test_a_sink_cannot_let_the_source_wait_longer_than_its_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kvtransfer.source, "MAX_WAIT_S", 0.02)
+    monkeypatch.setattr(kvtransfer.handoffs.source, "MAX_WAIT_S", 0.02)
     async with connected_pair(config("tcp"), 8, MIB) as pair:
         pair.source.offer(key("a"), GIVEN, KvReady(0, 0))
         sink = PeerId(WorkerId("decode-0"), Incarnation(1))
@@ -246,7 +246,7 @@ async def test_grant_of_what_was_not_asked_for_writes_nothing(
     def granted(asked: Transfer, answer: PullResponse, asked_s: float) -> PullGrant:
         return OTHER_GRANTS[wrong](grant_from_wire(asked, answer, asked_s))
 
-    monkeypatch.setattr(kvtransfer.handoff_client, "grant_from_wire", granted)
+    monkeypatch.setattr(kvtransfer.handoffs.client, "grant_from_wire", granted)
     async with connected_pair(config("shm", checksum=False), 8, MIB) as pair:
         before = pair.sink_pool.read(blocks(*range(8)))
         pair.source.offer(key("a"), GIVEN)

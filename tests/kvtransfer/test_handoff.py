@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvtransfer.handoff import HandoffState
-from kvtransfer.source_protocol import SourceInput
+from kvtransfer.handoffs.source_protocol import SourceInput
+from kvtransfer.handoffs.words import HandoffState
 from tests.kvtransfer.handoff_world import (
     DEADLINE_S,
     MAX_PULLS,

@@ -6,8 +6,8 @@ import pytest
 
 from kvtransfer.checksums import XXH3, block_checksum, piece_checksum
 from kvtransfer.contract import BlockRange, HeadRange, Transfer
-from kvtransfer.handoff import HandoffState, ReleaseReason
-from kvtransfer.handoff_client import HandoffClient, PullTerms
+from kvtransfer.handoffs.client import HandoffClient, PullTerms
+from kvtransfer.handoffs.words import HandoffState, ReleaseReason
 from kvtransfer.host import host_id
 from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.worker import Role

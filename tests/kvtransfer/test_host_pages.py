@@ -6,9 +6,9 @@ from contextlib import closing
 
 import pytest
 
-from kvtransfer import host_pages
 from kvtransfer.device import DevicePool
-from kvtransfer.host_pages import HostPages, MappedPages, Part, PinnedPages, pages_of
+from kvtransfer.tcp import host_pages
+from kvtransfer.tcp.host_pages import HostPages, MappedPages, Part, PinnedPages, pages_of
 from tandem.errors import TransferError, TransferFault
 from tests.kvtransfer.fake_nccl import DevicePoolInHost, HostDevice, HostPinned
 from tests.kvtransfer.pair import Pool, blocks

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.communicator import CommunicatorLimits, CommunicatorState
 from kvtransfer.contract import BlockRange, PeerId, PullGrant, Transfer
-from kvtransfer.nccl_address import NcclAddress
-from kvtransfer.nccl_sink import NcclSink
-from kvtransfer.nccl_source import NcclSource
+from kvtransfer.nccl.address import NcclAddress
+from kvtransfer.nccl.communicator import CommunicatorLimits, CommunicatorState
+from kvtransfer.nccl.sink import NcclSink
+from kvtransfer.nccl.source import NcclSource
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import Incarnation, WorkerId
 from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, Mischief, host_kit

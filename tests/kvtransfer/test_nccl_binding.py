@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.nccl import ENVIRONMENT, UNIQUE_ID_BYTES, CupyBinding
+from kvtransfer.nccl.binding import ENVIRONMENT, UNIQUE_ID_BYTES, CupyBinding
 from tandem.errors import TransferError, TransferFault
 from tests.kvtransfer.fake_nccl import FakeNccl, Mischief, NcclError
 
@@ -86,7 +86,8 @@ def test_few_channels_unless_the_operator_says_otherwise(given: str) -> None:
     code = (
         "import os, sys, types; fake = types.ModuleType('cupy.cuda'); fake.nccl = types.SimpleNamespace("
         "available=True); sys.modules['cupy'] = types.ModuleType('cupy'); sys.modules['cupy.cuda'] = fake\n"
-        "from kvtransfer.nccl import load_binding; load_binding(); print(os.environ['NCCL_MAX_NCHANNELS'])"
+        "from kvtransfer.nccl.binding import load_binding\nload_binding()\n"
+        "print(os.environ['NCCL_MAX_NCHANNELS'])"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NCCL_")}
     if given:
@@ -106,7 +107,7 @@ def test_few_channels_unless_the_operator_says_otherwise(given: str) -> None:
 def test_absence_of_cupy_is_a_sentence() -> None:
     code = (
         "import sys; sys.modules['cupy'] = None\n"
-        "from kvtransfer.nccl import load_binding\n"
+        "from kvtransfer.nccl.binding import load_binding\n"
         "try:\n    load_binding()\nexcept OSError as error:\n    print(error)"
     )
     done = subprocess.run(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.contract import BlockRange, KvReady
-from kvtransfer.pieces import (
+from kvtransfer.handoffs.pieces import (
     MAX_PIECE_BYTES,
     MIN_PIECE_BYTES,
     complete,

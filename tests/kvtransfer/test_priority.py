@@ -2,7 +2,7 @@
 
 import asyncio
 
-from kvtransfer.priority import PriorityGate
+from kvtransfer.handoffs.priority import PriorityGate
 
 
 async def test_highest_priority_that_waits_goes_first() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from kvtransfer.contract import BlockRange, OnLanded, PeerId, PullGrant, SinkTransport
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
-from kvtransfer.handoff import ReleaseReason
-from kvtransfer.sink import HandoffSink
+from kvtransfer.handoffs.sink import HandoffSink
+from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.transports import sink_transports
 from tandem.errors import TransferError
 from tandem.ids import BlockId

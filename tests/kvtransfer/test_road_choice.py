@@ -3,7 +3,7 @@
 import pytest
 
 from kvtransfer.contract import PeerId
-from kvtransfer.road_choice import RoadChoice
+from kvtransfer.handoffs.road_choice import RoadChoice
 from tandem.ids import Incarnation, WorkerId
 
 PEER = PeerId(WorkerId("prefill-0"), Incarnation(1))

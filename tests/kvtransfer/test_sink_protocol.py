@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvtransfer.handoff import HandoffState, SinkTimes
-from kvtransfer.sink_protocol import TRANSITIONS, SinkHandoff
+from kvtransfer.handoffs.sink_protocol import TRANSITIONS, SinkHandoff
+from kvtransfer.handoffs.words import HandoffState, SinkTimes
 from tandem.errors import ProtocolError
 from tests.kvtransfer.pair import key
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from kvtransfer.contract import PeerId
-from kvtransfer.handoff import HandoffState, ReleaseReason, SourceTimes
-from kvtransfer.source_protocol import TRANSITIONS, SourceHandoff, SourceInput
+from kvtransfer.handoffs.source_protocol import TRANSITIONS, SourceHandoff, SourceInput
+from kvtransfer.handoffs.words import HandoffState, ReleaseReason, SourceTimes
 from tandem.errors import ProtocolError
 from tandem.ids import Incarnation, WorkerId
 from tests.kvtransfer.pair import key

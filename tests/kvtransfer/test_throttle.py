@@ -8,7 +8,7 @@ import pytest
 
 from kvtransfer.contract import BlockRange, PeerId, Transfer, TransferConfig
 from kvtransfer.faults import ThrottledSource
-from kvtransfer.shm import ShmSource
+from kvtransfer.shm.transport import ShmSource
 from tandem.ids import Incarnation, WorkerId
 from tests.kvtransfer.pair import Pool, blocks, key
 

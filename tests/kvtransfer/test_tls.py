@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer import framing
 from kvtransfer.contract import BlockRange, PeerId, TransferConfig
-from kvtransfer.tcp_source import TcpSource
-from kvtransfer.tls import Tunnels
+from kvtransfer.tcp import framing
+from kvtransfer.tcp.source import TcpSource
+from kvtransfer.tcp.tls import Tunnels
 from tandem.errors import ConfigError, TransferError, TransferFault
 from tandem.worker_config import TlsConfig
 from tests.kvtransfer.bad_peers import link_of, say

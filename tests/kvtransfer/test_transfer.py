@@ -16,8 +16,8 @@ from kvtransfer.contract import (
     SourceTransport,
 )
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
-from kvtransfer.handoff import ReleaseReason
-from kvtransfer.tcp_sink import TcpSink
+from kvtransfer.handoffs.words import ReleaseReason
+from kvtransfer.tcp.sink import TcpSink
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation
 from tests.kvtransfer.pair import Pair, blocks, config, connected_pair, eventually, key, outcome_of

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from kvtransfer import vectors
+from kvtransfer.tcp import vectors
 from tandem.errors import TransferError, TransferFault
 
 

@@ -3,9 +3,9 @@
 import random
 from collections.abc import Sequence
 
+from planner.simulation.setup import Drive, Fault, RouterRules, Setup, SimRole, WorkerSpec
 from planner.simulator import SimulationResult, simulate
-from planner.simulator_setup import Drive, Fault, RouterRules, Setup, SimRole, WorkerSpec
-from planner.workload import SimRequest
+from planner.workloads.workload import SimRequest
 from tandem.ids import WorkerId
 from tandem.slo import SloClass
 from tests.planner.linear_latency import TICK_S, LinearLatency, LinearTransfer

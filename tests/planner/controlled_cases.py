@@ -3,12 +3,12 @@
 import random
 from collections.abc import Iterator, Sequence
 
-from planner.controller import ControllerRules
-from planner.load_window import RolePlacement
-from planner.placement import Slo, WorkerKind
-from planner.role_capacity import CapacityOf, bound_capacity
-from planner.simulator_setup import RouterRules, Setup, SimRole, WorkerSpec
-from planner.workload import Lognormal, SimRequest, lognormal_lengths
+from planner.control.controller import ControllerRules
+from planner.control.load_window import RolePlacement
+from planner.control.role_capacity import CapacityOf, bound_capacity
+from planner.placements.placement import Slo, WorkerKind
+from planner.simulation.setup import RouterRules, Setup, SimRole, WorkerSpec
+from planner.workloads.workload import Lognormal, SimRequest, lognormal_lengths
 from tandem.ids import WorkerId
 from tandem.slo import SloClass
 from tests.planner.placement_cases import Opt13bWorkers

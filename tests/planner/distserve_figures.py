@@ -5,7 +5,7 @@ Source: LLMServe/DistServe (Apache-2.0), simdistserve/estimators/profile_data, A
 
 from typing import Any
 
-from planner.distserve_fit import DistServeFit, read_fits
+from planner.step_times.distserve_fit import DistServeFit, read_fits
 
 PROFILE: dict[str, Any] = {
     "facebook/opt-13b": {

@@ -1,7 +1,7 @@
 """A live profile with round numbers."""
 
-from planner.live_profile import Company, LiveProfile
-from planner.profile_file import MeasuredStep, MeasuredTransfer
+from planner.forecast.live_profile import Company, LiveProfile
+from planner.step_times.profile_file import MeasuredStep, MeasuredTransfer
 
 SHORT, LONG = 10, 1000
 """Prompts of the two companies."""

@@ -1,6 +1,6 @@
 """Pure: seven rows of microsoft/vidur's profile (MIT) of Llama-2-7b's ops on A100, tp 1; medians in ms."""
 
-from planner.operator_tables import LAYER_OPS
+from planner.step_times.operator_tables import LAYER_OPS
 
 _MEDIANS = (
     (1, 0.003, 0.005, 0.065, 0.005, 0.025, 0.005, 0.116, 0.007, 0.06, 0.002),

@@ -2,12 +2,12 @@
 
 from math import exp
 
-from planner.distserve_fit import DistServeFit
 from planner.latency import LatencyModel, TransferModel
-from planner.placement import Candidate, NodeGroup, Objective, Reached, Slo, WorkerKind
-from planner.placement_bound import Bounds, Lengths
-from planner.placement_space import Space
-from planner.transfer_links import LinkTransfer, link_of_rate
+from planner.placements.bound import Bounds, Lengths
+from planner.placements.placement import Candidate, NodeGroup, Objective, Reached, Slo, WorkerKind
+from planner.placements.space import Space
+from planner.step_times.distserve_fit import DistServeFit
+from planner.step_times.transfer_links import LinkTransfer, link_of_rate
 from tests.planner.distserve_figures import opt_13b
 
 LENGTHS = Lengths(tuple((100 + 37 * number % 1500, 20 + 61 * number % 400) for number in range(200)))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from planner.profile_file import Profile, read_profile
+from planner.step_times.profile_file import Profile, read_profile
 
 PROMPT_TOKENS = (16, 64, 128, 256, 512)
 CONTEXTS = (16, 128, 512, 1024)

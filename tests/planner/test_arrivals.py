@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from planner.arrivals import ArrivalProcess, arrival_times_s
+from planner.workloads.arrivals import ArrivalProcess, arrival_times_s
 from tandem.errors import InvalidRequest
 
 COUNT = 20_000

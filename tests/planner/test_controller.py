@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.controller import (
+from planner.control.controller import (
     Action,
     ActionKind,
     Controller,
@@ -17,9 +17,9 @@ from planner.controller import (
     Verdict,
     difference,
 )
-from planner.controller_log import entry_line, head_line, replay
-from planner.load_window import LoadWindow, RolePlacement
-from planner.role_capacity import Capacity
+from planner.control.load_window import LoadWindow, RolePlacement
+from planner.control.log import entry_line, head_line, replay
+from planner.control.role_capacity import Capacity
 from tandem.errors import ConfigError, InvalidRequest
 from tests.planner.controlled_cases import placed
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from planner.controller import Controller, ControllerRules
-from planner.controller_log import entry_line, head_line
-from planner.controller_replay import plan_capacity
-from planner.load_window import LoadWindow, RolePlacement
-from planner.plan_file import PlanFile
-from planner.plan_run import read_problem
+from planner.control.controller import Controller, ControllerRules
+from planner.control.load_window import LoadWindow, RolePlacement
+from planner.control.log import entry_line, head_line
+from planner.control.replay import plan_capacity
+from planner.plan.file import PlanFile
+from planner.plan.run import read_problem
 from planner.yaml_document import load_section
 from tandem.cli.main import main
 

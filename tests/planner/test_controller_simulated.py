@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from planner.controlled_simulation import Controlled, simulate_controlled
-from planner.load_window import RolePlacement
-from planner.workload import SimRequest
+from planner.control.controlled_simulation import Controlled, simulate_controlled
+from planner.control.load_window import RolePlacement
+from planner.workloads.workload import SimRequest
 from tandem.errors import InvalidRequest
 from tests.planner.controlled_cases import (
     CHAT,

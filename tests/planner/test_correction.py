@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.convex_hull import ConvexHull
-from planner.correction import CorrectedRoofline
-from planner.hardware import device_named
 from planner.latency import PromptPart, StepShape
-from planner.model_shape import model_named
-from planner.roofline import Layout, Roofline
+from planner.step_times.convex_hull import ConvexHull
+from planner.step_times.correction import CorrectedRoofline
+from planner.step_times.hardware import device_named
+from planner.step_times.model_shape import model_named
+from planner.step_times.roofline import Layout, Roofline
 from tests.planner.profiles import decode_s, profile, prompt_s
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.decode_curve import DecodeCurve, Knot, straight
+from planner.step_times.decode_curve import DecodeCurve, Knot, straight
 from tandem.errors import ConfigError
 
 times = st.floats(1e-4, 1.0)

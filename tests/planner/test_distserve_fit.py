@@ -2,8 +2,8 @@
 
 import pytest
 
-from planner.distserve_fit import read_fits
 from planner.latency import PromptPart, StepShape
+from planner.step_times.distserve_fit import read_fits
 from tandem.errors import ConfigError
 from tests.planner.distserve_figures import PROFILE, opt_13b
 

@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import pytest
 
-from planner.correction import CorrectedRoofline
-from planner.hardware import device_named
 from planner.latency import LatencyModel, PromptPart, StepShape
-from planner.micro_batches import MicroBatches
-from planner.model_shape import model_named
-from planner.operator_tables import ComposedModel, OperatorTable
-from planner.profile_model import ProfileModel
-from planner.roofline import Layout, Roofline
-from planner.transfer_links import link_of_rate
+from planner.step_times.correction import CorrectedRoofline
+from planner.step_times.hardware import device_named
+from planner.step_times.micro_batches import MicroBatches
+from planner.step_times.model_shape import model_named
+from planner.step_times.operator_tables import ComposedModel, OperatorTable
+from planner.step_times.profile_model import ProfileModel
+from planner.step_times.roofline import Layout, Roofline
+from planner.step_times.transfer_links import link_of_rate
 from tests.planner.distserve_figures import opt_13b
 from tests.planner.operator_rows import ROWS
 from tests.planner.profiles import profile

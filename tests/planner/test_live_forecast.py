@@ -2,15 +2,15 @@
 
 import pytest
 
+from planner.forecast.live_forecast import PairLimits, forecast
+from planner.forecast.live_profile import transfer_model
+from planner.forecast.live_rehearsal import Rehearsed, rehearsed
+from planner.forecast.shared_machine import SharedMachine, Side
 from planner.latency import PromptPart, StepShape
-from planner.live_forecast import PairLimits, forecast
-from planner.live_profile import transfer_model
-from planner.live_rehearsal import Rehearsed, rehearsed
-from planner.profile_model import ProfileModel
-from planner.shared_machine import SharedMachine, Side
+from planner.simulation.setup import RouterRules, Setup, SimRole, WorkerSpec
 from planner.simulator import simulate
-from planner.simulator_setup import RouterRules, Setup, SimRole, WorkerSpec
-from planner.workload import SimRequest
+from planner.step_times.profile_model import ProfileModel
+from planner.workloads.workload import SimRequest
 from tandem.errors import InvalidRequest
 from tandem.ids import WorkerId
 from tandem.slo import SloClass

@@ -3,7 +3,7 @@
 import pytest
 
 from planner.latency import StepShape
-from planner.micro_batches import MicroBatches
+from planner.step_times.micro_batches import MicroBatches
 from tests.planner.distserve_figures import opt_13b
 
 

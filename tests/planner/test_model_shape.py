@@ -2,9 +2,9 @@
 
 import pytest
 
-from planner.hardware import device_named
-from planner.model_shape import kv_capacity_tokens, model_named
-from planner.roofline import Layout, Roofline
+from planner.step_times.hardware import device_named
+from planner.step_times.model_shape import kv_capacity_tokens, model_named
+from planner.step_times.roofline import Layout, Roofline
 from tandem.errors import ConfigError
 
 

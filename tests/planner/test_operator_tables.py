@@ -5,12 +5,12 @@ from statistics import median
 
 import pytest
 
-from planner.hardware import device_named
 from planner.latency import PromptPart, StepShape
-from planner.model_shape import model_named
-from planner.operator_tables import LAYER_OPS, ComposedModel, OperatorTable, collective_link
-from planner.roofline import Layout, Roofline
-from planner.transfer_links import LinkTable
+from planner.step_times.hardware import device_named
+from planner.step_times.model_shape import model_named
+from planner.step_times.operator_tables import LAYER_OPS, ComposedModel, OperatorTable, collective_link
+from planner.step_times.roofline import Layout, Roofline
+from planner.step_times.transfer_links import LinkTable
 from tandem.errors import ConfigError
 from tests.planner.operator_rows import ROWS
 from tests.planner.shared_data import csv_rows

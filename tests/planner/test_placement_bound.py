@@ -3,8 +3,8 @@
 import pytest
 
 from planner.latency import StepShape
-from planner.placement import Candidate, Mode, Slo, WorkerKind
-from planner.placement_bound import Bounds, Lengths
+from planner.placements.bound import Bounds, Lengths
+from planner.placements.placement import Candidate, Mode, Slo, WorkerKind
 from tests.planner.placement_cases import LENGTHS, SLO, Opt13bWorkers
 
 KIND = WorkerKind("a100-80g")

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from planner.goodput import Goodput, Probe, find_goodput
-from planner.placement import Candidate, Mode, NodeGroup, Objective, Reached, WorkerKind
-from planner.placement_bound import Bounds
-from planner.placement_mix import Mix, Option, cheapest_mix, largest_mix
-from planner.placement_search import Bounded, Searched, bounded, search
-from planner.placement_space import Affinity, Space, candidates, worker_kinds
+from planner.placements.bound import Bounds
+from planner.placements.goodput import Goodput, Probe, find_goodput
+from planner.placements.mix import Mix, Option, cheapest_mix, largest_mix
+from planner.placements.placement import Candidate, Mode, NodeGroup, Objective, Reached, WorkerKind
+from planner.placements.search import Bounded, Searched, bounded, search
+from planner.placements.space import Affinity, Space, candidates, worker_kinds
 from tests.planner.placement_cases import LENGTHS, SLO, Formula, Opt13bWorkers, space
 
 TOLERANCE = 0.005

@@ -9,19 +9,19 @@ import pytest
 import yaml
 
 from cluster.config_file import parse_cluster_config
-from planner.goodput import Goodput, Probe, find_goodput
-from planner.placement import Mode
-from planner.placement_mix import Mix
-from planner.placement_search import bounded
-from planner.placement_space import candidates, worker_kinds
-from planner.plan_cluster import cluster_yaml
-from planner.plan_curves import plan_lines
-from planner.plan_file import PlanFile
-from planner.plan_plot import draw
-from planner.plan_processes import PlanProcesses
-from planner.plan_result import PlanResult
-from planner.plan_run import Problem, make_plan, read_problem
-from planner.simulated_candidate import SimulatedCandidate
+from planner.placements.goodput import Goodput, Probe, find_goodput
+from planner.placements.mix import Mix
+from planner.placements.placement import Mode
+from planner.placements.search import bounded
+from planner.placements.simulated_candidate import SimulatedCandidate
+from planner.placements.space import candidates, worker_kinds
+from planner.plan.cluster import cluster_yaml
+from planner.plan.curves import plan_lines
+from planner.plan.file import PlanFile
+from planner.plan.plot import draw
+from planner.plan.processes import PlanProcesses
+from planner.plan.result import PlanResult
+from planner.plan.run import Problem, make_plan, read_problem
 from planner.yaml_document import load_section
 from tandem.cli.main import EXIT_BAD_INPUT, main
 from tandem.errors import ConfigError

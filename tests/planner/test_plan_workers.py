@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from planner.plan_file import FleetFile
-from planner.plan_workers import PlannedWorkers
+from planner.plan.file import FleetFile
+from planner.plan.workers import PlannedWorkers
 from tests.planner.profiles import profile_document
 
 MODEL = {

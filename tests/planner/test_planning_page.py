@@ -8,8 +8,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel
 
-from planner.hardware import DEVICES
-from planner.plan_file import ModelSection, PlanFile
+from planner.plan.file import ModelSection, PlanFile
+from planner.step_times.hardware import DEVICES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from planner.latency import PromptPart, StepShape
-from planner.profile_file import read_profile
-from planner.profile_model import ProfileModel
+from planner.step_times.profile_file import read_profile
+from planner.step_times.profile_model import ProfileModel
 from tandem.errors import ConfigError
 from tests.planner.profiles import decode_s, profile, profile_document, prompt_s
 

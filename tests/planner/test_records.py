@@ -1,6 +1,6 @@
 """What is said of a simulation: rows, gaps, good requests."""
 
-from planner.gap_log import GapLog
+from planner.simulation.gap_log import GapLog
 from planner.simulator import simulate
 from tests.planner.clusters import disaggregated, load
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from planner.simulation.setup import RouterRules, Setup, SimRole, WorkerSpec
 from planner.simulator import simulate
-from planner.simulator_setup import RouterRules, Setup, SimRole, WorkerSpec
 from planner.statistics import percentile
-from planner.transfer_links import LinkTransfer, link_of_rate
-from planner.workload import SimRequest
+from planner.step_times.transfer_links import LinkTransfer, link_of_rate
+from planner.workloads.workload import SimRequest
 from tandem.ids import WorkerId
 from tandem.slo import SloClass
 from tests.planner.distserve_figures import opt_13b

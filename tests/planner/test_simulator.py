@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.latency import StepShape
-from planner.plain_cluster import PlainCluster
-from planner.plain_request import NotPlainError
+from planner.simulation.plain_cluster import PlainCluster
+from planner.simulation.plain_request import NotPlainError
+from planner.simulation.setup import Drive, RouterRules, Setup, SimRole
 from planner.simulator import simulate
-from planner.simulator_setup import Drive, RouterRules, Setup, SimRole
-from planner.workload import SimRequest
+from planner.workloads.workload import SimRequest
 from tandem.ids import WorkerId
 from tests.planner.clusters import CHAT, colocated, disaggregated, load, rows, written
 from tests.planner.linear_latency import LinearTransfer

@@ -12,9 +12,9 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.simulation.setup import Drive, Fault, FaultKind, RouterRules
 from planner.simulator import simulate
-from planner.simulator_setup import Drive, Fault, FaultKind, RouterRules
-from planner.workload import SimRequest
+from planner.workloads.workload import SimRequest
 from tandem.ids import WorkerId
 from tests.planner.clusters import CHAT, disaggregated, load, rows
 from tests.planner.linear_latency import TICK_S

@@ -7,7 +7,7 @@ conversation trace, kvcache-ai/Mooncake FAST'25 release (Apache-2.0).
 
 import pytest
 
-from planner.traces import TraceRow, read_trace
+from planner.workloads.traces import TraceRow, read_trace
 from tandem.errors import InvalidRequest
 
 AZURE = """arrived_at,num_prefill_tokens,num_decode_tokens

@@ -2,7 +2,7 @@
 
 import pytest
 
-from planner.transfer_links import LinkTable, LinkTransfer, link_of_rate
+from planner.step_times.transfer_links import LinkTable, LinkTransfer, link_of_rate
 from tandem.errors import ConfigError
 
 

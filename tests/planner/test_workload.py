@@ -5,9 +5,9 @@ from itertools import islice
 
 import pytest
 
-from planner.request_log import is_request_log, read_request_log
-from planner.traces import TraceRow
-from planner.workload import (
+from planner.workloads.request_log import is_request_log, read_request_log
+from planner.workloads.traces import TraceRow
+from planner.workloads.workload import (
     Lognormal,
     SimRequest,
     empirical_lengths,

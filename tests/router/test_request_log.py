@@ -11,8 +11,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from planner.simulate_file import SimFile
-from planner.simulate_run import workload_of
+from planner.simulate.file import SimFile
+from planner.simulate.run import workload_of
 from router.ended_request import EndedRequest
 from router.request_log import RequestLog, request_log
 from router.rotating_file import RotatingFile

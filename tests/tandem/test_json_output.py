@@ -19,10 +19,10 @@ from benchmarks.router_relay import relay_json
 from benchmarks.serve import serve_json
 from benchmarks.simulator_speed import measure
 from kvtransfer.contract import PullReport
-from planner.placement import Candidate, Mode, WorkerKind
-from planner.placement_mix import Mix
-from planner.plan_result import PlanResult, Ranked, plan_json
-from planner.simulate_output import simulation_json
+from planner.placements.mix import Mix
+from planner.placements.placement import Candidate, Mode, WorkerKind
+from planner.plan.result import PlanResult, Ranked, plan_json
+from planner.simulate.output import simulation_json
 from planner.simulator import simulate
 from tandem.cli.json_output import generation_json, status_json
 from tandem.generation import update_from_wire

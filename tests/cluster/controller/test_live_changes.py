@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cluster.launch import RunningCluster
-from planner.load_window import RolePlacement
+from planner.control.load_window import RolePlacement
 from tandem.cli.main import main
 from tandem.client import AsyncTandemClient
 from tests.cluster.controller.tiny_cluster import Load, save_model, tiny_cluster, until_placed

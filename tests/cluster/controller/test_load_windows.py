@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.controller.load_windows import MOST_LENGTHS, LoadWindows, RouterSample, WorkerSample
-from planner.load_window import RolePlacement
+from planner.control.load_window import RolePlacement
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role
 

@@ -17,10 +17,10 @@ from cluster.controller.loop import MOST_UNSETTLED, Brain, ControllerLoop, Sense
 from cluster.controller.metrics import ControllerMetrics
 from cluster.embedded_store import EmbeddedStore, embedded_store
 from cluster.store import Desired, Store, StoreAddress
-from planner.controller import ControllerRules
-from planner.controller_log import replay
-from planner.load_window import RolePlacement
-from planner.role_capacity import Capacity
+from planner.control.controller import ControllerRules
+from planner.control.load_window import RolePlacement
+from planner.control.log import replay
+from planner.control.role_capacity import Capacity
 from tandem.errors import NotReady
 from tandem.ids import Incarnation, WorkerId
 from tandem.worker import Role

@@ -11,8 +11,8 @@ from cluster.config_file import parse_cluster_config
 from cluster.controller.assembly import read_brain
 from cluster.controller.rules import controller_rules, interchangeable
 from cluster.plan import ModelFacts, with_replicas, worker_configs
-from planner.controller import RoleRange
-from planner.load_window import RolePlacement
+from planner.control.controller import RoleRange
+from planner.control.load_window import RolePlacement
 from tandem.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]

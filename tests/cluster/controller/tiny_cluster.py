@@ -10,7 +10,7 @@ import transformers
 
 from cluster.config_file import parse_cluster_config
 from cluster.launch import RunningCluster, running_cluster
-from planner.load_window import RolePlacement
+from planner.control.load_window import RolePlacement
 from tandem.v1 import inference_pb2 as pb
 from tandem.v1 import inference_pb2_grpc
 from tests.cluster.polling import eventually

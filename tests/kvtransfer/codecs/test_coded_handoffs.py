@@ -16,8 +16,8 @@ from kvtransfer.codecs.thresholds import calibrate
 from kvtransfer.coded_sink import CodedSink
 from kvtransfer.coded_source import CodedSource
 from kvtransfer.contract import BlockRange, HandoffKey, KvReady
-from kvtransfer.handoff import ReleaseReason
-from kvtransfer.handoff_service import HandoffServicer
+from kvtransfer.handoffs.service import HandoffServicer
+from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.staging import StagedMemory
 from tandem import grpc_edge
 from tandem.digest import compatibility_digest

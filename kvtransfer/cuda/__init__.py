@@ -1,0 +1,1 @@
+"""CUDA devices as transports use them, and the cuda_ipc transport."""

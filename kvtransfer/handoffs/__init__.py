@@ -1,0 +1,1 @@
+"""The hand-off protocol, and its two sides."""

@@ -1,0 +1,1 @@
+"""The shm transport, and pools that exchange pages."""

@@ -1,0 +1,1 @@
+"""The online controller: windows of load in, wanted placements out."""

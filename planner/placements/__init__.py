@@ -1,0 +1,1 @@
+"""Which placements there are, what each can serve, and which mix of them is best."""

@@ -1,0 +1,1 @@
+"""`tandem simulate`: from sim.yaml to records, timeline and plots."""

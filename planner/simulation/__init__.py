@@ -1,0 +1,1 @@
+"""The parts of the simulated cluster; planner/simulator.py puts them together."""

@@ -1,0 +1,223 @@
+"""Pure: the simulated pulls of KV: both live hand-off protocols, moves timed by a model, failures as told."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from decode_worker.decode_leg import Reservation
+from kvtransfer.contract import HandoffKey, PeerId
+from kvtransfer.handoffs.sink_protocol import SinkHandoff
+from kvtransfer.handoffs.words import HandoffState, SinkTimes
+from planner.latency import TransferModel
+from planner.simulation.events import NEWS, EventQueue
+from planner.simulation.prefill import OFFER_EPOCH, Offer, PrefillSite
+from router.worker_key import WorkerKey
+from tandem.ids import LegId, WorkerId
+
+
+class Puller(Protocol):
+    """A decode worker's side of a pull."""
+
+    @property
+    def key(self) -> WorkerKey:
+        """Which worker."""
+        ...
+
+    @property
+    def node(self) -> str:
+        """Where it is."""
+        ...
+
+    def pull_ended(self, pull: "Pull", landed: bool) -> None:
+        """Nothing writes the target blocks any more; `landed`: they hold the KV."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Pull:
+    """One pull under way; `number` counts its attempts, over all pulls."""
+
+    puller: Puller
+    reservation: Reservation
+    source_key: WorkerKey
+    source: PrefillSite | None
+    offer: Offer | None
+    sink: SinkHandoff
+    tokens: int
+    number: int = 0
+    attempts: int = 0
+    sending: bool = False
+    over: bool = False
+
+    @property
+    def leg_id(self) -> LegId:
+        """Whose KV it is."""
+        return self.reservation.leg_id
+
+
+class Pulls:
+    """Owns every pull of the simulated cluster."""
+
+    def __init__(
+        self,
+        events: EventQueue,
+        transfer: TransferModel,
+        sources: Callable[[WorkerKey], PrefillSite | None],
+        attempts: int,
+    ) -> None:
+        self._events = events
+        self._transfer = transfer
+        self._sources = sources
+        self._attempts = attempts
+        self._under_way: dict[LegId, Pull] = {}
+        self._to_fail: Counter[WorkerId] = Counter()
+        self._numbers = 0
+        self.committed = 0
+        self.failed = 0
+
+    @property
+    def under_way(self) -> Mapping[LegId, Pull]:
+        """Pulls that are not over, by leg."""
+        return self._under_way
+
+    def begin(
+        self,
+        puller: Puller,
+        reservation: Reservation,
+        source_key: WorkerKey,
+        block_size: int,
+        deadline_s: float,
+    ) -> None:
+        """Asks the source for the reserved blocks and moves them; the puller hears how it ended."""
+        source = self._sources(source_key)
+        offer = None if source is None else source.offers.get(reservation.leg_id)
+        sink = SinkHandoff(HandoffKey(reservation.leg_id, OFFER_EPOCH), SinkTimes(), deadline_s)
+        tokens = len(reservation.target_blocks) * block_size
+        if offer is not None:
+            tokens = min(tokens, max(0, offer.tokens - reservation.first_block * block_size))
+        pull = Pull(puller, reservation, source_key, source, offer, sink, tokens)
+        self._under_way[reservation.leg_id] = pull
+        self._attempt(pull)
+
+    def cancel(self, leg_id: LegId) -> None:
+        """The puller's side gives up; it hears of the end at once."""
+        pull = self._under_way.get(leg_id)
+        if pull is not None:
+            pull.sink.cancel()
+            self._give_up(pull)
+
+    def fail_one(self, worker: WorkerId) -> None:
+        """The worker's oldest pull fails now, or its next one when none is under way."""
+        for pull in self._under_way.values():
+            if pull.puller.key.worker_id == worker:
+                self._move_failed(pull)
+                return
+        self._to_fail[worker] += 1
+
+    def source_died(self, key: WorkerKey) -> None:
+        """All pulls from a worker fail: its memory is gone."""
+        for pull in [pull for pull in self._under_way.values() if pull.source_key == key]:
+            pull.sink.source_lost()
+            self._over(pull)
+            pull.puller.pull_ended(pull, False)
+
+    def sink_died(self, key: WorkerKey) -> None:
+        """A puller is gone: its sources see the link break, and free the blocks after its lease."""
+        now_s = self._events.now_s
+        for pull in [pull for pull in self._under_way.values() if pull.puller.key == key]:
+            self._over(pull)
+            if pull.offer is not None and pull.source is not None:
+                self._send_ended(pull, False)
+                pull.offer.source.link_lost(now_s)
+                pull.source.watch(pull.leg_id)
+
+    def _attempt(self, pull: Pull) -> None:
+        """One pull over one transport, timed from the asking to the commit."""
+        now_s = self._events.now_s
+        self._numbers += 1
+        pull.attempts += 1
+        pull.number = self._numbers
+        pull.sink.ask(pull.number, now_s)
+        source, offer = pull.source, pull.offer
+        if source is None or offer is None or not source.alive:
+            pull.sink.source_lost()
+            self._events.at(now_s, NEWS, self._lost, pull)
+            return
+        peer = PeerId(*pull.puller.key)
+        if not offer.source.pull(peer, pull.number, False, now_s):
+            pull.sink.refused(pull.number)
+            self._events.at(now_s, NEWS, self._lost, pull)
+            return
+        lease_until_s = now_s + offer.source.lease_left_s(now_s)
+        pull.sink.granted(pull.number, lease_until_s)
+        offer.source.send_started(pull.number, now_s)
+        pull.sending = True
+        pull.sink.move_started()
+        took_s = self._transfer.transfer_s(pull.tokens, pull.puller.node == source.spec.node)
+        self._events.at(min(now_s + took_s, lease_until_s), NEWS, self._moved, (pull, pull.number))
+
+    def _moved(self, moved: tuple[Pull, int]) -> None:
+        pull, number = moved
+        if pull.over or number != pull.number or pull.offer is None or pull.source is None:
+            return
+        worker = pull.puller.key.worker_id
+        if self._to_fail[worker] > 0:
+            self._to_fail[worker] -= 1
+            self._move_failed(pull)
+            return
+        now_s = self._events.now_s
+        if not pull.sink.moved(now_s):
+            self._give_up(pull)
+            return
+        pull.sink.held(last=True, now_s=now_s)
+        source = pull.offer.source
+        self._send_ended(pull, True)
+        source.commit(PeerId(*pull.puller.key), number, same=True, now_s=now_s)
+        pull.sink.status(source.state, now_s)
+        self._over(pull)
+        self.committed += 1
+        pull.source.settle(pull.leg_id)
+        pull.puller.pull_ended(pull, pull.sink.may_use)
+
+    def _move_failed(self, pull: Pull) -> None:
+        """The transport failed: the next one is tried, as long as there is one."""
+        if pull.offer is None or pull.sink.state is not HandoffState.MOVING:
+            return
+        self.failed += 1
+        pull.sink.move_failed()
+        self._send_ended(pull, False)
+        if pull.attempts < self._attempts:
+            self._attempt(pull)
+            return
+        pull.sink.cancel()
+        self._give_up(pull)
+
+    def _give_up(self, pull: Pull) -> None:
+        """The sink has aborted: the source is told, and both sides free their blocks."""
+        now_s = self._events.now_s
+        self._over(pull)
+        if not pull.sink.may_free:
+            pull.sink.move_failed()
+        self._send_ended(pull, False)
+        source, offer = pull.source, pull.offer
+        if pull.sink.owes_abort and source is not None and offer is not None:
+            if source.offers.get(pull.leg_id) is offer:
+                offer.source.abort(PeerId(*pull.puller.key), now_s)
+                source.settle(pull.leg_id)
+            pull.sink.abort_sent()
+        pull.puller.pull_ended(pull, False)
+
+    def _send_ended(self, pull: Pull, succeeded: bool) -> None:
+        if pull.sending and pull.offer is not None:
+            pull.sending = False
+            pull.offer.source.send_ended(pull.number, succeeded, self._events.now_s)
+
+    def _lost(self, pull: Pull) -> None:
+        if not pull.over:
+            self._over(pull)
+            pull.puller.pull_ended(pull, False)
+
+    def _over(self, pull: Pull) -> None:
+        pull.over = True
+        del self._under_way[pull.leg_id]

@@ -1,0 +1,1 @@
+"""Step times and transfer times of hardware: by formula, by coefficients, by table, by measured profile."""

@@ -1,0 +1,1 @@
+"""Requests to simulate: when they come and how long they are."""
