@@ -16,6 +16,13 @@ def check_positive(options: Mapping[str, float | None]) -> None:
             raise InvalidRequest(f"{name} must be positive and finite, not {number}.", name)
 
 
+def check_writable(files: Mapping[str, Path | None]) -> None:
+    """Raises InvalidRequest, naming the option, unless each file can be written, before minutes are spent."""
+    for name, path in files.items():
+        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise InvalidRequest(f"{name} {path}: {path.parent} is no folder that can be written to.", name)
+
+
 def add_serve(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """`tandem bench serve`."""
     parser = kinds.add_parser(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.bench_arguments import check_writable
 from benchmarks.engine_drive import EngineDrive
 from benchmarks.kv import TRANSPORTS
 from benchmarks.kv_layouts import Layout, Placement
@@ -105,6 +106,7 @@ def run(chosen: argparse.Namespace) -> int:
     for name, value in (("--threads", chosen.threads), ("--runs", chosen.runs)):
         if value < 1:
             raise InvalidRequest(f"{name} must be 1 or more, not {value}.", name)
+    check_writable({"--output": chosen.output})
     config = WorkerConfig(
         WorkerId("profile"),
         Incarnation(1),

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.bench_arguments import check_positive, check_writable
 from benchmarks.forecast_report import (
     Compared,
     Figures,
@@ -70,9 +71,8 @@ SETTINGS: dict[str, Any] = {
 
 def run(chosen: argparse.Namespace) -> int:
     """Prints, and writes the files that were asked for. Raises TandemError."""
-    for name, value in (("--runs", chosen.runs), ("--length-scale", chosen.length_scale)):
-        if value <= 0:
-            raise InvalidRequest(f"{name} must be positive, not {value}.", name)
+    check_positive({"--runs": chosen.runs, "--length-scale": chosen.length_scale})
+    check_writable({"--profile": chosen.profile, "--page": chosen.page})
     rows = _rows(chosen)
     result = asyncio.run(_until_terminated(_measure(chosen, rows)))
     print(json.dumps(result) if chosen.json else forecast_text(result))

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.bench_arguments import check_positive
 from benchmarks.kv_adoption import measured_adoption
 from benchmarks.kv_codec_rates import CodecRates, codec_rates
 from benchmarks.kv_handoffs import measured_handoffs
@@ -19,7 +20,6 @@ from benchmarks.kv_pulls import measured
 from benchmarks.kv_report import adoption_json, case_json, handoff_json, overlap_json, text
 from benchmarks.kv_times import AdoptionTimes, CaseTimes, HandoffTimes, OverlapFigures, Road
 from benchmarks.overlap import measure_overlap
-from tandem.errors import InvalidRequest
 from tandem.logs import configure_logging
 
 TRANSPORTS: Final = ("shm", "tcp")
@@ -35,8 +35,7 @@ CODEC_ROUNDS: Final = 5
 
 def run(chosen: argparse.Namespace) -> int:
     """Prints medians over the rounds. Raises TandemError."""
-    if chosen.rounds < 1:
-        raise InvalidRequest(f"--rounds must be positive, not {chosen.rounds}.", "--rounds")
+    check_positive({"--rounds": chosen.rounds})
     # As in a worker's hand-off: the benchmark copies on one core, whatever torch may do on more.
     torch.set_num_threads(1)
     configure_logging(logging.WARNING)

@@ -6,6 +6,7 @@ All methods are called on the event loop.
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 import structlog
@@ -359,15 +360,17 @@ class HandoffSource:
         woken.set()
 
     async def _run_timers(self) -> None:
-        while True:
-            self._book.tick(self._clock())
-            deadline_s = self._book.next_deadline_s
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(None if deadline_s is None else deadline_s - self._clock()):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+        try:
+            while True:
+                self._book.tick(self._clock())
+                deadline_s = self._book.next_deadline_s
+                self._changed.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(None if deadline_s is None else deadline_s - self._clock()):
+                        await self._changed.wait()
+        except Exception:
+            _log.critical("the timers of the source failed: leases do not end", exc_info=True)
+            raise
 
     def _check_digest(self, digest: str) -> None:
         if digest != self.me.digest:

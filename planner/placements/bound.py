@@ -1,12 +1,11 @@
-"""Pure: the rate that a candidate cannot exceed, from formulas alone; what decides which are worth
-simulating.
+"""Pure: about the rate that a candidate cannot exceed, from formulas alone; it decides which are simulated.
 
 Prompts wait in a queue like M/D/1 (DistServe, OSDI'24, section 3): with utilisation rho and service D its
 mean wait is rho D / (2 (1 - rho)), and a share rho of requests waits at all, taken as exponential.
 Batching is granted for free, n workers count as one that is n times as fast, so that the bound errs to the
-optimistic side. Decodes: by Little's law a worker with a batch of B in steps of s seconds ends B / (s *
-output tokens) requests a second; B is the largest batch whose step meets the time per token and whose KV
-fits.
+optimistic side; still a run may pass it a little, which is why the search grants it slack. Decodes: by
+Little's law a worker with a batch of B in steps of s seconds ends B / (s * output tokens) requests a second;
+B is the largest batch whose step meets the time per token and whose KV fits.
 """
 
 from collections.abc import Callable, Sequence

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from tandem.cli import bench, chat, controller, demo, generate, plan, profile, simulate, status, up
-from tandem.errors import ConfigError, MendedBy, TandemError
+from tandem.errors import ConfigError, MendedBy, ModelError, TandemError
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except TandemError as error:
         print(f"tandem: {error}", file=sys.stderr)
-        asked_wrongly = error.mended_by is MendedBy.CLIENT or isinstance(error, ConfigError)
+        asked_wrongly = error.mended_by is MendedBy.CLIENT or isinstance(error, ConfigError | ModelError)
         return EXIT_BAD_INPUT if asked_wrongly else EXIT_FAILED
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
