@@ -10,14 +10,10 @@ import os
 import threading
 from collections.abc import Callable
 
-import structlog
 import uvloop
 
 from cluster.worker_host import WorkerSpec, host_worker
-from tandem.errors import TandemError
 from tandem.logs import configure_logging
-
-log = structlog.get_logger(__name__)
 
 CRASH_PAUSE_S = 1.0
 """A worker that cannot start (a bad model, a taken port) is retried at most this often."""
@@ -54,12 +50,8 @@ class WorkerActor:
         configure_logging()
         try:
             uvloop.run(self._serve_until_stopped())
-        except Exception as error:
-            worker_id = self._spec.config.worker_id
-            if isinstance(error, TandemError):
-                log.error("worker ended", worker_id=worker_id, error=str(error))
-            else:
-                log.exception("worker ended", worker_id=worker_id)
+        except Exception:
+            # host_worker has logged it.
             if not self._stopping.wait(CRASH_PAUSE_S):
                 os._exit(EXIT_FAILED)
 

@@ -95,13 +95,16 @@ class HostedWorker(Protocol):
 async def host_worker(spec: WorkerSpec, stop: asyncio.Event) -> None:
     """Serves until `stop`, then drains and leaves the registry.
 
-    Raises what made the worker unable to go on, and Superseded when a newer life has begun.
+    Raises what made the worker unable to go on, once it is logged, and Superseded when a newer life began.
     """
     store = Store(spec.store_address(os.environ))
     try:
         await _serve(spec, store, stop)
     except Exception as error:
-        reason = str(error) if isinstance(error, TandemError) else f"{type(error).__name__}: {error}"
+        expected = isinstance(error, TandemError)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        # Before the registry is told: who reads there that a worker failed looks into its log.
+        log.error("worker ended", worker_id=spec.config.worker_id, error=reason, exc_info=not expected)
         with contextlib.suppress(TandemError):
             # The registry may be what is away; the log has the reason too.
             await store.note_failure(spec.config.worker_id, reason)
