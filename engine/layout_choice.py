@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.cache_folder import cache_folder, locked
 from engine.layout_times import measure_ways
-from engine.layouts import Shape, Times, Way, choose
+from engine.layouts import Shape, Times, Way, choose, packed_up_to
 from engine.linear import Linear, MakeProduct, packed_linear
 from engine.processor import processor_features, processor_name
 
@@ -68,19 +68,21 @@ def choose_linears(
     dtype: torch.dtype,
     cache: Path | None = None,
     measure: Measure = measure_ways,
+    native_rows: int = 0,
 ) -> MakeProduct:
     """What lays out and multiplies by each weight of a model; `shapes` says how many it has of each.
 
     Times are taken from `cache` (default: the machine's cache folder) when they were measured with this
     processor, torch, dtype and number of threads, else measured and put there. A cache that cannot be read
-    or written costs the measurement, nothing else.
+    or written costs the measurement, nothing else. Up to `native_rows` rows are multiplied natively over the
+    packed layout, so that others are no choice there.
     """
     began_s = time.perf_counter()
     wanted = [shape for shape in shapes if prod(shape) >= _LEAST_ELEMENTS]
     times, fresh = (
         _times(wanted, dtype, (cache or cache_folder()) / "layouts", measure) if wanted else ({}, 0)
     )
-    bands = choose(times, shapes)
+    bands = choose({shape: packed_up_to(found, native_rows) for shape, found in times.items()}, shapes)
     _log.info(
         "layouts chosen",
         took_s=round(time.perf_counter() - began_s, 3),

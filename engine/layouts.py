@@ -74,6 +74,17 @@ def always(way: Way) -> Bands:
     return (Band(None, way),)
 
 
+def packed_up_to(times: Times, most_rows: int) -> Times:
+    """The times that count where up to `most_rows` rows are multiplied natively over the packed layout.
+
+    The native product was not timed; it is no slower than oneDNN's over the same layout (decision 008).
+    """
+    return {
+        rows: {Way.PACKED: found[Way.PACKED]} if rows <= most_rows and Way.PACKED in found else found
+        for rows, found in times.items()
+    }
+
+
 def choose(times: Mapping[Shape, Times], counts: Mapping[Shape, int]) -> dict[Shape, Bands]:
     """The bands of every shape that has times; `counts` is how many weights have it.
 

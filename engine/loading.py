@@ -181,6 +181,14 @@ def _native_team(config: WorkerConfig, dtype: torch.dtype) -> "Team | None":
     return team
 
 
+def _native_rows(team: "Team | None") -> int:
+    if team is None:
+        return 0
+    from engine.native.product import MOST_ROWS
+
+    return MOST_ROWS
+
+
 def _decoder(
     config: WorkerConfig,
     model: ModelConfig,
@@ -193,5 +201,5 @@ def _decoder(
     stored_bytes = sum(path.stat().st_size for path in weight_files(config.model_folder))
     if stored_bytes > _COPY_LIMIT_BYTES:
         return Decoder(model, weights, stored_linear, team)
-    product = choose_linears(linear_shapes(model), dtype)
+    product = choose_linears(linear_shapes(model), dtype, native_rows=_native_rows(team))
     return Decoder(model, unmapped(weights), product, team)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.layout_choice import choose_linears
 from engine.layout_times import measure_ways
-from engine.layouts import BUCKETS, Band, Layout, Shape, Times, Way, always, choose
+from engine.layouts import BUCKETS, Band, Layout, Shape, Times, Way, always, choose, packed_up_to
 from engine.linear import Linear, packed_linear, possible_ways
 
 SHAPE = (256, 512)
@@ -38,6 +38,15 @@ def test_the_fastest_way_is_taken() -> None:
 def test_ways_over_the_same_layout_change_with_the_rows() -> None:
     times = {1: {Way.BLAS: 1.0, Way.ONEDNN: 2.0}, 8: {Way.BLAS: 3.0, Way.ONEDNN: 2.0}}
     assert chosen_for(times) == (Band(2, Way.BLAS), Band(None, Way.ONEDNN))
+
+
+def test_where_rows_are_multiplied_natively_only_the_packed_layout_counts() -> None:
+    assert chosen_for(packed_up_to(STORED_WINS, 32)) == always(Way.PACKED)
+    assert chosen_for(packed_up_to(STORED_WINS, 32), others=20) == (
+        Band(128, Way.PACKED),
+        Band(None, Way.BLAS),
+    )
+    assert packed_up_to({8: {Way.BLAS: 1.0}}, 32) == {8: {Way.BLAS: 1.0}}
 
 
 def test_a_tie_goes_to_the_packed_layout() -> None:
