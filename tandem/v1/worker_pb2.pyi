@@ -118,7 +118,7 @@ class _HandoffStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HandoffS
     """Given up; the source freed its blocks or will at the fence."""
 
 class HandoffState(_HandoffState, metaclass=_HandoffStateEnumTypeWrapper):
-    """HandoffState mirrors kvtransfer/handoff.py."""
+    """HandoffState mirrors kvtransfer/handoffs/words.py."""
 
 HANDOFF_STATE_UNSPECIFIED: HandoffState.ValueType  # 0
 """The source does not know the hand-off (it never did, or forgot it after it ended)."""
