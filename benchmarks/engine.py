@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
 from tandem.errors import InvalidRequest
 from tandem.ids import Incarnation, WorkerId
+from tandem.logs import configure_logging
 from tandem.worker import Role
 from tandem.worker_config import WorkerConfig
 
@@ -113,6 +115,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Measures and prints. Raises TandemError."""
     if chosen.threads < 1:
         raise InvalidRequest(f"--threads must be 1 or more, not {chosen.threads}.", "--threads")
+    configure_logging(logging.WARNING)
     result = measure(chosen.model, chosen.dtype, chosen.threads, QUICK if chosen.quick else FULL)
     print(json.dumps(result) if chosen.json else text(result))
     return 0

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import logging
 import statistics
 import subprocess
 import time
@@ -31,6 +32,7 @@ from engine.step import SampleRequest, SequenceSlice, StepPlan, StepResult
 from engine.step_loop import StepLoop
 from tandem.errors import InvalidRequest
 from tandem.ids import BlockId, Incarnation, WorkerId
+from tandem.logs import configure_logging
 from tandem.sampling import SamplingParams
 from tandem.worker import Role
 from tandem.worker_config import WorkerConfig
@@ -107,6 +109,7 @@ def run(chosen: argparse.Namespace) -> int:
         if value < 1:
             raise InvalidRequest(f"{name} must be 1 or more, not {value}.", name)
     check_writable({"--output": chosen.output})
+    configure_logging(logging.WARNING)
     config = WorkerConfig(
         WorkerId("profile"),
         Incarnation(1),

@@ -6,6 +6,7 @@ of its own, so that the policy under test attends for it. Sequences share the bl
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import time
@@ -41,6 +42,7 @@ from engine.tokenizer import Tokenizer
 from engine.weights import linear_shapes, read_weights
 from tandem.errors import InvalidRequest, TandemError
 from tandem.ids import BlockId
+from tandem.logs import configure_logging
 
 SPEED_STEPS = 12
 
@@ -206,6 +208,7 @@ def main() -> int:
     parser.add_argument("--policies", nargs="+", default=[policy.name for policy in POLICIES])
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
+    configure_logging(logging.WARNING)
     try:
         torch.set_num_threads(chosen.threads)
         print(json.dumps({"machine": machine_name(), "threads": chosen.threads}), flush=True)

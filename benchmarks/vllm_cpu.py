@@ -7,6 +7,7 @@ DIR/bin/pip uninstall torchvision torchaudio torchcodec.
 import argparse
 import asyncio
 import json
+import logging
 import os
 import statistics
 import sys
@@ -27,6 +28,7 @@ from engine.loading import load_engine
 from engine.model_source import resolve_model
 from tandem.errors import TandemError
 from tandem.ids import Incarnation, WorkerId
+from tandem.logs import configure_logging
 from tandem.worker import Role
 from tandem.worker_config import WorkerConfig
 
@@ -251,6 +253,7 @@ def main() -> int:
     parser.add_argument("--eager", action="store_true", help="vLLM without its compiler")
     parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
     chosen = parser.parse_args()
+    configure_logging(logging.WARNING)
     try:
         result = asyncio.run(measure(chosen))
     except (TandemError, OSError) as error:

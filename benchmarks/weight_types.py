@@ -5,6 +5,7 @@ Every way to keep weights runs in turn in one process; a text's windows are scor
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import sys
@@ -27,6 +28,7 @@ from engine.model_source import resolve_model
 from engine.tokenizer import Tokenizer
 from tandem.errors import TandemError
 from tandem.ids import Incarnation, WorkerId
+from tandem.logs import configure_logging
 from tandem.worker import Role
 from tandem.worker_config import WorkerConfig
 
@@ -163,6 +165,7 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=24, help="of each sequence (24)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="(1 8 32)")
     chosen = parser.parse_args()
+    configure_logging(logging.WARNING)
     try:
         print(json.dumps(measure(chosen), indent=2))
     except (TandemError, OSError) as error:

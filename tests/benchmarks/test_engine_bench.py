@@ -103,6 +103,16 @@ def test_shares_are_limit_over_measured() -> None:
     assert many["limited_by"] == "compute"
 
 
+def test_standard_output_holds_the_profile_and_no_logs(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chosen = argparse.Namespace(
+        model=str(folder), dtype="float32", threads=1, runs=1, quick=True, output=None
+    )
+    assert engine_profile.run(chosen) == 0
+    assert json.loads(capfd.readouterr().out)["kind"] == "tandem profile"
+
+
 def test_a_profile_is_written_as_documented(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "profile.json"
     chosen = argparse.Namespace(
