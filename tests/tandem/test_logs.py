@@ -28,3 +28,22 @@ def test_every_line_is_json_with_level_logger_time_and_request_id() -> None:
     assert lines[0]["count"] == 3
     assert "ZeroDivisionError" in lines[2]["exception"]
     assert all(line["timestamp"] and line["level"] for line in lines)
+
+
+AGAIN = """
+import structlog
+from structlog.testing import capture_logs
+from tandem.logs import configure_logging
+configure_logging()
+log = structlog.get_logger("room")
+log.info("first")
+configure_logging()
+with capture_logs() as lines:
+    log.info("second")
+print([line["event"] for line in lines])
+"""
+
+
+def test_a_logger_that_was_used_follows_a_later_configuration() -> None:
+    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True)
+    assert done.stdout == "['second']\n"
