@@ -53,8 +53,8 @@ class PlainPrefill:
         self.kick()
 
     def kick(self) -> None:
-        """Begins a step, once all news of this instant is heard, if none is under way."""
-        if not self._busy:
+        """Begins a step, once all news of this instant is heard, if there is one to begin."""
+        if not self._busy and (self._waiting or self._running):
             self._busy = True
             self._events.at(self._events.now_s, STEP_BEGIN, self._begin, None)
 
