@@ -116,7 +116,7 @@ def forecast() -> dict[str, Any]:
         "requests": 300,
         "slo_s": [0.5, 0.1, 1.0],
     }
-    compared = [Compared(1.0, 0.1, 0.2, found, found)]
+    compared = [Compared(1.0, 0.1, 0.2, found, found, 0.0)]
     return forecast_json(conditions, compared, live_profile().model_dump(mode="json"))
 
 
