@@ -7,7 +7,6 @@ connection waits on the event loop and sends in a thread.
 import asyncio
 import contextlib
 import ipaddress
-import itertools
 import socket
 import threading
 from collections import deque
@@ -225,8 +224,7 @@ class TcpSource:
             part = Part(post.blocks[share.start : share.stop], post.part.start, size)
             with closing(pages.giving(part, post.check)) as chunks:
                 for views in chunks:
-                    # Made as they are sent: the sink has the first ones by the time of the last.
-                    vectors.gather_send(connection, itertools.chain(first, views), post.check)
+                    vectors.gather_send(connection, [*first, *views], post.check)
                     first = []
 
         error: TransferError | None = TransferError(TransferFault.DISCONNECTED, "The connection was closed.")
