@@ -188,7 +188,7 @@ class DecodeScheduler:
             drawn.setdefault(token.key, []).append(token)
         tokens: list[LegToken] = []
         in_flight, self._in_flight, self._plan = self._in_flight, [], None
-        guesses = sum(len(sample.draft) for sample in in_flight)
+        guesses = 0 if self._speculation is None else sum(len(sample.draft) for sample in in_flight)
         accepted = 0
         for sample in in_flight:
             settle(self._pool, sample)
