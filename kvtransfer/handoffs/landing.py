@@ -1,7 +1,7 @@
 """Edge: what has landed of one piece at the sink, and its checksum; fed by the transport's threads."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
 
