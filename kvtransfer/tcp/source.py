@@ -7,7 +7,6 @@ connection waits on the event loop and sends in a thread.
 import asyncio
 import contextlib
 import ipaddress
-import itertools
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,8 +128,7 @@ class TcpSource:
             part = Part(blocks, post.part_offset, post.part_bytes)
             with closing(pages.giving(part, post.check)) as chunks:
                 for views in chunks:
-                    # Made as they are sent: the sink has the first ones by the time of the last.
-                    vectors.gather_send(connection, itertools.chain(first, views), post.check)
+                    vectors.gather_send(connection, [*first, *views], post.check)
                     first = []
 
         error: TransferError | None = TransferError(TransferFault.DISCONNECTED, "The connection was closed.")
