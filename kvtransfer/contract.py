@@ -314,8 +314,8 @@ class PullReport:
     Seconds of all pieces together: `accept_s` for the source to grant, `ready_s` waiting for a growing offer,
     `queue_s` for a turn among this sink's transfers, `move_s` for the bytes (hashing that the transport does
     on the way included), `copy_s` for what SinkTransport.receive says of it, `verify_s` for hashing what it
-    left, `commit_s` for the source to compare and agree, `decode_s` for a wire codec to write the pool's
-    blocks.
+    left, `commit_s` for the source to compare and agree, `decode_s` for a wire codec to write what it had
+    not written of the pool's blocks by then.
     """
 
     transport: str

@@ -88,6 +88,15 @@ class LinkListener:
                 raise TransferError(TransferFault.UNSUPPORTED, f"A sink sent {asked.kind.name}.")
             return asked
 
+    async def until_end(self, connection: socket.socket) -> None:
+        """Waits for the end of a link on which a sink says nothing.
+
+        Raises OSError when it breaks, TransferError (UNSUPPORTED) when the sink says something.
+        """
+        with self.counting():
+            if await asyncio.get_running_loop().sock_recv(connection, 1):
+                raise TransferError(TransferFault.UNSUPPORTED, "A sink spoke where it has nothing to say.")
+
     async def close(self) -> None:
         """Ends all connections and waits for their servers; idempotent."""
         tasks = [*self._connections]

@@ -130,8 +130,7 @@ class CudaIpcSource:
         if not accepted:
             self._listener.refuse(TransferFault.REFUSED)
         else:
-            # Nothing follows on the link: the first bytes, or its end, end it.
-            await loop.sock_recv(connection, 1)
+            await self._listener.until_end(connection)
 
 
 @dataclass(slots=True, eq=False)

@@ -72,7 +72,7 @@ class SourcePairs:
         checksum = self._checksum(who.checksums)
         ticket = self._tickets.ticket_of(who.sink) or secrets.token_bytes(TICKET_BYTES)
         endpoints, reasons = [], {}
-        for name in who.transports:
+        for name in dict.fromkeys(who.transports):
             address = self._reach(name, who, ticket)
             if address.reason:
                 reasons[name] = address.reason

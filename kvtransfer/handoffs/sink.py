@@ -19,7 +19,7 @@ from kvtransfer.contract import (
 )
 from kvtransfer.handoffs.client import HandoffClient
 from kvtransfer.handoffs.priority import PriorityGate
-from kvtransfer.handoffs.pulling import Pulling, PullOrder, PullTools
+from kvtransfer.handoffs.pulling import OnPiece, Pulling, PullOrder, PullTools
 from kvtransfer.handoffs.roads import Roads
 from kvtransfer.handoffs.sink_protocol import SinkHandoff
 from kvtransfer.handoffs.sources import KnownSources
@@ -112,6 +112,20 @@ class HandoffSink:
         returned, their content means nothing. A pull is tried once for a key: after a failure the source has
         freed it.
         """
+        wanted = block_range, target_blocks
+        return await self._pull(key, source, *wanted, priority, remaining_s, lambda _part: None)
+
+    async def _pull(
+        self,
+        key: HandoffKey,
+        source: WorkerRecord,
+        block_range: BlockRange,
+        target_blocks: Sequence[BlockId],
+        priority: int,
+        remaining_s: float,
+        on_piece: OnPiece,
+    ) -> PullReport:
+        """As `pull`, telling of each piece."""
         if len(target_blocks) != block_range.num_blocks:
             message = f"{len(target_blocks)} target blocks were given for {block_range.num_blocks}."
             raise TransferError(TransferFault.LENGTH, message)
@@ -124,7 +138,7 @@ class HandoffSink:
             async with running.bound:
                 self._running.add(running)
                 known = await self._sources.get(source)
-                order = PullOrder(known, block_range, tuple(target_blocks), priority, deadline_s)
+                order = PullOrder(known, block_range, tuple(target_blocks), priority, deadline_s, on_piece)
                 return await Pulling(self._tools, machine, order).run()
         except TimeoutError as error:
             if running.ended_by:

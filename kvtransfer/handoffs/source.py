@@ -233,7 +233,7 @@ class HandoffSource:
             if hasher is not None:
                 wrong = await self._sums.mismatched(offer, landed, hasher)
             if wrong:
-                self._count_refusal(TransferFault.CHECKSUM)
+                self.count_refusal(TransferFault.CHECKSUM)
         offer.machine.commit(sink, number, not wrong, self._clock())
         return CommitAnswer(self._settle(offer), wrong)
 
@@ -249,6 +249,12 @@ class HandoffSource:
         """Where the hand-off stands; None when it is not known (any more)."""
         offer = self._book.get(key)
         return None if offer is None else offer.machine.state
+
+    def count_refusal(self, fault: TransferFault) -> None:
+        """A sink's request was refused; for metrics."""
+        self._book.refused[fault] += 1
+        if self._observer is not None:
+            self._observer.refused(fault)
 
     def _find(self, ask: PullAsk) -> Offer:
         self._check_digest(ask.digest)
@@ -383,14 +389,9 @@ class HandoffSource:
             raise self._refusal(TransferFault.DIGEST, message)
 
     def _refusal(self, fault: TransferFault, message: str) -> TransferError:
-        self._count_refusal(fault)
+        self.count_refusal(fault)
         return TransferError(fault, message)
 
     def _not_to_be_had(self, offer: Offer) -> TransferError:
         state = offer.machine.state.value
         return self._refusal(TransferFault.REFUSED, f"The hand-off is {state} and not to be had.")
-
-    def _count_refusal(self, fault: TransferFault) -> None:
-        self._book.refused[fault] += 1
-        if self._observer is not None:
-            self._observer.refused(fault)

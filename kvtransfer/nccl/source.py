@@ -160,9 +160,13 @@ class NcclSource:
                     _log.info("link ended", sink=sink.worker_id, error=str(task.exception()))
 
     async def _read_asks(self, connection: socket.socket, asks: asyncio.Queue[Header]) -> None:
-        """Until the link ends (OSError) or the sink says what makes no sense (TransferError)."""
+        """Until the link ends (OSError), or the sink says what makes no sense or too much (TransferError)."""
         while True:
-            asks.put_nowait(await self._listener.read_ask(connection, self._config.connect_timeout_s))
+            asked = await self._listener.read_ask(connection, self._config.connect_timeout_s)
+            if asks.full():
+                self._listener.refuse(TransferFault.REFUSED)
+                raise TransferError(TransferFault.REFUSED, f"A sink waits for {MAX_ASKS} answers.")
+            asks.put_nowait(asked)
 
     async def _answer(self, connection: socket.socket, sink: PeerId, pair: _Pair) -> None:
         """Opens the communicator and serves requests until one fails."""

@@ -10,7 +10,6 @@ import mmap
 import os
 import secrets
 import socket
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import Final
 
 from kvtransfer.block_copy import Parts, Span, copy_parts, shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, OnRefused, PeerId, PullGrant, Transfer, TransferConfig
+from kvtransfer.links import same_user
 from kvtransfer.listener import LinkListener, is_quiet
 from kvtransfer.native_rows import Sums
 from kvtransfer.tcp import framing
@@ -35,8 +35,6 @@ SHARED_BYTES: Final = 8 * 1024 * 1024
 
 INLINE_BYTES: Final = 1024 * 1024
 """Up to so many bytes are copied on the event loop: a tenth of a millisecond, less than a thread costs."""
-
-_CREDENTIALS = struct.Struct("3i")
 
 
 class ShmSource:
@@ -93,16 +91,13 @@ class ShmSource:
 
     async def _serve(self, connection: socket.socket, sink: PeerId) -> None:
         loop = asyncio.get_running_loop()
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, user, _ = _CREDENTIALS.unpack(raw)
-        if user != os.geteuid() or self._read_only is None:
+        if not same_user(connection) or self._read_only is None:
             self._listener.refuse(TransferFault.REFUSED)
             await loop.sock_sendall(connection, framing.encode_welcome(accepted=False))
             return
         # A fresh connection's buffer is empty, so these few bytes never block.
         socket.send_fds(connection, [framing.encode_welcome(accepted=True)], [self._read_only])
-        # Nothing follows on the link: the first bytes, or its end, end it.
-        await loop.sock_recv(connection, 1)
+        await self._listener.until_end(connection)
 
 
 @dataclass(slots=True)

@@ -70,7 +70,7 @@ class _Line:
         host, _, port = self._address.rpartition(":")
         try:
             made = socket.create_connection((host.strip("[]"), int(port)), self._timeout_s)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             self._fail(f"The source's port cannot be reached: {error}.", error)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tunnels is not None:
@@ -213,6 +213,10 @@ class TcpSink:
         large = grant.length_bytes >= STREAMED_BYTES and grant.part_bytes >= STREAMED_PART_BYTES
         shares = shares_of(len(target), STREAMS if large else 1)
         lines = [pair.idle.pop() if pair.idle else self._new_line(pair) for _ in shares]
+        works = [
+            partial(self._fetch, line, grant, target, share, on_landed)
+            for line, share in zip(lines, shares, strict=True)
+        ]
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         pair.active.update(dict.fromkeys(lines, ended))
 
@@ -220,16 +224,10 @@ class TcpSink:
             for line in lines:
                 line.stop()
 
-        def fetch() -> None:
-            works = [
-                partial(self._fetch, line, grant, target, share, on_landed)
-                for line, share in zip(lines, shares, strict=True)
-            ]
-            run_beside(self._helpers, works, stop)
-
         succeeded = False
         try:
-            copy_s = await run_to_end(self._executor, partial(timed, fetch, self._clock), stop)
+            beside = partial(run_beside, self._helpers, works, stop)
+            copy_s = await run_to_end(self._executor, partial(timed, beside, self._clock), stop)
             succeeded = True
         finally:
             ended.set_result(None)

@@ -189,7 +189,9 @@ class TestSendingTransport:
             await eventually(lambda: pair.source.counts().in_flight == 1, within_s=2.0)
             lost = pair.source_record
             await pair.sink.peer_lost(lost.worker_id, Incarnation(lost.incarnation + 1))
-            await asyncio.sleep(0.05)
+            # What would have been ended is ended before the next pull is over.
+            pair.source.offer(key("b"), blocks(2))
+            await pair.pull(key("b"), BlockRange(1, 0), ())
             assert not pulling.done()
             began_s = time.monotonic()
             await pair.sink.peer_lost(lost.worker_id, lost.incarnation)
