@@ -11,6 +11,7 @@ from functools import partial
 
 import structlog
 
+from kvtransfer.checksums import XXH3
 from kvtransfer.contract import (
     BlockMemory,
     HandoffKey,
@@ -84,7 +85,8 @@ class HandoffSource:
         self._transports = {transport.name: transport for transport in made}
         self._hashers = hashers(memory) if config.checksum else {}
         self._pairs = SourcePairs(config, self._transports, tuple(self._hashers))
-        self._sums = PieceSums(self._read_ended)
+        # A device hashes in a launch, and takes no core from what sends: there it can wait for the pull.
+        self._sums = PieceSums(self._read_ended, self._hashers.get(XXH3), memory.block_bytes)
         self._sends: set[asyncio.Task[bool]] = set()
         self._timers: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -139,6 +141,7 @@ class HandoffSource:
         """
         whole = KvReady(len(blocks), self._layers)
         self._book.add(key, blocks, whole if ready is None else ready, self._clock())
+        self._hash_ahead(key)
         self._changed.set()
 
     def advance(self, key: HandoffKey, ready: KvReady) -> None:
@@ -151,6 +154,7 @@ class HandoffSource:
             return
         offer.ready = grown(offer.ready, ready)
         offer.machine.grew(self._clock())
+        self._hash_ahead(key)
         self._announce()
 
     def withdraw(self, leg_id: LegId) -> None:
@@ -245,6 +249,11 @@ class HandoffSource:
         """Where the hand-off stands; None when it is not known (any more)."""
         offer = self._book.get(key)
         return None if offer is None else offer.machine.state
+
+    def _hash_ahead(self, key: HandoffKey) -> None:
+        offer = self._book.get(key)
+        if offer is not None and complete(offer.ready, len(offer.blocks), self._layers):
+            self._sums.offered(offer)
 
     def _find(self, ask: PullAsk) -> Offer:
         self._check_digest(ask.digest)
