@@ -10,8 +10,9 @@ from typing import TypeVar
 import structlog
 
 from kvtransfer.checksums import piece_checksum
-from kvtransfer.contract import HandoffKey
+from kvtransfer.contract import BlockMemory, HandoffKey
 from kvtransfer.handoffs.offers import Offer, Piece
+from kvtransfer.handoffs.pieces import complete
 from kvtransfer.hashing import Hasher
 from tandem.errors import TransferError
 from tandem.ids import BlockId
@@ -29,26 +30,29 @@ class PieceSums:
     """
 
     def __init__(
-        self, on_read_ended: Callable[[Offer], object], ahead: Hasher | None, block_bytes: int
+        self, on_read_ended: Callable[[Offer], object], ahead: Hasher | None, memory: BlockMemory
     ) -> None:
         self._on_read_ended = on_read_ended
         self._hasher_ahead = ahead
-        self._block_bytes = block_bytes
+        self._block_bytes = memory.block_bytes
+        self._layers = memory.block_bytes // memory.layer_bytes
         self._ahead: dict[HandoffKey, asyncio.Future[tuple[int, ...] | None]] = {}
         self._running: dict[tuple[HandoffKey, int], asyncio.Future[int | None]] = {}
         self._stops: dict[HandoffKey, threading.Event] = {}
         self._executor = ThreadPoolExecutor(1, "kv-checksum")
 
     def offered(self, offer: Offer) -> None:
-        """Hashes the blocks of an offer that is whole, unless a sink has begun to pull it.
+        """Hashes the blocks of an offer once all are there, unless a sink has begun to pull them.
 
-        It waits for its sink then, whose transfer would share cores and memory with the hashing.
+        The offer waits for its sink then; later its transfer would share cores and memory with the hashing.
         """
-        hasher = self._hasher_ahead
-        if hasher is None or offer.pieces or len(offer.blocks) * self._block_bytes <= hasher.inline_bytes:
+        hasher, key = self._hasher_ahead, offer.machine.key
+        if hasher is None or offer.pieces or key in self._ahead:
             return
-        work = partial(_sums, hasher, offer.blocks, 0, self._block_bytes)
-        self._ahead[offer.machine.key] = self._begun(offer, work)
+        large = len(offer.blocks) * self._block_bytes > hasher.inline_bytes
+        if large and complete(offer.ready, len(offer.blocks), self._layers):
+            work = partial(_sums, hasher, offer.blocks, 0, self._block_bytes)
+            self._ahead[key] = self._begun(offer, work)
 
     def begin(self, offer: Offer, number: int, piece: Piece, hasher: Hasher) -> None:
         """Starts on a piece that was granted, so that its checksum is there when the sink commits."""
