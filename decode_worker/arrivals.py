@@ -19,11 +19,10 @@ from decode_worker.decode_leg import (
 )
 from decode_worker.room import RoomRules
 from engine.blocks import BlockPool
+from engine.leg_bounds import RETRY_AFTER_S, check_queue
 from engine.transitions import next_state
 from tandem.errors import Overloaded, ProtocolError
 from tandem.ids import BlockId, LegId
-
-RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +66,7 @@ class Arrivals:
             raise Overloaded(f"a former pull of leg {leg.leg_id} has not ended", RETRY_AFTER_S)
         if known is not None:
             raise ProtocolError(f"leg {leg.leg_id} is here already")
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded(f"{self._max_waiting} legs wait already", RETRY_AFTER_S)
+        check_queue(len(self._waiting), self._max_waiting)
         self._arrived += 1
         record = LegRecord(leg, self._arrived, now_s, leg.samples, started)
         self._legs[leg.leg_id] = record

@@ -31,6 +31,9 @@ LINE_BYTES: Final = 64
 SPAN_BYTES: Final = 16 * LINE_BYTES
 """Stripes between two scrambles of XXH3's accumulators."""
 
+TAIL_BYTES: Final = 15 * LINE_BYTES
+"""What is left before the last line of a row that spans divide, which KV mostly is."""
+
 SHORT_BYTES: Final = 240
 """Up to so many bytes XXH3 is another function, which is left to its library."""
 
@@ -221,6 +224,7 @@ _stream_lines: Final[Any] = _passing(4, _Store.STREAMED, hashes=False)
 _hash_span: Final[Any] = _passing(16, _Store.NOWHERE, hashes=True)
 _copy_hash_span: Final[Any] = _passing(16, _Store.CACHED, hashes=True)
 _stream_hash_span: Final[Any] = _passing(16, _Store.STREAMED, hashes=True)
+_stream_hash_tail: Final[Any] = _passing(15, _Store.STREAMED, hashes=True)
 _hash_line: Final[Any] = _passing(1, _Store.NOWHERE, hashes=True)
 _copy_hash_line: Final[Any] = _passing(1, _Store.CACHED, hashes=True)
 _stream_hash_line: Final[Any] = _passing(1, _Store.STREAMED, hashes=True)
@@ -269,7 +273,7 @@ def _hash_loop(reads: Addresses, length: int, secret: int, mixed: int, sums: Sum
 
 
 def _copy_hash_loop(
-    reads: Addresses, writes: Addresses, length: int, streams: bool, secret: int, mixed: int, sums: Sums
+    reads: Addresses, writes: Addresses, length: int, secret: int, mixed: int, sums: Sums
 ) -> None:
     last = reads.shape[0] - 1
     whole = (length - 1) // SPAN_BYTES * SPAN_BYTES
@@ -280,23 +284,38 @@ def _copy_hash_loop(
         for at in range(0, whole, SPAN_BYTES):
             ahead = at + AHEAD_BYTES
             wanted = ahead + (read if ahead < length else following)
-            if streams:
-                _stream_hash_span(mixed, secret, read + at, write + at, wanted)
-            else:
-                _copy_hash_span(mixed, secret, read + at, write + at, wanted)
+            _copy_hash_span(mixed, secret, read + at, write + at, wanted)
         for at in range(whole, lines, LINE_BYTES):
             key, wanted = secret + (at - whole) // 8, following + at + AHEAD_BYTES
-            if streams:
-                _stream_hash_line(mixed, key, read + at, write + at, wanted)
-            else:
-                _copy_hash_line(mixed, key, read + at, write + at, wanted)
-        wanted = following + lines + AHEAD_BYTES
-        if streams:
-            _stream_hash_line(mixed, secret + _LAST_AT, read + lines, write + lines, wanted)
+            _copy_hash_line(mixed, key, read + at, write + at, wanted)
+        # The last line overlaps the one before unless lines divide the row; it is hashed as it lies.
+        _copy(write + lines, read + lines, length - lines)
+        end, wanted = write + length - LINE_BYTES, following + lines + AHEAD_BYTES
+        _hash_line(mixed, secret + _LAST_AT, end, 0, wanted)
+        sums[row] = _end(mixed, secret, length)
+
+
+def _stream_hash_loop(
+    reads: Addresses, writes: Addresses, length: int, secret: int, mixed: int, sums: Sums
+) -> None:
+    last = reads.shape[0] - 1
+    whole = (length - 1) // SPAN_BYTES * SPAN_BYTES
+    lines = length - LINE_BYTES
+    for row in range(reads.shape[0]):
+        read, write, following = reads[row], writes[row], reads[min(row + 1, last)] - length
+        _begin(mixed)
+        for at in range(0, whole, SPAN_BYTES):
+            ahead = at + AHEAD_BYTES
+            wanted = ahead + (read if ahead < length else following)
+            _stream_hash_span(mixed, secret, read + at, write + at, wanted)
+        wanted = following + AHEAD_BYTES
+        if lines - whole == TAIL_BYTES:
+            _stream_hash_tail(mixed, secret, read + whole, write + whole, wanted + whole)
         else:
-            # The last line overlaps the one before unless lines divide the row; it is hashed as it lies.
-            _copy(write + lines, read + lines, length - lines)
-            _hash_line(mixed, secret + _LAST_AT, write + length - LINE_BYTES, 0, wanted)
+            for at in range(whole, lines, LINE_BYTES):
+                key = secret + (at - whole) // 8
+                _stream_hash_line(mixed, key, read + at, write + at, wanted + at)
+        _stream_hash_line(mixed, secret + _LAST_AT, read + lines, write + lines, wanted + lines)
         sums[row] = _end(mixed, secret, length)
     _settle()
 
@@ -304,7 +323,8 @@ def _copy_hash_loop(
 _copy_rows: Final = _compiled("void(i8[::1], i8[::1], i8)", _copy_loop)
 _stream_rows: Final = _compiled("void(i8[::1], i8[::1], i8)", _stream_loop)
 _hash_rows: Final = _compiled("void(i8[::1], i8, i8, i8, u8[::1])", _hash_loop)
-_copy_hash_rows: Final = _compiled("void(i8[::1], i8[::1], i8, b1, i8, i8, u8[::1])", _copy_hash_loop)
+_copy_hash_rows: Final = _compiled("void(i8[::1], i8[::1], i8, i8, i8, u8[::1])", _copy_hash_loop)
+_stream_hash_rows: Final = _compiled("void(i8[::1], i8[::1], i8, i8, i8, u8[::1])", _stream_hash_loop)
 
 
 def copy_rows(reads: Addresses, writes: Addresses, length: int) -> None:
@@ -330,8 +350,8 @@ def copy_and_hash_rows(reads: Addresses, writes: Addresses, length: int) -> Sums
         _copy_rows(reads, writes, length)
         return hash_rows(writes, length)
     sums, mixed = np.empty(len(reads), dtype=np.uint64), np.empty(LINE_BYTES, dtype=np.uint8)
-    streams = _streams(writes, length)
-    _copy_hash_rows(reads, writes, length, streams, _SECRET.ctypes.data, mixed.ctypes.data, sums)
+    rows = _stream_hash_rows if _streams(writes, length) else _copy_hash_rows
+    rows(reads, writes, length, _SECRET.ctypes.data, mixed.ctypes.data, sums)
     return sums
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from engine.blocks import BlockPool, distinct_blocks
 from engine.ending import banned_tokens, ending_after
 from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
+from engine.leg_bounds import check_pool, check_queue
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
 from engine.transitions import next_state
 from prefill_worker.prefill_leg import (
@@ -29,12 +30,10 @@ from prefill_worker.prefill_leg import (
     PrefillOutcome,
 )
 from prefill_worker.reading_order import ReadingRules
-from tandem.errors import InvalidRequest, OutOfBlocks, Overloaded, PromptTooLong, ProtocolError
+from tandem.errors import InvalidRequest, OutOfBlocks, PromptTooLong, ProtocolError
 from tandem.ids import BlockId, LegId
 
 __all__ = ["GrownLeg", "LegState", "OfferedLeg", "PrefillLeg", "PrefillOutcome", "PrefillScheduler"]
-
-_RETRY_AFTER_S = 1.0
 
 
 class PrefillScheduler:
@@ -88,8 +87,7 @@ class PrefillScheduler:
         if leg.leg_id in self._legs:
             raise ProtocolError(f"leg {leg.leg_id} is here already")
         self._check(leg)
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded(f"{self._max_waiting} legs wait already", _RETRY_AFTER_S)
+        check_queue(len(self._waiting), self._max_waiting)
         self._arrivals += 1
         record = LegRecord(leg, self._arrivals, now_s, leg.sample_indices)
         self._legs[leg.leg_id] = record
@@ -226,9 +224,7 @@ class PrefillScheduler:
             raise InvalidRequest("no sample is asked for", "sample_indices")
         if tokens >= self._context_tokens:
             raise PromptTooLong(f"{tokens} tokens leave no room in a context of {self._context_tokens}")
-        capacity = self._pool.num_blocks * self._pool.block_size
-        if tokens > capacity:
-            raise PromptTooLong(f"{tokens} tokens are more than the {capacity} that this worker's pool holds")
+        check_pool(tokens, self._pool.num_blocks * self._pool.block_size)
 
     def _expirable(self) -> list[LegRecord]:
         return [*self._waiting, *(record for record in self._running if record.state in READING)]

@@ -11,6 +11,7 @@ from functools import partial
 
 import structlog
 
+from kvtransfer.checksums import XXH3
 from kvtransfer.contract import (
     BlockMemory,
     HandoffKey,
@@ -84,7 +85,8 @@ class HandoffSource:
         self._transports = {transport.name: transport for transport in made}
         self._hashers = hashers(memory) if config.checksum else {}
         self._pairs = SourcePairs(config, self._transports, tuple(self._hashers))
-        self._sums = PieceSums(self._read_ended)
+        # A device hashes in a launch, and takes no core from what sends: there it can wait for the pull.
+        self._sums = PieceSums(self._read_ended, self._hashers.get(XXH3), memory)
         self._sends = Sends(clock, self._settle)
         self._timers: asyncio.Task[None] | None = None
         self._broken: str | None = None
@@ -137,7 +139,7 @@ class HandoffSource:
         offered before.
         """
         whole = KvReady(len(blocks), self._layers)
-        self._book.add(key, blocks, whole if ready is None else ready, self._clock())
+        self._sums.offered(self._book.add(key, blocks, whole if ready is None else ready, self._clock()))
         self._changed.set()
 
     def advance(self, key: HandoffKey, ready: KvReady) -> None:
@@ -150,6 +152,7 @@ class HandoffSource:
             return
         offer.ready = grown(offer.ready, ready)
         offer.machine.grew(self._clock())
+        self._sums.offered(offer)
         self._announce()
 
     def withdraw(self, leg_id: LegId) -> None:

@@ -21,6 +21,7 @@ from planner.simulation.utilisation import Utilisation
 from planner.workloads.workload import SimRequest
 from router.admission import Admission, fit_context
 from router.dispatch import POLICIES, DecodeNeed, DispatchPolicy, PrefillNeed
+from router.placement import Windows, decode_blocks
 from router.prefix_index import PrefixIndex
 from router.timeline import Pace, SampleTimes, Timeline
 from router.worker_key import WorkerKey
@@ -47,6 +48,7 @@ class PlainCluster:
         if setup.router.dispatch not in POLICIES:
             raise ConfigError(f"dispatch must be one of {', '.join(sorted(POLICIES))}.")
         self._rules = setup.router
+        self._windows = Windows(setup.router.prefill_window_tokens, setup.router.decode_window_legs)
         self._times = setup.times
         self._transfer = setup.transfer
         self._hops = setup.hops
@@ -120,15 +122,11 @@ class PlainCluster:
 
     def _pump(self) -> None:
         """Sends waiting requests to workers as long as there is room."""
-        window = self._rules.prefill_window_tokens
         while self._waiting and self._admission.may_start:
             request = self._waiting[0]
-            tokens = request.asked.prompt_tokens
-            views = []
-            for site in self._prefills.values():
-                load = site.load
-                if not load.prefilling_legs or load.prefilling_tokens + tokens <= window:
-                    views.append(load.view())
+            tokens = request.tokens
+            let_read = self._windows.let_read
+            views = [site.load.view() for site in self._prefills.values() if let_read(site.load, tokens)]
             if not views:
                 break
             key = views[0].key
@@ -143,13 +141,13 @@ class PlainCluster:
         self._pump_decode()
 
     def _pump_decode(self) -> None:
-        window = max(1, self._rules.decode_window_legs)
         while self._offered:
-            views = [site.load.view() for site in self._decodes.values() if site.load.fetching_legs < window]
+            let_fetch = self._windows.let_fetch
+            views = [site.load.view() for site in self._decodes.values() if let_fetch(site.load)]
             if not views:
                 return
             request = heapq.heappop(self._offered)[2]
-            blocks = request.asked.prompt_tokens // self._block_size + 1
+            blocks = decode_blocks(request.tokens, 1, self._block_size)
             key = views[0].key
             if len(views) > 1:
                 key = self._policy.decode(DecodeNeed(blocks, 1, ()), views)

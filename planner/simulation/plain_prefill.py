@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from engine.leg_bounds import check_pool, check_queue
 from planner.latency import PromptPart, StepShape
 from planner.simulation.events import NEWS, STEP_BEGIN, STEP_END, EventQueue
 from planner.simulation.plain_request import NotPlainError, PlainRequest
@@ -9,6 +10,7 @@ from planner.simulation.setup import WorkerSpec
 from planner.simulation.utilisation import Utilisation
 from prefill_worker.reading_order import ReadingRules
 from router.worker_load import ReportedLoad, WorkerLoad
+from tandem.errors import TandemError
 
 Outcome = Callable[["PlainPrefill", list[PlainRequest]], None]
 """Told the requests whose prompts are read, in order."""
@@ -36,8 +38,11 @@ class PlainPrefill:
         """Queues a prompt. Raises NotPlainError when the worker would refuse it."""
         size = self.spec.block_size
         request.blocks = -(-request.tokens // size)
-        if request.blocks > self.spec.pool_blocks or len(self._waiting) >= self.spec.max_waiting:
-            raise NotPlainError
+        try:
+            check_pool(request.tokens, self.spec.pool_blocks * size)
+            check_queue(len(self._waiting), self.spec.max_waiting)
+        except TandemError as error:
+            raise NotPlainError from error
         self._waiting.append(request)
         self.kick()
 
@@ -48,8 +53,8 @@ class PlainPrefill:
         self.kick()
 
     def kick(self) -> None:
-        """Begins a step, once all news of this instant is heard, if none is under way."""
-        if not self._busy:
+        """Begins a step, once all news of this instant is heard, if there is one to begin."""
+        if not self._busy and (self._waiting or self._running):
             self._busy = True
             self._events.at(self._events.now_s, STEP_BEGIN, self._begin, None)
 
