@@ -118,6 +118,6 @@ def _spans(slices: Sequence[SequenceSlice]) -> list[Span]:
         if not part.token_ids:
             raise ProtocolError("A step plan holds a slice without tokens.")
         tree = part.draft if part.draft.parents else NO_DRAFT
-        spans.append(Span(row, len(part.token_ids), part.start, part.block_table, tree))
+        spans.append(Span(row, len(part.token_ids), part.start, part.block_table, tree, part.bounded))
         row += len(part.token_ids)
     return spans
