@@ -20,6 +20,7 @@ import torch
 from benchmarks.kv_policy_reader import (
     DEFAULT,
     POLICIES,
+    WINDOW,
     Model,
     Policy,
     Prompt,
@@ -47,10 +48,7 @@ from tandem.logs import configure_logging
 
 SPEED_STEPS = 32
 DEPTHS = len(FACTS)
-LATER = 16
-"""Tokens of plain text before a question that is asked later: a window of morph."""
-
-LEAD = 16
+LEAD = WINDOW
 """Tokens after a prompt that are not scored: morph keeps all of it for a window."""
 
 
@@ -58,8 +56,9 @@ LEAD = 16
 class NeedleFigures:
     """One policy at one length of prompt.
 
-    `asked` is at once, or `later`: after LATER tokens that have nothing to do with it. `by_depth` counts what was
-    found of each place in the prompt; `low` to `high` is the 95 % Wilson interval of `found` / `needles`.
+    `asked` is at once: morph first drops when it has seen the question, before it sees any of the answer; or
+    `later`: it has dropped once before the question. `by_depth` counts what was found of each place in the prompt; `low` to `high` is the
+    95 % Wilson interval of `found` / `needles`.
     """
 
     policy: str
@@ -111,15 +110,15 @@ def needles(
 ) -> Iterator[NeedleFigures]:
     """Numbers that each policy finds, of `count` in all."""
     hay = haystacks(model.tokenizer, text, tokens, count // DEPTHS)
-    between = model.tokenizer.encode(text)[-LATER:]
-    going_on = -(-(LATER + 64 + ANSWER_TOKENS) // BLOCK_SIZE)
+    plain = model.tokenizer.encode(text)[-2 * WINDOW :]
+    going_on = -(-(2 * WINDOW + ANSWER_TOKENS) // BLOCK_SIZE)
     blocks = sum(len(one.prompt) for one in hay) // BLOCK_SIZE + count * (going_on + _kept_blocks(policies))
     for reader, chosen in _readers(model, blocks, policies):
         asked = [(reader.read(one.prompt), one) for one in hay]
         for policy in chosen:
-            yield _found(model, reader, policy, asked, ())
+            yield _found(model, reader, policy, asked, plain[1 - WINDOW :])
             if policy.reading.budget is not None:
-                yield _found(model, reader, policy, asked, between)
+                yield _found(model, reader, policy, asked, plain[1 - 2 * WINDOW :])
 
 
 def _found(
@@ -127,15 +126,15 @@ def _found(
     reader: Reader,
     policy: Policy,
     asked: Sequence[tuple[Prompt, Haystack]],
-    between: Sequence[int],
+    plain: Sequence[int],
 ) -> NeedleFigures:
-    by_depth = found_by_depth(reader, model.tokenizer, policy, asked, between)
+    by_depth = found_by_depth(reader, model.tokenizer, policy, asked, plain, len(plain))
     found, total = sum(by_depth), sum(len(haystack.needles) for _, haystack in asked)
     low, high = wilson_interval(found, total)
     return NeedleFigures(
         policy=policy.name,
         prompt_tokens=max(prompt.tokens for prompt, _ in asked),
-        asked="later" if between else "at once",
+        asked="later" if len(plain) > WINDOW else "at once",
         needles=total,
         found=found,
         low=low,
@@ -147,7 +146,7 @@ def _found(
 def perplexity(
     model: Model, text: str, tokens: int, shape: tuple[int, int], policies: Sequence[Policy]
 ) -> Iterator[TextFigures]:
-    """Full float32 before all others; `shape` is how many parts of the text, and the scored tokens of each."""
+    """Full float32 before all others; `shape` is how many parts of the text, and scored tokens of each."""
     count, scored = shape
     parts = pieces(model.tokenizer, text, tokens, count, LEAD + scored + 1)
     going_on = -(-(LEAD + scored + 1) // BLOCK_SIZE)

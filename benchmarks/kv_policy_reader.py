@@ -31,6 +31,7 @@ from tandem.ids import BlockId
 CHUNK_TOKENS = 512
 WINDOW = 16
 CPU = torch.device("cpu")
+ALL = Reading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Policy:
 
     name: str
     stored: torch.dtype = torch.float32
-    reading: Reading = Reading()
+    reading: Reading = ALL
     native: bool = False
 
 

@@ -1,4 +1,4 @@
-"""Edge: how well a model does a task under a KV policy: numbers that it names, and the text that it expects."""
+"""Edge: how well a model does a task under a KV policy: numbers it names, and the text it expects."""
 
 import math
 from collections.abc import Sequence
@@ -31,19 +31,21 @@ def found_by_depth(
     tokenizer: Tokenizer,
     policy: Policy,
     asked: Sequence[tuple[Prompt, Haystack]],
-    between: Sequence[int],
+    plain: Sequence[int],
+    before: int,
 ) -> list[int]:
     """How many numbers are named, digit for digit and greedily, for each place in the haystacks.
 
-    All numbers of all haystacks are asked for at once, in sequences of their own. `between` are tokens that are
-    fed before the question.
+    All numbers of all haystacks are asked for side by side, in sequences of their own. `before` tokens are
+    fed before the last one of each question: the rest of the question, and `plain` ones before it.
     """
     prompts = [prompt for prompt, haystack in asked for _ in haystack.needles]
     needles = [needle for _, haystack in asked for needle in haystack.needles]
-    fed = [[*between, *tokenizer.encode(needle.question)] for needle in needles]
+    questions = [tokenizer.encode(needle.question) for needle in needles]
+    fed = [[*plain[len(plain) + len(own) - 1 - before :], *own] for own in questions]
     answers: list[list[int]] = [[] for _ in needles]
     with reader.sequences(policy, prompts) as going:
-        for offset in range(max(map(len, fed)) + ANSWER_TOKENS):
+        for offset in range(before + ANSWER_TOKENS):
             now = [(*question, *answer)[offset] for question, answer in zip(fed, answers, strict=True)]
             likeliest = going.feed(now).argmax(1).tolist()
             for question, answer, token in zip(fed, answers, likeliest, strict=True):

@@ -24,7 +24,7 @@ FACTS = (
 )
 """What is hidden; a prompt has each of them once."""
 
-PLACES = [
+PLACES = (
     "Lisbon",
     "Bergen",
     "Ravenna",
@@ -57,7 +57,7 @@ PLACES = [
     "Toronto",
     "Chicago",
     "Moscow",
-]
+)
 """Where; no two begin with the same letters."""
 
 
@@ -76,8 +76,8 @@ class Needle:
 
     @property
     def question(self) -> str:
-        """What comes before the number when it is asked for: the beginning, and then once more."""
-        return f"\n\n{self.beginning} what?\n{self.beginning}"
+        """What comes before the number when it is asked for."""
+        return f"\n\n{self.beginning}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def digest(text: str) -> str:
 
 
 def haystacks(tokenizer: Tokenizer, text: str, tokens: int, count: int) -> tuple[Haystack, ...]:
-    """`count` prompts of at most `tokens` tokens, other parts of the text each, with all FACTS in each.
+    """`count` prompts of about `tokens` tokens, other parts of the text each, with all FACTS in each.
 
     Needle i of n lies about (i + 1/2) / n into its prompt; which fact that is, changes from prompt to prompt.
     Raises InvalidRequest when the text is too short.

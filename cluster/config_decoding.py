@@ -26,8 +26,8 @@ class KvSelectionSection(Section):
         default=1024,
         ge=2,
         le=1_048_576,
-        description="Tokens of a sample that have KV with `morph`, `window_tokens` after it arrived; two windows "
-        "or more.",
+        description="Tokens of a sample that have KV with `morph`, once it wrote `window_tokens` here; two "
+        "windows or more.",
     )
     window_tokens: int = Field(
         default=16,
@@ -37,7 +37,8 @@ class KvSelectionSection(Section):
     )
     fusion: Literal["sum", "max"] = Field(
         default="sum",
-        description="How `morph` scores a token: by the `sum` or the largest (`max`) of the window's attention.",
+        description="How `morph` scores a token: by the `sum` or the largest (`max`) of the attention that "
+        "each of the window's tokens gives it.",
     )
 
     @model_validator(mode="after")

@@ -50,8 +50,8 @@ class NcclConfig:
 class KvSelectionConfig:
     """Which of its KV a decode worker reads or keeps: `policy` full, quest or morph.
 
-    quest reads `pages` blocks a KV head. morph keeps KV of at most `budget_tokens` tokens a sequence, those that
-    the last `window_tokens` attend to most; `fusion` sum or max makes one score of their attention.
+    quest reads `pages` blocks a KV head. morph keeps KV of at most `budget_tokens` tokens a sequence, those
+    that the last `window_tokens` attend to most; `fusion` sum or max makes one score of their attention.
     """
 
     policy: str

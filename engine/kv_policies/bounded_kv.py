@@ -1,8 +1,8 @@
 """Pure: sequences that hold KV of a bounded number of tokens (MorphKV, arXiv 2503.00979).
 
-A sequence whose KV has filled its budget gives up the old tokens that its recent ones attended to least. Every
-layer and K/V head keeps others, but all keep as many, so that what is left lies in fewer blocks. A slot is a
-place in the sequence's blocks: at first token i lies in slot i, later in one before it.
+A sequence whose KV has filled its budget gives up the old tokens that its recent ones attended to least.
+Every layer and K/V head keeps others, but all keep as many, so that what is left lies in fewer blocks. A slot
+is a place in the sequence's blocks: at first token i lies in slot i, later in one before it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tandem.ids import BlockId
 
 @dataclass(frozen=True, slots=True)
 class KvBudget:
-    """At most `tokens` have KV; the last `window` are kept, and decide by their attention which others are."""
+    """At most `tokens` have KV: the last `window`, and others that these attend to."""
 
     tokens: int
     window: int

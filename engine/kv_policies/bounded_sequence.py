@@ -40,7 +40,7 @@ class BoundedSequence:
         return KvDrop(self.key, held, budget.kept, source, tuple(target[:kept])), leaving
 
     def note(self, budget: KvBudget, computed: int, fed: int) -> BoundedKv | None:
-        """What the slice of that step says of the sequence; None while it has all its KV and is not watched."""
+        """What that step's slice says of the sequence; None while it has all its KV and is not watched."""
         watched = budget.watches(computed - self.dropped, fed)
         return BoundedKv(self.key, self.dropped, watched) if watched or self.dropped else None
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.kv_policies.bounded_kv import KvBudget
 from tandem.worker_config import WorkerConfig
 
 INT8 = "int8"
@@ -96,3 +97,11 @@ def kv_settings(config: WorkerConfig) -> KvSettings:
         codec=config.codec,
         speculates=config.speculative is not None,
     )
+
+
+def kv_budget(config: WorkerConfig) -> KvBudget | None:
+    """How many tokens of a sequence may have KV; None for all."""
+    selection = config.kv_selection
+    if selection is None or selection.policy != MORPH:
+        return None
+    return KvBudget(selection.budget_tokens, selection.window_tokens)

@@ -8,8 +8,7 @@ import torch
 from engine.attention import AttentionBackend
 from engine.contract import StepRunner
 from engine.kv_cache import KvCache
-from engine.kv_policies.bounded_kv import KvBudget
-from engine.kv_policies.capabilities import FULL, INT8, MORPH, QUEST, kv_fault, kv_settings
+from engine.kv_policies.capabilities import FULL, INT8, MORPH, QUEST, kv_budget, kv_fault, kv_settings
 from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_runner import PageRunner
 from engine.model_config import ModelConfig
@@ -60,19 +59,11 @@ def _check_selection(selection: KvSelectionConfig, role: Role) -> None:
         raise ConfigError(f"kv_selection needs {LEAST_PAGES} pages or more, not {selection.pages}.")
     if selection.window_tokens < 1 or selection.budget_tokens < 2 * selection.window_tokens:
         raise ConfigError(
-            f"kv_selection needs a budget of two windows or more, not {selection.budget_tokens} tokens with a "
-            f"window of {selection.window_tokens}."
+            "kv_selection needs a budget of two windows or more, not "
+            f"{selection.budget_tokens} tokens with a window of {selection.window_tokens}."
         )
     if selection.fusion not in FUSIONS:
         raise ConfigError(f"fusion {selection.fusion!r} is unknown; allowed: {', '.join(FUSIONS)}.")
-
-
-def kv_budget(config: WorkerConfig) -> KvBudget | None:
-    """How many tokens of a sequence may have KV; None for all."""
-    selection = config.kv_selection
-    if selection is None or selection.policy != MORPH:
-        return None
-    return KvBudget(selection.budget_tokens, selection.window_tokens)
 
 
 def open_kv(

@@ -35,10 +35,10 @@ _ALONE_NUMBERS = 16384
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Which pages of the KV a token reads, or may: all where neither is said.
+    """How tokens read KV: all pages where nothing is said.
 
-    `pages` a K/V head in layers from FULL_LAYERS on, at least 1 (Quest). With a `budget` sequences are watched
-    (MorphKV); `largest` is how their attention is fused, see RecentAttention.
+    `pages` a K/V head in layers from FULL_LAYERS on, at least 1 (Quest). With a `budget` what they attend to
+    is taken down (MorphKV); `largest` says how, see RecentAttention.
     """
 
     pages: int | None = None

@@ -1,4 +1,4 @@
-"""Edge: a step runner whose attention hears which blocks others wrote, which are copied, and what is dropped."""
+"""Edge: a step runner whose attention hears what else than its tokens changes the pool."""
 
 import time
 from dataclasses import replace

@@ -63,7 +63,8 @@ class PagedRows:
     ) -> None:
         """Stores one layer's K and V of some tokens, each [tokens, kv_heads, head_dim].
 
-        The heads of a token are contiguous. Takes the keys into `bounds` [num_blocks, layers, kv_heads, 2, head_dim] where these are given.
+        A token's heads are contiguous. Takes the keys into `bounds`, if given: float32 [num_blocks, layers,
+        kv_heads, 2, head_dim].
         """
         exact = keys.float(), values.float()
         run = self._store.alone if exact[0].numel() < _ALONE_NUMBERS else self._store

@@ -58,8 +58,8 @@ class RecentAttention:
 def kept_slots(scores: Tensor, keep: int, window: int) -> Tensor:
     """The slots that stay, int64 [layers, kv_heads, keep], ascending; of equal scores the earlier stays.
 
-    `scores` [layers, kv_heads, held]. Stay the last `window` of the held slots, and of the others those with the
-    largest scores (MorphKV, section 3.2).
+    Of `scores` [layers, kv_heads, held] the last `window` slots stay, and of the others those that score
+    highest (MorphKV, section 3).
     """
     held = scores.shape[2]
     ranked = scores[:, :, : held - window].sort(dim=2, descending=True, stable=True).indices

@@ -1,4 +1,4 @@
-"""Edge: loops over the rows of a paged KV pool, of float32 or of eight bits, over all its pages or chosen ones.
+"""Edge: loops over the rows of a paged KV pool of float32 or eight bits, over all its pages or chosen ones.
 
 A pool is flat here: `numbers` holds its rows, `scales` are the same bytes as float32. A row is one head's K
 or V of one token: head_dim numbers, in an eight-bit pool followed by their scale. `shape` is (layers,
@@ -82,8 +82,8 @@ def choose_pages(layer, head, queries, bounds, table, first, last, pages):
     """The pages (blocks by their place in the sequence) in which a query may find its largest scores.
 
     queries [group, head_dim] share a K/V head; `first` and `last` are the pages that they see at both ends of
-    `table`. Writes len(pages) places in ascending order and returns their number, or -1 for all. The last page
-    is always among them; the others have the largest bounds of q . k over all k between their least and
+    `table`. Writes len(pages) places in ascending order and returns their number, or -1 for all. The last
+    page is always among them; the others have the largest bounds of q . k over all k between their least and
     greatest keys (Quest, section 3.3), where a page's bound is the largest of the queries' (NaN: the least).
     """
     wanted = pages.shape[0]
@@ -291,8 +291,8 @@ def _attend_head(given, shape, numbers, scales, index, head):
 
 
 def store_tokens(arguments):
-    """Arguments: the pool (0 to 9), layer, tokens, their blocks, offsets, K, V (15), numbers between two tokens
-    of K and of V, bounds to extend, their blocks (19; 0: none)."""
+    """Arguments: the pool (0 to 9), layer, tokens, their blocks, offsets, K, V (15), numbers between two
+    tokens of K and of V, bounds to extend, their blocks (19; 0: none)."""
     given = integers(arguments)
     scales = carray(floats(given[1]), (given[3],))
     if given[4]:
@@ -346,8 +346,8 @@ def _keep_rows(given, numbers):
 
 
 def keep_rows(arguments):
-    """Arguments: the pool (0 to 9), how many slots stay, which [layers, kv_heads, slots] ascending, the tables
-    of blocks that they lie in and go to (13).
+    """Arguments: the pool (0 to 9), how many slots stay, which [layers, kv_heads, slots] ascending, the
+    tables of blocks that they lie in and go to (13).
 
     No slot goes to a later one, and none into a block of others: what is still to be read is not overwritten.
     """
