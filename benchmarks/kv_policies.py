@@ -57,8 +57,8 @@ class NeedleFigures:
     """One policy at one length of prompt.
 
     `asked` is at once: morph first drops when it has seen the question, before it sees any of the answer; or
-    `later`: it has dropped once before the question. `by_depth` counts what was found of each place in the prompt; `low` to `high` is the
-    95 % Wilson interval of `found` / `needles`.
+    `later`: it has dropped once before the question. `by_depth` counts what was found of each place in the
+    prompt; `low` to `high` is the 95 % Wilson interval of `found` / `needles`.
     """
 
     policy: str

@@ -1,4 +1,4 @@
-"""Pure: what KV policies are tried on: a fixed text, and facts hidden in it that are asked for again."""
+"""Edge: what KV policies are tried on: a fixed text, and facts hidden in it, with numbers drawn by seed."""
 
 import hashlib
 import random
@@ -156,11 +156,11 @@ def _size(tokenizer: Tokenizer, needles: Sequence[Needle]) -> int:
 
 
 def _first(tokenizer: Tokenizer, paragraphs: Sequence[str], tokens: int) -> tuple[list[str], list[str]]:
-    """As many whole paragraphs as fit into so many tokens, and those after them."""
+    """As many whole paragraphs as fit into so many tokens, at least one, and those after them."""
     size = 0
     for count, paragraph in enumerate(paragraphs):
         size += len(tokenizer.encode(paragraph + "\n\n"))
-        if size > tokens:
+        if size > tokens and count > 0:
             return list(paragraphs[:count]), list(paragraphs[count:])
     raise InvalidRequest("The text is too short for the haystacks.", "text")
 

@@ -79,8 +79,9 @@ def _weights(query: Tensor, keys: NDArray[np.float64]) -> NDArray[np.float64]:
     """float64 softmax of one token's queries [heads, head_dim]: [kv_heads, group, keys]."""
     grouped = query.double().numpy().reshape(KV_HEADS, GROUP, HEAD_DIM)
     scores = np.einsum("hgd,khd->hgk", grouped, keys) / np.sqrt(HEAD_DIM)
-    weights: NDArray[np.float64] = np.exp(scores - scores.max(axis=2, keepdims=True))
-    return weights / weights.sum(axis=2, keepdims=True)
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    normalised: NDArray[np.float64] = weights / weights.sum(axis=2, keepdims=True)
+    return normalised
 
 
 @pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
