@@ -41,6 +41,8 @@ class Span:
     def positions(self) -> list[int]:
         """Where each token stands in its sequence; slots of K and V are counted from `start` instead."""
         first = self.start + self.dropped
+        if not self.tree:
+            return list(range(first, first + self.tokens))
         known = self.tokens - len(self.tree)
         last = first + known - 1
         return [*range(first, last + 1), *(last + depth for depth in self.tree.depths())]

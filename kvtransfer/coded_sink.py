@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from kvtransfer.contract import (
     BlockRange,
@@ -13,6 +14,7 @@ from kvtransfer.contract import (
     TransferConfig,
     TransferObserver,
 )
+from kvtransfer.handoffs.pieces import layer_span
 from kvtransfer.handoffs.sink import HandoffSink
 from kvtransfer.staging import StagedMemory
 from kvtransfer.threads import run_to_end
@@ -51,7 +53,9 @@ class CodedSink(HandoffSink):
         report = await super().pull(key, source, block_range, target_blocks, priority, remaining_s)
         began_s = self._clock()
         stop = threading.Event()
-        await run_to_end(self._decoder, lambda: self._staged.decode(target_blocks, stop.is_set), stop.set)
+        layers = range(*layer_span(block_range, self._staged.layers))
+        decode = partial(self._staged.decode, target_blocks, layers, stop.is_set)
+        await run_to_end(self._decoder, decode, stop.set)
         return replace(report, decode_s=self._clock() - began_s)
 
     async def close(self) -> None:

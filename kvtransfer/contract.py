@@ -90,6 +90,10 @@ class PeerId:
         """The life that a record describes."""
         return cls(record.worker_id, record.incarnation)
 
+    def older_life_of(self, other: "PeerId") -> bool:
+        """Whether it is the same worker before it was started anew."""
+        return self.worker_id == other.worker_id and self.incarnation < other.incarnation
+
 
 @dataclass(frozen=True, slots=True)
 class HandoffKey:
@@ -208,6 +212,13 @@ class SourceTransport(Protocol):
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """Address for this sink, who will prove `ticket`; None if the pair cannot use this transport."""
+        ...
+
+    def forget(self, sink: PeerId) -> None:
+        """The sink is gone: it gets no new link until `endpoint` is asked for it again; idempotent.
+
+        A link that it still has stays, because only its end proves that the sink reads nothing any more.
+        """
         ...
 
     async def send(

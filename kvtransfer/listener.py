@@ -61,6 +61,10 @@ class LinkListener:
         """Honours a sink's ticket from now on."""
         self._tickets.admit(sink, ticket)
 
+    def forget(self, sink: PeerId) -> None:
+        """Honours a sink's ticket no longer; its open connections stay. Idempotent."""
+        self._tickets.drop(sink)
+
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Counts what is wrong with what a peer says inside; a TimeoutError leaves as a TransferError."""

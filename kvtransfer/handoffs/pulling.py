@@ -339,6 +339,9 @@ class Pulling:
                 break
             machine.status(status.state, tools.clock())
             machine.tick(tools.clock())
+            if not machine.state.terminal:
+                # The source still holds it, which a commit of now ends or finds wanting: asked in vain.
+                await asyncio.sleep(RETRY_PAUSE_S)
         self._costs.commit_s += tools.clock() - began_s
         if machine.state.terminal and not machine.may_use:
             raise failure

@@ -26,6 +26,7 @@ from kvtransfer.handoffs.sources import KnownSources
 from kvtransfer.handoffs.words import HandoffState, SinkTimes
 from kvtransfer.hashing import hashers
 from kvtransfer.nccl.communicator import CommunicatorCounts, counts_of
+from kvtransfer.threads import to_its_end
 from kvtransfer.transports import sink_transports
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation, WorkerId
@@ -147,6 +148,10 @@ class HandoffSink:
         await self._source_gone(PeerId(worker_id, incarnation))
 
     async def _source_gone(self, peer: PeerId) -> None:
+        """All of it, also when the pull that noticed is cancelled: half of it nobody would do later."""
+        await to_its_end(self._part_from(peer))
+
+    async def _part_from(self, peer: PeerId) -> None:
         """Unmaps and disconnects too: a mapping would keep the dead process's pool in memory."""
         self._end([running for running in self._running if running.peer == peer], "The source is lost.")
         self._roads.forget(peer)

@@ -23,7 +23,7 @@ from kvtransfer.contract import BlockMemory, OnLanded, OnRefused, PeerId, PullGr
 from kvtransfer.listener import LinkListener, is_quiet
 from kvtransfer.native_rows import Sums
 from kvtransfer.tcp import framing
-from kvtransfer.threads import contained, outlast, run_beside, run_to_end, timed
+from kvtransfer.threads import contained, outlast, run_beside, run_to_end, timed, to_its_end
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -74,6 +74,10 @@ class ShmSource:
             return None
         self._listener.admit(sink, ticket)
         return self._address
+
+    def forget(self, sink: PeerId) -> None:
+        """See SourceTransport."""
+        self._listener.forget(sink)
 
     async def send(
         self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
@@ -198,12 +202,8 @@ class ShmSink:
     async def disconnect(self, source: PeerId) -> None:
         """Stops copying from a source, waits until it stopped, and unmaps."""
         mapping = self._mappings.pop(source, None)
-        if mapping is None:
-            return
-        mapping.stop.set()
-        for reader in tuple(mapping.readers):
-            await outlast(reader)
-        mapping.close()
+        if mapping is not None:
+            await to_its_end(_unmapped(mapping))
 
     async def close(self) -> None:
         """Unmaps everything and ends the threads."""
@@ -217,6 +217,14 @@ class ShmSink:
             raise TransferError(TransferFault.DISCONNECTED, "The copy was stopped.")
         if self._clock() >= grant.lease_until_s:
             raise TransferError(TransferFault.LEASE, "The lease ended before all blocks were copied.")
+
+
+async def _unmapped(mapping: _Mapping) -> None:
+    """Once nobody copies from it any more."""
+    mapping.stop.set()
+    for reader in tuple(mapping.readers):
+        await outlast(reader)
+    mapping.close()
 
 
 class _Attaching:

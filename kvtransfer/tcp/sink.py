@@ -22,7 +22,7 @@ from kvtransfer.tcp import framing, vectors
 from kvtransfer.tcp.framing import Header, HeaderKind
 from kvtransfer.tcp.host_pages import HostPages, Part, pages_of
 from kvtransfer.tcp.tls import Tunnels
-from kvtransfer.threads import outlast, run_beside, run_to_end, timed
+from kvtransfer.threads import outlast, run_beside, run_to_end, timed, to_its_end
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -244,13 +244,8 @@ class TcpSink:
     async def disconnect(self, source: PeerId) -> None:
         """Stops what runs with a source, waits until it stopped, and closes its connections."""
         pair = self._pairs.pop(source, None)
-        if pair is None:
-            return
-        for line, ended in tuple(pair.active.items()):
-            line.stop()
-            await outlast(ended)
-        while pair.idle:
-            pair.idle.pop().close()
+        if pair is not None:
+            await to_its_end(_closed(pair))
 
     async def close(self) -> None:
         """Closes all connections and ends the threads."""
@@ -295,6 +290,17 @@ class TcpSink:
             pair.idle.append(line)
         else:
             line.close()
+
+
+async def _closed(pair: _Pair) -> None:
+    """Stops what runs, waits until it stopped (a transfer closes its own lines), and closes the others."""
+    running = tuple(pair.active.items())
+    for line, _ in running:
+        line.stop()
+    for _, ended in running:
+        await outlast(ended)
+    while pair.idle:
+        pair.idle.pop().close()
 
 
 def _drop_unusable(pair: _Pair) -> None:

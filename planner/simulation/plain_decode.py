@@ -1,9 +1,10 @@
-"""Pure: a decode worker of the plain course: DecodeScheduler's rules, blocks counted instead of named."""
+"""Pure: a decode worker of the plain course: the live rule of room, blocks counted instead of named."""
 
 import heapq
 from collections import deque
 from collections.abc import Callable
 
+from decode_worker.room import RoomRules
 from engine.length_sums import LengthSums
 from planner.simulation.events import STEP_BEGIN, STEP_END, EventQueue
 from planner.simulation.gap_log import GapLog
@@ -36,6 +37,7 @@ class PlainDecode:
         self._pull = pull
         self._on_written = on_written
         self._size = spec.block_size
+        self._room = RoomRules(spec.max_batch)
         self._free = spec.pool_blocks
         self._waiting: deque[PlainRequest] = deque()
         self._pulling = 0
@@ -104,9 +106,9 @@ class PlainDecode:
         while self._waiting:
             request = self._waiting[0]
             ahead = self._sums.count + len(self._joining) + self._pulling
-            if ahead >= self.spec.max_batch:
+            needed = self._room.blocks_needed(request.blocks, 1, ahead)
+            if needed is None:
                 break
-            needed = request.blocks + (ahead + 1 if ahead else 0)
             # As long as blocks abound, nobody needs to know how far the run in flight has come.
             if needed + self._most_growth() > self._free:
                 self._sync()

@@ -52,6 +52,7 @@ class DecodeSteps:
         stepwise: bool,
         tell: Tell,
         on_outcome: Callable[[DecodeOutcome], None],
+        on_scheduled: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._latency = latency
@@ -61,6 +62,7 @@ class DecodeSteps:
         self._stepwise = stepwise
         self._tell = tell
         self._on_outcome = on_outcome
+        self._on_scheduled = on_scheduled
         self._stopped = False
         self._busy = False
         self._run: DecodeRun | None = None
@@ -152,12 +154,14 @@ class DecodeSteps:
             dropped = self._scheduler.expire(self._events.now_s)
             if dropped:
                 self._on_outcome(DecodeOutcome((), dropped))
+            self._on_scheduled()
             return
         shape = shape_of(plan)
         took_s = self._latency.step_s(shape)
         read = total_tokens(shape.prompts)
         self._used.step(self._events.now_s, took_s, read, shape.decode_batch)
         self._events.at(self._events.now_s + took_s, STEP_END, self._step_ended, plan)
+        self._on_scheduled()
 
     def _end_after(self, run: DecodeRun, steps: int) -> None:
         self._runs += 1

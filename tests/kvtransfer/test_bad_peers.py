@@ -170,7 +170,6 @@ async def test_request_for_what_is_not_granted_is_refused_by_name(
     road: str, asked: Header, fault: TransferFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvtransfer.posts.MEETING_S", 0.1)
-    monkeypatch.setattr("kvtransfer.tcp.source.MEETING_S", 0.1)
     heard = Heard()
     async with watched_pair(road, heard) as pair:
         await pull_works(pair, "before")

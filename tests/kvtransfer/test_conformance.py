@@ -12,9 +12,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kvtransfer.contract import BlockMemory, BlockRange, PeerId, SinkTransport, TransferConfig
+from kvtransfer.contract import BlockMemory, BlockRange, KvReady, PeerId, SinkTransport, TransferConfig
+from kvtransfer.cuda.ipc import CudaIpcSource
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
+from kvtransfer.handoffs.offers import Offer, Piece
 from kvtransfer.handoffs.words import HandoffState, ReleaseReason
+from kvtransfer.hashing import Hasher
+from kvtransfer.nccl.source import NcclSource
+from kvtransfer.shm.transport import ShmSource
+from kvtransfer.tcp.source import TcpSource
 from tandem.errors import TransferError, TransferFault
 from tests.kvtransfer.coding import coding
 from tests.kvtransfer.device_roads import checksums_in_host, roads_of
@@ -158,19 +164,43 @@ class TestConformance:
         async with pair_over(road, config(road.transport)) as pair:
             pair.source.offer(key("a"), blocks(1, 2))
             before = pair.sink_pool.read(blocks(1, 2))
-            some = pair.pull(key("a"), BlockRange(0, 2, first_layer=1, num_layers=2), blocks(1, 2))
-            if road.codec is not None:
-                # An encoded block moves whole: there are no layers of it to be had.
-                failure = await outcome_of(some)
-                assert isinstance(failure, TransferError)
-                assert failure.fault is TransferFault.LENGTH
-                assert pair.sink_pool.read(blocks(1, 2)) == before
-                return
-            await some
-            for block, old in zip(blocks(1, 2), before, strict=True):
-                given = bytes(pair.source_pool.view(block))
-                expected = old[:2048] + given[2048:6144] + old[6144:]
-                assert bytes(pair.sink_pool.view(block)) == expected
+            await pair.pull(key("a"), BlockRange(0, 2, first_layer=1, num_layers=2), blocks(1, 2))
+            given = pair.expected(blocks(1, 2))
+            expected = [
+                old[:2048] + new[2048:6144] + old[6144:] for old, new in zip(before, given, strict=True)
+            ]
+            assert pair.sink_pool.read(blocks(1, 2)) == expected
+
+    async def test_last_chunk_of_a_growing_offer_moves_by_layers(
+        self, road: Road, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is not ready is written only when it is, so nothing of it can have been read before."""
+        monkeypatch.setattr("kvtransfer.handoffs.pieces.MIN_PIECE_BYTES", 1)
+        async with pair_over(road, config(road.transport)) as pair:
+            given, targets = blocks(3, 9, 1, 30), blocks(5, 2, 7, 0)
+            layer_bytes = pair.source_pool.layer_bytes
+            whole = pair.source_pool.read(given)
+            for block in given[1:]:
+                pair.source_pool.view(block)[2 * layer_bytes :] = bytes(2 * layer_bytes)
+            granted: list[BlockRange] = []
+            begin = pair.source._sums.begin
+
+            def begun(offer: Offer, number: int, piece: Piece, hasher: Hasher) -> None:
+                granted.append(piece.block_range)
+                begin(offer, number, piece, hasher)
+
+            monkeypatch.setattr(pair.source._sums, "begin", begun)
+            pair.source.offer(key("a"), given, KvReady(1, 0))
+            pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, 4), targets))
+            await eventually(lambda: granted == [BlockRange(0, 1)], within_s=5.0)
+            pair.source.advance(key("a"), KvReady(1, 2))
+            await eventually(lambda: granted[1:] == [BlockRange(1, 3, 0, 2)], within_s=5.0)
+            for block, content in zip(given, whole, strict=True):
+                pair.source_pool.view(block)[:] = content
+            pair.source.advance(key("a"), KvReady(4, 4))
+            assert (await pulling).pieces == 3
+            assert granted[2:] == [BlockRange(1, 3, 2, 2)]
+            assert pair.sink_pool.read(targets) == pair.expected(given)
 
     async def test_layers_that_there_are_not_are_refused(self, road: Road) -> None:
         async with pair_over(road, config(road.transport)) as pair:
@@ -272,6 +302,20 @@ class TestConformance:
             assert pair.released == [(key("a"), ReleaseReason.PEER_LOST)]
             pulling.cancel()
             await asyncio.wait((pulling,))
+
+    async def test_cancelled_disconnect_ends_the_link_all_the_same(self, road: Road) -> None:
+        async with pair_over(road, config(road.transport)) as pair:
+            pair.source.offer(key("a"), blocks(1))
+            await pair.pull(key("a"), BlockRange(0, 1), blocks(1))
+            source, giving = PeerId.of(pair.source_record), pair.source._transports[road.transport]
+            assert isinstance(giving, ShmSource | TcpSource | CudaIpcSource | NcclSource)
+            assert giving._listener._links
+            disconnecting = asyncio.create_task(pair.sink._transports[road.transport].disconnect(source))
+            await asyncio.sleep(0)
+            disconnecting.cancel()
+            await asyncio.wait((disconnecting,))
+            assert disconnecting.cancelled()
+            await eventually(lambda: not giving._listener._links, within_s=5.0)
 
     async def test_source_says_where_a_handoff_stands(self, road: Road) -> None:
         async with pair_over(road, config(road.transport)) as pair:
