@@ -23,7 +23,7 @@ class BoundedSequence:
         """What to drop before the step that feeds `fed` tokens after `computed`; None when it is not time.
 
         Makes `table` that of what stays, with room for the step. The blocks that come back with the drop are
-        still read by it, and are to be released after the step. OutOfBlocks changes nothing.
+        still read by it, and are to be released after the step. After OutOfBlocks less may be cached.
         """
         held = computed - self.dropped
         if not budget.due(held, self.watched):
@@ -31,6 +31,9 @@ class BoundedSequence:
         source, kept = tuple(table), pool.blocks_for(budget.kept)
         target = list(source[: pool.blocks_for(budget.kept + fed)])
         others = [index for index, block in enumerate(target) if not pool.private(block)]
+        if len(others) > pool.free_blocks:
+            # A cached prompt must not keep the only sample that could free its blocks from doing so.
+            others = [index for index in others if not pool.withdraw(target[index])]
         for index, block in zip(others, pool.allocate(len(others)), strict=True):
             target[index] = block
         table[:] = target

@@ -185,6 +185,17 @@ def test_a_prompt_that_others_may_share_is_left_as_it_is() -> None:
     pool.release(again)
 
 
+def test_a_cached_prompt_that_fills_the_pool_gives_its_own_blocks_up() -> None:
+    """There is no block to move to, and nobody else to give way; the sample must not be dropped for it."""
+    pool, budget = BlockPool(20, 16), KvBudget(tokens=160, window=16)
+    legs = _joined(pool, budget, [300])
+    for _ in range(18):
+        _step(legs)
+        pool.check_integrity(legs.held_blocks())
+    assert pool.allocated_blocks == 10
+    assert pool.match(tuple(2000 + place for place in range(300)), whole=True) == ()
+
+
 def test_what_dropped_kv_is_never_offered_as_a_prefix() -> None:
     pool, budget = BlockPool(64, 16), KvBudget(tokens=64, window=16)
     legs = _joined(pool, budget, [20])
