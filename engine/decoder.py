@@ -1,6 +1,6 @@
 """Edge: one decoder for all supported families; what differs between them is data in ModelConfig."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,21 +46,24 @@ class Decoder:
     ) -> None:
         """`weights` as weights.expected_tensors names them; `product` makes what multiplies by them.
 
-        With a `team`, which takes float32 on the CPU, native loops do what they can.
+        With a `team`, which takes float32 or bfloat16 on the CPU, native loops do what they can.
         """
         if team is not None:
             product = _with_few_rows(product, team)
         self._config = config
         self._embeddings = weights["model.embed_tokens.weight"]
         self._dtype = self._embeddings.dtype
-        self._rows = _row_passes(config, self._embeddings.device, team)
+        # The passes that stand alone are float32's; in bfloat16 long spans leave them to torch.
+        self._rows = _row_passes(
+            config, self._embeddings.device, team if self._dtype == torch.float32 else None
+        )
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self._embeddings.device)
         self._layers = tuple(_layer(config, weights, index, product) for index in range(config.layers))
         following = [layer.input_norm for layer in self._layers[1:]]
         self._norms_after = (*following, weights["model.norm.weight"])
-        self._native = None if team is None else _native_layers(team, config, self._layers, self._norms_after)
+        self._native = None if team is None else self._native_layers(team)
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-        self._head = product(weights[head], None)
+        self._head = _to_float32(product(weights[head], None), team)
 
     def forward(
         self,
@@ -87,12 +90,12 @@ class Decoder:
         on_layers: LayerListener | None = None,
     ) -> Tensor:
         """Feeds a flat batch as `forward` does; returns the normed last hidden states [rows, hidden]."""
+        native = attention.native if isinstance(attention, CpuBatchAttention) else None
+        if native is not None and self._native is not None and self._native.takes(token_ids.shape[0]):
+            fed = token_ids, positions
+            return self._native.features(*fed, native.attention, native.spans, on_layers)[rows]
         hidden = self.embed(token_ids)  # [tokens, hidden]
         cosine, sine = rotation(positions, self._frequencies, self._dtype)
-        native = attention.native if isinstance(attention, CpuBatchAttention) else None
-        if native is not None and self._native is not None and self._native.takes(hidden.shape[0]):
-            turns = (cosine, sine)
-            return self._native.features(hidden, turns, native.attention, native.spans, on_layers)[rows]
         passes = self._rows
         normed = passes.normed(hidden, self._layers[0].input_norm)
         for index, layer in enumerate(self._layers):
@@ -113,11 +116,29 @@ class Decoder:
         """Float32 logits [rows, vocabulary] of the token after each row of `features` [rows, hidden]."""
         if features.shape[0] == 0:
             return features.new_zeros((0, self._config.vocabulary_tokens), dtype=torch.float32)
-        return self._head(features).float()
+        return self._head(features)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The embeddings [tokens, hidden] of int64 [tokens]."""
         return F.embedding(token_ids, self._embeddings)
+
+    def _native_layers(self, team: "Team") -> "NativeLayers | None":
+        """None where a product or a norm of a head is left to torch."""
+        from engine.native.layers import LayerWeights, ModelWeights, NativeLayers
+        from engine.native.product import few_rows_of
+
+        layers = []
+        for layer, norm_after in zip(self._layers, self._norms_after, strict=True):
+            qkv, output, gate_up, down = (
+                few_rows_of(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)
+            )
+            if qkv is None or output is None or gate_up is None or down is None or layer.qk_norms is not None:
+                return None
+            norms = layer.mlp_norm.float(), norm_after.float()
+            layers.append(LayerWeights(qkv, output, norms[0], gate_up, down, norms[1]))
+        first_norm = self._layers[0].input_norm.float()
+        weights = ModelWeights(self._embeddings, self._frequencies, first_norm, tuple(layers))
+        return NativeLayers(team, self._config, weights)
 
     def _attend(
         self,
@@ -156,22 +177,14 @@ def _with_few_rows(product: MakeProduct, team: "Team") -> MakeProduct:
     return with_few_rows(product, team)
 
 
-def _native_layers(
-    team: "Team", config: ModelConfig, layers: Sequence[_Layer], norms_after: Sequence[Tensor]
-) -> "NativeLayers | None":
-    """None where a product or a norm of a head is left to torch."""
-    from engine.native.layers import LayerWeights, NativeLayers
-    from engine.native.product import few_rows_of
+def _to_float32(product: Product, team: "Team | None") -> Product:
+    """A native product sums in float32: rounding its sums to the weight's type would only lose digits."""
+    if team is not None:
+        from engine.native.product import FewRowsLinear
 
-    weights = []
-    for layer, norm_after in zip(layers, norms_after, strict=True):
-        qkv, output, gate_up, down = (
-            few_rows_of(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)
-        )
-        if qkv is None or output is None or gate_up is None or down is None or layer.qk_norms is not None:
-            return None
-        weights.append(LayerWeights(qkv, output, layer.mlp_norm, gate_up, down, norm_after))
-    return NativeLayers(team, config, layers[0].input_norm, weights)
+        if isinstance(product, FewRowsLinear):
+            return product.wide
+    return lambda rows: product(rows).float()
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, product: MakeProduct) -> _Layer:
