@@ -41,8 +41,6 @@ slo: {ttft_s: 60, tpot_s: 60}
 
 CONTROLLER = """
 leases: {{registry_s: 1.0}}
-# What still runs at a worker that leaves is placed anew after so long.
-ray: {{drain_timeout_s: 3}}
 controller:
   enabled: true
   plan: {folder}/plan.yaml
