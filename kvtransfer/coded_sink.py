@@ -13,6 +13,7 @@ from kvtransfer.contract import (
     TransferConfig,
     TransferObserver,
 )
+from kvtransfer.handoffs.adoption import OnExchanged
 from kvtransfer.handoffs.sink import HandoffSink
 from kvtransfer.staging import StagedMemory
 from kvtransfer.threads import run_to_end
@@ -46,8 +47,12 @@ class CodedSink(HandoffSink):
         target_blocks: Sequence[BlockId],
         priority: int,
         remaining_s: float,
+        on_exchanged: OnExchanged | None = None,
     ) -> PullReport:
-        """See HandoffSink; decoding follows the commit, only computes, and is not part of `remaining_s`."""
+        """See HandoffSink; encoded blocks are never adopted.
+
+        Decoding follows the commit, only computes, and is not part of `remaining_s`.
+        """
         report = await super().pull(key, source, block_range, target_blocks, priority, remaining_s)
         began_s = self._clock()
         stop = threading.Event()

@@ -7,7 +7,7 @@ import torch
 
 from engine.attention import AttentionBackend
 from engine.contract import StepRunner
-from engine.kv_cache import KvCache
+from engine.kv_cache import KvCache, OpenMemory
 from engine.kv_policies.capabilities import FULL, INT8, QUEST, kv_fault, kv_settings
 from engine.kv_policies.page_attention import PageAttention
 from engine.kv_policies.page_runner import PageRunner
@@ -60,13 +60,16 @@ def open_kv(
     model: ModelConfig,
     dtype: torch.dtype,
     full: Callable[[KvCache], AttentionBackend],
+    open_memory: OpenMemory | None = None,
 ) -> KvParts:
     """The pool and its attention; `dtype` is the weights', `full` attends without a policy.
 
-    The caller closes the pool. Raises ModelError when it cannot be had.
+    `open_memory` may say where the pool lies. The caller closes the pool. Raises ModelError when it cannot
+    be had.
     """
     stored = torch.int8 if config.kv_dtype == INT8 else dtype
-    cache = KvCache(model, config.pool_blocks, config.block_size, stored, torch.device("cpu"))
+    device = torch.device("cpu")
+    cache = KvCache(model, config.pool_blocks, config.block_size, stored, device, open_memory)
     selection = config.kv_selection
     if selection is not None and selection.policy == QUEST:
         return KvParts(cache, PageAttention(cache, model, selection.pages))

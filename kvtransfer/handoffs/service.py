@@ -12,6 +12,7 @@ from kvtransfer.handoffs.source import HandoffSource
 from kvtransfer.handoffs.wire import (
     STATE_TO_WIRE,
     describe_piece,
+    exchange_from_wire,
     heads_to_wire,
     key_from_wire,
     peer_from_wire,
@@ -79,9 +80,10 @@ class HandoffServicer(HandoffServiceServicer):
         ref = request.handoff
         try:
             answer = await self._source.commit(
-                key_from_wire(ref), peer_from_wire(ref.sink), request.last_number, landed
+                *(key_from_wire(ref), peer_from_wire(ref.sink), request.last_number, landed),
+                exchange_from_wire(request),
             )
-        except ProtocolError as error:
+        except (ProtocolError, TransferError) as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"refused: {error}")
         return pb.HandoffStatus(state=STATE_TO_WIRE[answer.state], mismatched=answer.mismatched)
 

@@ -14,15 +14,16 @@ import structlog
 from kvtransfer.contract import (
     BlockMemory,
     HandoffKey,
+    KvGiver,
     KvReady,
     PeerId,
     SourceTransport,
-    Transfer,
     TransferConfig,
     TransferObserver,
 )
 from kvtransfer.handoffs.offers import (
     CommitAnswer,
+    FrameExchange,
     Offer,
     OfferBook,
     Piece,
@@ -32,11 +33,13 @@ from kvtransfer.handoffs.offers import (
 )
 from kvtransfer.handoffs.pairing import Agreement, Introduction, SourcePairs
 from kvtransfer.handoffs.piece_sums import PieceSums
-from kvtransfer.handoffs.pieces import complete, grown, layer_span, next_piece
+from kvtransfer.handoffs.pieces import complete, grown
+from kvtransfer.handoffs.sending import sent
 from kvtransfer.handoffs.source_protocol import SourceInput
 from kvtransfer.handoffs.words import HandoffState, ReleaseReason, SourceTimes
 from kvtransfer.hashing import hashers
 from kvtransfer.nccl.communicator import CommunicatorCounts, counts_of
+from kvtransfer.shm.adopt import ADOPT
 from kvtransfer.transports import source_transports
 from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
@@ -55,7 +58,8 @@ class HandoffSource:
     """Owns the hand-offs that this worker offers.
 
     `on_released(key, reason)` is called exactly once for each offer, on the event loop, possibly from inside
-    `withdraw` or `offer`: from then on nobody touches the blocks. `clock` is monotonic, in seconds.
+    `withdraw` or `offer`: from then on nobody touches the blocks. `clock` is monotonic, in seconds. `giver`
+    gives blocks away over the transport adopt, and is needed for it only.
     """
 
     def __init__(
@@ -67,8 +71,10 @@ class HandoffSource:
         on_released: Callable[[HandoffKey, ReleaseReason], None],
         transports: Sequence[SourceTransport] | None = None,
         observer: TransferObserver | None = None,
+        giver: KvGiver | None = None,
     ) -> None:
         self.me = me
+        self._giver = giver
         self.block_bytes = memory.block_bytes
         self.heads = config.heads
         self._layer_bytes = memory.layer_bytes
@@ -93,14 +99,13 @@ class HandoffSource:
     async def start(self) -> None:
         """Opens the transports; one that cannot be had here is left out. Raises OSError when none can."""
         failure: OSError | None = None
-        for transport in tuple(self._transports.values()):
+        for name, transport in tuple(self._transports.items()):
             try:
-                name = transport.name
                 await transport.start(partial(self._link_lost, name), partial(self._link_refused, name))
             except OSError as error:
                 failure = error
-                del self._transports[transport.name]
-                _log.warning("transport left out", transport=transport.name, error=str(error))
+                del self._transports[name]
+                _log.warning("transport left out", transport=name, error=str(error))
         if failure is not None and not self._transports:
             raise failure
         self._timers = asyncio.create_task(self._run_timers())
@@ -193,7 +198,9 @@ class HandoffSource:
         Bounded by MAX_WAIT_S. A pull that is repeated under its number is answered as it was at first.
         """
         offer = self._find(ask)
-        self._check_range(offer, ask)
+        fault = offer.range_fault(ask.transfer.block_range, self._layers)
+        if fault:
+            raise self._refusal(TransferFault.LENGTH, fault)
         transport = self._transports.get(ask.transport)
         if transport is None and ask.transfer.block_range.num_blocks:
             raise self._refusal(TransferFault.UNSUPPORTED, f"Transport {ask.transport} is not served.")
@@ -210,12 +217,18 @@ class HandoffSource:
         return PullAnswer(offer.machine.lease_left_s(self._clock()), ready, piece)
 
     async def commit(
-        self, key: HandoffKey, sink: PeerId, number: int, landed: Mapping[int, int]
+        self,
+        key: HandoffKey,
+        sink: PeerId,
+        number: int,
+        landed: Mapping[int, int],
+        exchange: FrameExchange | None = None,
     ) -> CommitAnswer:
         """Compares the checksums of what landed (transfer number -> checksum); if equal, the blocks are free.
 
-        `number` is the sink's last transfer; a commit with an earlier one changes nothing. Raises
-        ProtocolError for another sink than the holder, and while the offer still grows.
+        `number` is the sink's last transfer; a commit with an earlier one changes nothing. With an `exchange`
+        the sink adopts the blocks, and what it gives is the leg's; while a step touches them it asks again.
+        Raises ProtocolError for another sink than the holder, and while the offer still grows.
         """
         offer = self._book.get(key)
         if offer is None:
@@ -226,7 +239,10 @@ class HandoffSource:
             if not complete(offer.ready, len(offer.blocks), self._layers):
                 raise ProtocolError("A hand-off cannot be committed while its offer grows.")
             hasher = self._hashers.get(self._pairs.checksum(sink))
-            if hasher is not None:
+            if exchange is not None:
+                if not self._give(offer, exchange):
+                    return CommitAnswer(offer.machine.state)
+            elif hasher is not None:
                 wrong = await self._sums.mismatched(offer, landed, hasher)
             if wrong:
                 self._count_refusal(TransferFault.CHECKSUM)
@@ -246,6 +262,16 @@ class HandoffSource:
         offer = self._book.get(key)
         return None if offer is None else offer.machine.state
 
+    def _give(self, offer: Offer, exchange: FrameExchange) -> bool:
+        """Whether the blocks are the sink's now. Raises TransferError (LENGTH) for what makes no sense."""
+        first, taken = exchange.first_block, exchange.frames
+        given = offer.blocks[first : first + len(taken)]
+        if len(given) != len(taken) or offer.transport != ADOPT or self._giver is None:
+            raise self._refusal(TransferFault.LENGTH, "What was not granted to be adopted cannot be.")
+        if offer.machine.reads_running:
+            return False
+        return self._giver.give(offer.machine.key.leg_id, exchange.member, given, taken)
+
     def _find(self, ask: PullAsk) -> Offer:
         self._check_digest(ask.digest)
         if not self._pairs.knows(ask.sink):
@@ -260,23 +286,8 @@ class HandoffSource:
             raise self._refusal(TransferFault.REFUSED, "No such hand-off is offered.")
         return offer
 
-    def _check_range(self, offer: Offer, ask: PullAsk) -> None:
-        part = ask.transfer.block_range
-        first, end = layer_span(part, self._layers)
-        if part.first_block + part.num_blocks > len(offer.blocks) or not first < end <= self._layers:
-            message = f"{part} was asked for; there are {len(offer.blocks)} blocks of {self._layers} layers."
-            raise self._refusal(TransferFault.LENGTH, message)
-
     def _next_piece(self, offer: Offer, ask: PullAsk) -> Piece | None:
-        ready = offer.ready
-        if complete(ready, len(offer.blocks), self._layers):
-            ready = KvReady(len(offer.blocks), self._layers)
-        part = next_piece(ask.transfer.block_range, ready, self._layers, self._layer_bytes)
-        if part is None:
-            return None
-        first, end = layer_span(part, self._layers)
-        blocks = offer.blocks[part.first_block : part.first_block + part.num_blocks]
-        return Piece(part, blocks, first * self._layer_bytes, (end - first) * self._layer_bytes)
+        return offer.next_piece(ask.transfer.block_range, self._layers, self._layer_bytes)
 
     def _take(
         self, offer: Offer, ask: PullAsk, piece: Piece | None, transport: SourceTransport | None
@@ -297,7 +308,7 @@ class HandoffSource:
         if moves is None or piece is None:
             return
         hasher = self._hashers.get(self._pairs.checksum(ask.sink))
-        if hasher is not None:
+        if hasher is not None and moves.name != ADOPT:
             self._sums.begin(offer, number, piece, hasher)
         if not moves.direct:
             self._send(offer, ask, moves, piece)
@@ -317,7 +328,7 @@ class HandoffSource:
     def _send(self, offer: Offer, ask: PullAsk, transport: SourceTransport, piece: Piece) -> None:
         number = ask.transfer.number
         offer.machine.send_started(number, self._clock())
-        task = asyncio.create_task(_sent(transport, ask, piece))
+        task = asyncio.create_task(sent(transport, ask, piece))
         offer.stop_sending = task.cancel
         self._sends.add(task)
         # A callback and not a `finally`: a task that is cancelled before its first step runs neither.
@@ -374,29 +385,17 @@ class HandoffSource:
 
     def _check_digest(self, digest: str) -> None:
         if digest != self.me.digest:
-            message = f"The sink has digest {digest}, this source {self.me.digest}."
-            raise self._refusal(TransferFault.DIGEST, message)
+            raise self._refusal(TransferFault.DIGEST, f"The sink has {digest}, this source {self.me.digest}.")
 
     def _refusal(self, fault: TransferFault, message: str) -> TransferError:
         self._count_refusal(fault)
         return TransferError(fault, message)
 
     def _not_to_be_had(self, offer: Offer) -> TransferError:
-        state = offer.machine.state.value
-        return self._refusal(TransferFault.REFUSED, f"The hand-off is {state} and not to be had.")
+        message = f"The hand-off is {offer.machine.state.value} and not to be had."
+        return self._refusal(TransferFault.REFUSED, message)
 
     def _count_refusal(self, fault: TransferFault) -> None:
         self._book.refused[fault] += 1
         if self._observer is not None:
             self._observer.refused(fault)
-
-
-async def _sent(transport: SourceTransport, ask: PullAsk, piece: Piece) -> bool:
-    """Whether all blocks were given."""
-    granted = Transfer(ask.transfer.key, ask.transfer.number, piece.block_range)
-    try:
-        await transport.send(ask.sink, granted, piece.blocks, piece.part_offset, piece.part_bytes)
-    except TransferError as error:
-        _log.info("send failed", leg=ask.transfer.key.leg_id, fault=error.fault.value, error=str(error))
-        return False
-    return True
