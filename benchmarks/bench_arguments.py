@@ -94,6 +94,12 @@ def add_kv(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--arena-folder", default=ARENA_FOLDER, help="where an arena is made: a tmpfs, or a hugetlbfs"
     )
+    parser.add_argument(
+        "--codec",
+        choices=("identity", "fp8", "int8"),
+        default="identity",
+        help="how KV is written in the hand-over that overlaps its prefill (identity)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
     parser.set_defaults(run=_run_kv)
 

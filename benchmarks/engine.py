@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.engine_drive import EngineDrive, StepTimes
 from benchmarks.engine_overhead import profile_steps
+from benchmarks.kv_waste import calculated_kv_waste, measure_kv_waste
 from benchmarks.machine_limits import MachineLimits, machine_name, measure_limits
 from benchmarks.model_cost import decode_flops, kv_elements_per_token, prefill_flops, read_parameters
 from benchmarks.sharegpt_lengths import SHAREGPT
@@ -34,6 +35,9 @@ ResultT = TypeVar("ResultT")
 ALLOWANCE_BYTES = 400_000_000
 """What interpreter, libraries and activations may take beside weights and KV pool."""
 
+KV_WASTE_LIMIT = 0.04
+"""Issue 4's, after PagedAttention (SOSP'23, section 1), over the lengths of real requests."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -51,6 +55,8 @@ class Sizes:
     speculative: tuple[int, int]
     """(output tokens, runs)."""
     pool_blocks: int
+    conversations: tuple[int, int]
+    """(of ShareGPT's lengths at once, steps), of which the KV waste is counted."""
 
 
 FULL = Sizes(
@@ -61,6 +67,7 @@ FULL = Sizes(
     runs=2,
     speculative=(128, 3),
     pool_blocks=1024,
+    conversations=(8, 32),
 )
 QUICK = Sizes(
     decode=((1, 32, 16, 1), (8, 32, 16, 1), (32, 32, 16, 1)),
@@ -70,6 +77,7 @@ QUICK = Sizes(
     runs=1,
     speculative=(64, 1),
     pool_blocks=320,
+    conversations=(3, 16),
 )
 
 
@@ -124,6 +132,7 @@ def run(chosen: argparse.Namespace) -> int:
 def measure(model: str, dtype: str, threads: int, sizes: Sizes) -> dict[str, Any]:
     """Output of `tandem bench engine --json`; the keys are documented in docs/json-output.md."""
     with _opened(model, dtype, threads, sizes) as bench:
+        decode = [_decode(bench, *shape) for shape in sizes.decode]
         return {
             "benchmark": "engine",
             "model": model,
@@ -131,10 +140,11 @@ def measure(model: str, dtype: str, threads: int, sizes: Sizes) -> dict[str, Any
             "threads": threads,
             "machine": machine_name(),
             "torch": torch.__version__,
-            "decode": [_decode(bench, *shape) for shape in sizes.decode],
+            "decode": decode,
             "prefill": _prefill(bench),
             "prefix_cache": _prefix_cache(bench),
             "speculative": _speculative(bench),
+            "kv_waste": _kv_waste(bench, decode),
             "memory": _memory(bench),
             "overhead": _overhead(bench),
         }
@@ -272,6 +282,23 @@ def _speculative(bench: EngineBench) -> dict[str, Any]:
     return measure_speculative(bench.engine, bench.config, tokenizer, output_tokens, runs).as_json()
 
 
+def _kv_waste(bench: EngineBench, decode: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of conversations of real lengths; `decode` has that of short contexts."""
+    block_size = bench.config.block_size
+    counted = measure_kv_waste(bench.drive, block_size, *bench.sizes.conversations)
+    shortest = min(one["prompt_tokens"] for one in decode)
+    return {
+        "share": counted.share,
+        "limit": KV_WASTE_LIMIT,
+        "conversations": counted.conversations,
+        "steps": counted.steps,
+        "mean_context_tokens": counted.mean_context_tokens,
+        "block_tokens": block_size,
+        "share_calculated": calculated_kv_waste(SHAREGPT, block_size),
+        "share_short_contexts": max(one["kv_waste"] for one in decode if one["prompt_tokens"] == shortest),
+    }
+
+
 def _memory(bench: EngineBench) -> dict[str, Any]:
     """After all of the above, so that activations and buffers have grown to their size."""
     itemsize = DTYPES[bench.config.dtype].itemsize
@@ -289,26 +316,15 @@ def _memory(bench: EngineBench) -> dict[str, Any]:
         "weight_bytes": weight_bytes,
         "pool_bytes": pool_bytes,
         "allowance_bytes": ALLOWANCE_BYTES,
-        "block_tokens": bench.config.block_size,
-        "kv_waste_sharegpt": kv_waste(SHAREGPT, bench.config.block_size),
         "resident_share": resident_bytes / allowed_bytes,
     }
-
-
-def kv_waste(lengths: Sequence[tuple[int, int]], block_size: int) -> float:
-    """Share of allocated token places without a token, over all decode steps of conversations.
-
-    `lengths` are (prompt, output) tokens. The last token drawn is never stored. Calculated, not measured.
-    """
-    stored = [prompt + done for prompt, output in lengths for done in range(output)]
-    allocated = sum(-(-tokens // block_size) * block_size for tokens in stored)
-    return 1.0 - sum(stored) / allocated
 
 
 def text(result: dict[str, Any]) -> str:
     """What is printed without --json."""
     prefill, overhead = result["prefill"], result["overhead"]
     cache, memory, guessed = result["prefix_cache"], result["memory"], result["speculative"]
+    waste = result["kv_waste"]
     lines = [f"{result['model']} {result['dtype']}, {result['threads']} threads on {result['machine']}"]
     lines += [
         f"decode, batch {one['batch']}, {one['prompt_tokens']} in {one['output_tokens']} out: "
@@ -333,7 +349,8 @@ def text(result: dict[str, Any]) -> str:
         f"{'the same' if guessed['identical'] else 'other'} tokens",
         f"memory: {memory['resident_bytes'] / 1e6:.0f} MB resident, {memory['resident_share']:.0%} of "
         f"weights + pool + {memory['allowance_bytes'] / 1e6:.0f} MB",
-        f"KV waste of ShareGPT's lengths, calculated: {memory['kv_waste_sharegpt']:.1%} "
-        f"in blocks of {memory['block_tokens']} tokens",
+        f"KV waste of {waste['conversations']} conversations of {waste['mean_context_tokens']:.0f} tokens: "
+        f"{waste['share']:.2%} in blocks of {waste['block_tokens']} tokens, "
+        f"{waste['share_short_contexts']:.1%} of short contexts",
     ]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from engine.loading import LoadedEngine
 from engine.step import StepPlan, StepResult
 from prefill_worker.scheduler import PrefillLeg, PrefillScheduler
 from tandem.errors import TandemError
-from tandem.ids import LegId
+from tandem.ids import BlockId, LegId
 from tandem.sampling import SamplingParams
 from tandem.worker_config import WorkerConfig
 
@@ -32,13 +32,14 @@ class ReadPrompts:
 
     legs: tuple[PrefillLeg, ...]
     first_tokens: tuple[int, ...]
+    blocks: tuple[tuple[BlockId, ...], ...]
     times: StepTimes
 
 
 class EngineDrive:
     """One engine, its pool, and a scheduler of each role over the same blocks.
 
-    KV is handed over by finding it in the prefix cache, so prompts to decode from must be whole blocks long.
+    KV is handed over by finding it in the prefix cache; a block that is not full is copied.
     """
 
     def __init__(self, engine: LoadedEngine, config: WorkerConfig, seed: int = 0) -> None:
@@ -79,13 +80,16 @@ class EngineDrive:
         for leg in legs:
             self._prefill.add(leg, time.perf_counter())
         first: dict[LegId, int] = {}
+        blocks: dict[LegId, tuple[BlockId, ...]] = {}
 
         def complete(result: StepResult, now_s: float) -> None:
-            for token in self._prefill.complete(result, now_s).tokens:
-                first[token.leg_id] = token.token_id
+            outcome = self._prefill.complete(result, now_s)
+            first.update({token.leg_id: token.token_id for token in outcome.tokens})
+            blocks.update({offer.leg_id: offer.blocks for offer in outcome.offered})
 
         times = self._steps(self._prefill.schedule, complete)
-        return ReadPrompts(legs, tuple(first[leg.leg_id] for leg in legs), times)
+        first_tokens = tuple(first[leg.leg_id] for leg in legs)
+        return ReadPrompts(legs, first_tokens, tuple(blocks.get(leg.leg_id, ()) for leg in legs), times)
 
     def forget(self, read: ReadPrompts) -> None:
         """Frees parked prompts; what they left in the prefix cache stays."""
@@ -101,11 +105,10 @@ class EngineDrive:
                 leg.leg_id, leg.token_ids, leg.prompt_tokens, starts, leg.params, 0, float("inf")
             )
             self.decode.add(decoding, now_s)
+        parked = {leg.leg_id: blocks for leg, blocks in zip(read.legs, read.blocks, strict=True)}
         for reservation in self.decode.reserve(now_s):
-            if reservation.target_blocks:
-                raise TandemError(
-                    "A prompt to decode from is not whole blocks long or left the prefix cache."
-                )
+            sources = parked[reservation.leg_id][reservation.first_block :]
+            self.engine.cache.copy_blocks(zip(sources, reservation.target_blocks, strict=True))
             self.decode.landed(reservation.leg_id, now_s)
         if self.decode.load().waiting_legs:
             raise TandemError("The KV pool or the worker's limits are too small for this batch.")
@@ -130,6 +133,10 @@ class EngineDrive:
         self, read: ReadPrompts, at_step: Callable[[int], None] | None
     ) -> tuple[StepTimes, list[LegToken]]:
         self.join(read)
+        return self.decode_joined(at_step)
+
+    def decode_joined(self, at_step: Callable[[int], None] | None = None) -> tuple[StepTimes, list[LegToken]]:
+        """Decodes all that joined to its end; `at_step` as in `write`. Raises TandemError for a full pool."""
         done = 0
         tokens: list[LegToken] = []
 

@@ -74,6 +74,7 @@ def adoption_json(times: AdoptionTimes) -> dict[str, Any]:
 def overlap_json(figures: OverlapFigures) -> dict[str, Any]:
     """The object `overlap`."""
     return {
+        "codec": figures.codec,
         "prompt_tokens": figures.prompt_tokens,
         "moved_bytes": figures.moved_bytes,
         "rounds": figures.rounds,
@@ -178,8 +179,8 @@ def _overlap_lines(overlap: dict[str, Any] | None) -> Iterator[str]:
         return
     yield ""
     yield (
-        f"prompts of {overlap['prompt_tokens']:,} tokens ({overlap['moved_bytes']:,} B) over a link of "
-        f"{overlap['link_gbps']:g} GB/s, from the first token until the KV landed"
+        f"prompts of {overlap['prompt_tokens']:,} tokens ({overlap['moved_bytes']:,} B, {overlap['codec']}) "
+        f"over a link of {overlap['link_gbps']:g} GB/s, from the first token until the KV landed"
     )
     yield (
         f"  {overlap['landed_overlapped_ms']:.1f} ms when it moves while the prompt is read, "

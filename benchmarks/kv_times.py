@@ -90,9 +90,10 @@ class OverlapFigures:
     """Medians over the rounds, in seconds.
 
     `prefill_*` until the first token, `landed_*` from there until the KV landed; `ratio` of the latter two is
-    what overlap leaves. `limit_s` is what the bytes take on the link.
+    what overlap leaves. `limit_s` is what the bytes take on the link, written as `codec` writes them.
     """
 
+    codec: str
     prompt_tokens: int
     link_bytes_per_s: float
     moved_bytes: int

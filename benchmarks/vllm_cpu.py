@@ -15,6 +15,7 @@ import time
 from asyncio.subprocess import Process
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -48,7 +49,18 @@ PREFILL = (8, 512)
 TARGETS: Final[Mapping[str, float]] = {"decode_8": 3.0, "decode_32": 2.5}
 """Ours by vLLM's, as issue 4 asks."""
 
+_NOT_PASSED_ON: Final = ("PYTHONPATH", "VIRTUAL_ENV", "VLLM_", "OMP_", "KMP_", "GOMP_")
+
 Prompts = list[tuple[int, ...]]
+
+
+class Binding(Enum):
+    """Which cores vLLM computes on."""
+
+    TUNED = "tuned"
+    """As many as we have threads, in one process: the most that it makes of this machine."""
+    DEFAULTS = "defaults"
+    """What vLLM takes when nobody sets its variables: it keeps a core free for other work than computing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +134,18 @@ class Turn:
     first_s: float
     whole: Generated
 
-    def tokens_per_s(self, case: Case) -> float:
-        """Of prompt tokens for a prefill, of output tokens after the first ones else."""
-        if case.output_tokens == 1:
-            return case.batch * case.prompt_tokens / self.whole.seconds
-        return case.batch * (case.output_tokens - 1) / (self.whole.seconds - self.first_s)
+
+def tokens_per_s(case: Case, turns: Sequence[Turn]) -> float | None:
+    """Of prompt tokens for a prefill, of output tokens after the first ones else.
+
+    Both times are medians over the turns, since a single turn's two runs may have met different machines.
+    None when the first tokens alone took no less than everything: the machine was too busy to tell.
+    """
+    whole_s = statistics.median(turn.whole.seconds for turn in turns)
+    if case.output_tokens == 1:
+        return case.batch * case.prompt_tokens / whole_s
+    left_s = whole_s - statistics.median(turn.first_s for turn in turns)
+    return case.batch * (case.output_tokens - 1) / left_s if left_s > 0 else None
 
 
 async def compare(sides: Mapping[str, Side], drive: EngineDrive, rounds: int) -> list[dict[str, Any]]:
@@ -155,27 +174,25 @@ async def _turn(side: Side, case: Case, prompts: Prompts) -> Turn:
 
 
 def case_json(case: Case, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
-    """One element of `cases`: medians over the rounds, and the medians' ratio."""
-    rates = {
-        name: statistics.median(turn.tokens_per_s(case) for turn in taken) for name, taken in turns.items()
-    }
+    """One element of `cases`: rates over the rounds, and their ratio where both are known."""
+    ours, theirs = (tokens_per_s(case, turns[name]) for name in ("tandem", "vllm"))
     whole_s = {name: statistics.median(turn.whole.seconds for turn in taken) for name, taken in turns.items()}
     pairs = [
-        (mine, theirs)
+        (mine, its)
         for one, other in zip(turns["tandem"], turns["vllm"], strict=True)
-        for mine, theirs in zip(one.whole.outputs, other.whole.outputs, strict=True)
+        for mine, its in zip(one.whole.outputs, other.whole.outputs, strict=True)
     ]
     return {
         "name": case.name,
         "batch": case.batch,
         "prompt_tokens": case.prompt_tokens,
         "output_tokens": case.output_tokens,
-        "tandem_tokens_per_s": rates["tandem"],
-        "vllm_tokens_per_s": rates["vllm"],
-        "ratio": rates["tandem"] / rates["vllm"],
+        "tandem_tokens_per_s": ours,
+        "vllm_tokens_per_s": theirs,
+        "ratio": None if ours is None or theirs is None else ours / theirs,
         "whole_ratio": whole_s["vllm"] / whole_s["tandem"],
         "target": TARGETS.get(case.name),
-        "same_outputs": sum(mine == theirs for mine, theirs in pairs) / len(pairs),
+        "same_outputs": sum(mine == its for mine, its in pairs) / len(pairs),
     }
 
 
@@ -195,7 +212,8 @@ async def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         "eager": chosen.eager,
     }
     command = [str(chosen.venv / "bin" / "python"), "-P", str(CHILD), json.dumps(settings)]
-    async with running_command(command, environment=environment(chosen.threads)) as process:
+    binding = Binding(chosen.vllm_binding)
+    async with running_command(command, environment=environment(chosen.threads, binding)) as process:
         ready = json.loads(await exchange(process, b"", START_TIMEOUT_S))
         with load_engine(config) as engine:
             drive = EngineDrive(engine, config)
@@ -210,17 +228,21 @@ async def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "vllm": ready["vllm"],
         "vllm_compiled": not chosen.eager,
+        "vllm_binding": binding.value,
         "cases": cases,
     }
 
 
-def environment(threads: int) -> dict[str, str]:
-    """vLLM's: as many cores as we have threads, its KV pool, and nothing of our own path."""
+def environment(threads: int, binding: Binding) -> dict[str, str]:
+    """vLLM's: nothing of our own path, none of its variables from outside but what the binding says."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
+    # Its own default is a share of the machine's memory; how large an unused pool is changes no time.
+    kept |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    if binding is Binding.DEFAULTS:
+        return kept
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return kept | {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(threads),
     }
@@ -230,16 +252,21 @@ def text(result: Mapping[str, Any]) -> str:
     """The same for a person."""
     lines = [
         f"{result['model']} {result['dtype']}, {result['threads']} threads on {result['machine']}, "
-        f"vLLM {result['vllm']} {'compiled' if result['vllm_compiled'] else 'eager'}"
+        f"vLLM {result['vllm']} {'compiled' if result['vllm_compiled'] else 'eager'}, "
+        f"{'its default cores' if result['vllm_binding'] == 'defaults' else 'as many cores as ours'}"
     ]
     lines += [
-        f"{case['name']}: {case['tandem_tokens_per_s']:.1f} tok/s, vLLM {case['vllm_tokens_per_s']:.1f}: "
-        f"{case['ratio']:.2f} x"
+        f"{case['name']}: {_rate(case['tandem_tokens_per_s'])}, vLLM {_rate(case['vllm_tokens_per_s'])}"
+        + (f": {case['ratio']:.2f} x" if case["ratio"] is not None else "")
         + (f" (wanted {case['target']:g} x)" if case["target"] else "")
         + f", {case['whole_ratio']:.2f} x with prompts, {case['same_outputs']:.0%} equal outputs"
         for case in result["cases"]
     ]
     return "\n".join(lines)
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return "unknown, the machine was too busy" if tokens_per_s is None else f"{tokens_per_s:.1f} tok/s"
 
 
 def main() -> int:
@@ -251,6 +278,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3, help="the median is reported (3)")
     parser.add_argument("--eager", action="store_true", help="vLLM without its compiler")
+    parser.add_argument(
+        "--vllm-binding",
+        choices=[one.value for one in Binding],
+        default=Binding.TUNED.value,
+        help="tuned: vLLM computes on as many cores as we do; defaults: on those it takes by itself",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
     chosen = parser.parse_args()
     configure_logging(logging.WARNING)

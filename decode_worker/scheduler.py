@@ -20,6 +20,7 @@ from decode_worker.decode_leg import (
     check_leg,
 )
 from decode_worker.grown_tokens import GrownTokens
+from decode_worker.room import RoomRules
 from decode_worker.sample_blocks import grow, settle, trim
 from decode_worker.slices import accepted_tokens, leg_token, sample_slice
 from decode_worker.speculation import Speculation
@@ -64,9 +65,9 @@ class DecodeScheduler:
     ) -> None:
         """Limits: `max_batch` samples in the batch or on their way to it, `max_waiting` legs in the queue.
 
-        A reservation leaves `watermark_blocks` and a block for each sample free, so that those that run can
-        grow. A sample that comes with several tokens is fed at most `chunk_tokens` of them a step.
-        `speculation` guesses tokens, which take free blocks only and change no output.
+        `watermark_blocks`: see RoomRules. A sample that comes with several tokens is fed at most
+        `chunk_tokens` of them a step. `speculation` guesses tokens, which take free blocks only and change
+        no output.
         """
         self._pool = pool
         self._max_batch = max_batch
@@ -74,9 +75,7 @@ class DecodeScheduler:
         self._eos_ids = frozenset(eos_ids)
         self._chunk_tokens = chunk_tokens
         self._watermark_blocks = watermark_blocks
-        self._arrivals = Arrivals(
-            pool, max_batch=max_batch, max_waiting=max_waiting, watermark_blocks=watermark_blocks
-        )
+        self._arrivals = Arrivals(pool, RoomRules(max_batch, watermark_blocks), max_waiting=max_waiting)
         self._speculation = speculation
         self._legs: dict[LegId, LegRecord] = {}
         self._running: list[SampleRecord] = []
@@ -192,7 +191,7 @@ class DecodeScheduler:
             drawn.setdefault(token.key, []).append(token)
         tokens: list[LegToken] = []
         in_flight, self._in_flight, self._plan = self._in_flight, [], None
-        guesses = sum(len(sample.draft) for sample in in_flight)
+        guesses = 0 if self._speculation is None else sum(len(sample.draft) for sample in in_flight)
         accepted = 0
         for sample in in_flight:
             settle(self._pool, sample)

@@ -14,7 +14,7 @@ from decode_worker.speculation import speculation_of
 from engine.contract import LayerListener, PipelinedRunner
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
-from engine.worker import Worker, WorkerParts, open_worker
+from engine.worker import DRAINS, Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
 from kvtransfer.coded_sink import CodedSink
 from kvtransfer.contract import BlockRange, HandoffKey, PullReport
@@ -128,6 +128,14 @@ class DecodeWorker(Worker[DecodeOutcome]):
         if not sample_indices or not self._scheduler.holds(leg_id):
             self._forget(leg_id)
         self._pull_what_fits()
+
+    def give_back(self, link: RouterLink, leg_id: LegId) -> None:
+        """Of a leg that is only fetched early, the prompt is still being read: that goes on."""
+        if not self._scheduler.fetched_early(leg_id):
+            super().give_back(link, leg_id)
+            return
+        self._stop(leg_id, ())
+        self._prefetch_lost(leg_id, DRAINS)
 
     def scheduler_load(self) -> LoadNumbers:
         """What the scheduler knows of its load."""

@@ -4,7 +4,6 @@ from collections.abc import Collection, Sequence
 
 from decode_worker.decode_leg import SampleRecord
 from engine.drafting.draft import (
-    ROOT,
     Draft,
     DraftRequest,
     accepted_rows,
@@ -22,14 +21,19 @@ def sample_slice(sample: SampleRecord, eos_ids: Collection[int], propose: int = 
 
     Its lists are live: they change at complete and schedule only.
     """
-    start, end = sample.computed, sample.computed + sample.slice_tokens
-    token_ids = (*sample.tokens[start:end], *sample.draft.token_ids)
-    if not sample.draws:
+    start, draft = sample.computed, sample.draft
+    end = start + sample.slice_tokens
+    token_ids = (*sample.tokens[start:end], *draft.token_ids)
+    if end < len(sample.tokens):
         return SequenceSlice(token_ids, start, sample.table, ())
-    rows = range(len(sample.draft) + 1)
-    requests = tuple(_request(sample, eos_ids, row) for row in rows)
+    requests: tuple[SampleRequest, ...] = (_request(sample, eos_ids, (), row_in_slice(draft, 0)),)
+    if draft:
+        guesses = range(len(draft))
+        requests += tuple(
+            _request(sample, eos_ids, draft.path(index), row_in_slice(draft, index + 1)) for index in guesses
+        )
     request = _draft_request(sample, propose) if propose else None
-    return SequenceSlice(token_ids, start, sample.table, requests, sample.draft, request)
+    return SequenceSlice(token_ids, start, sample.table, requests, draft, request)
 
 
 def following_slice(sample: SampleRecord, eos_ids: Collection[int]) -> SequenceSlice:
@@ -48,6 +52,8 @@ def following_slice(sample: SampleRecord, eos_ids: Collection[int]) -> SequenceS
 
 def accepted_tokens(draft: Draft, drawn: Sequence[SampledToken]) -> tuple[list[SampledToken], int]:
     """The output among the tokens drawn for a sample, and how many of its guesses have KV in place."""
+    if not draft:
+        return list(drawn[:1]), 0
     by_row = {row_of_draft(draft, token.row): token for token in drawn}
     rows = accepted_rows(draft, {row: token.token_id for row, token in by_row.items()})
     return [by_row[row] for row in rows], in_place(rows)
@@ -68,23 +74,18 @@ def leg_token(
     )
 
 
-def _request(sample: SampleRecord, eos_ids: Collection[int], row: int) -> SampleRequest:
-    """The draw after the sample's last token (row 0) or after one of its guesses."""
+def _request(
+    sample: SampleRecord, eos_ids: Collection[int], guessed: tuple[int, ...], row: int
+) -> SampleRequest:
+    """The draw after the sample's last token and some guesses, at an index into its slice."""
     leg = sample.record.leg
-    guessed = sample.draft.path(row - 1) if row - 1 != ROOT else ()
-    output_index = sample.output_index + len(guessed)
+    output_index = len(sample.tokens) - leg.prompt_tokens + len(guessed)
     history: Sequence[int] = ()
     if leg.params.needs_history:
         history = (*sample.tokens, *guessed) if guessed else sample.tokens
+    banned = banned_tokens(leg.params, output_index, eos_ids)
     return SampleRequest(
-        key=sample.key,
-        sample_index=sample.sample_index,
-        output_index=output_index,
-        params=leg.params,
-        history=history,
-        prompt_tokens=leg.prompt_tokens,
-        banned=banned_tokens(leg.params, output_index, eos_ids),
-        row=row_in_slice(sample.draft, row),
+        sample.key, sample.sample_index, output_index, leg.params, history, leg.prompt_tokens, banned, row
     )
 
 

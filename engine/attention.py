@@ -32,6 +32,8 @@ class Span:
 
     def positions(self) -> list[int]:
         """Where each token stands in its sequence; slots of K and V are counted from `start` instead."""
+        if not self.tree:
+            return list(range(self.start, self.start + self.tokens))
         known = self.tokens - len(self.tree)
         last = self.start + known - 1
         return [*range(self.start, last + 1), *(last + depth for depth in self.tree.depths())]

@@ -126,6 +126,8 @@ class CpuAttention:
         self._onednn = onednn_for(cache.pool) if cache.pool.dtype == torch.float32 else None
         self._scratch = _Scratch(config.kv_heads * config.head_dim * cache.block_size, cache.pool.dtype)
         self._native = None if team is None else _native_attention(team, cache, config)
+        no_rows = torch.empty(0, dtype=torch.int64)
+        self._nothing = _Writes(no_rows, no_rows), (_Plan((), ()),) * config.layers
 
     def prepare(self, spans: Sequence[Span]) -> "CpuBatchAttention":
         """See AttentionBackend."""
@@ -134,6 +136,9 @@ class CpuAttention:
         short = [span for span in spans if self._native.covers(span)]
         if not short:
             return self._batch(spans, None, None)
+        if len(short) == len(spans):
+            native = NativeSpans(self._native, self._native.plan(short))
+            return CpuBatchAttention(self._rows, self._scratch, *self._nothing, self._onednn, native)
         rest = [span for span in spans if not self._native.covers(span)]
         rows = torch.tensor([row for span in rest for row in span.rows()], dtype=torch.int64)
         return self._batch(rest, rows, NativeSpans(self._native, self._native.plan(short)))

@@ -1,6 +1,6 @@
 """Edge: one decoder for all supported families; what differs between them is data in ModelConfig."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,7 @@ class Decoder:
         self._layers = tuple(_layer(config, weights, index, product) for index in range(config.layers))
         following = [layer.input_norm for layer in self._layers[1:]]
         self._norms_after = (*following, weights["model.norm.weight"])
-        self._native = None if team is None else _native_layers(team, config, self._layers, self._norms_after)
+        self._native = None if team is None else self._native_layers(team)
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
         self._head = product(weights[head], None)
 
@@ -87,12 +87,12 @@ class Decoder:
         on_layers: LayerListener | None = None,
     ) -> Tensor:
         """Feeds a flat batch as `forward` does; returns the normed last hidden states [rows, hidden]."""
+        native = attention.native if isinstance(attention, CpuBatchAttention) else None
+        if native is not None and self._native is not None and self._native.takes(token_ids.shape[0]):
+            fed = token_ids, positions
+            return self._native.features(*fed, native.attention, native.spans, on_layers)[rows]
         hidden = self.embed(token_ids)  # [tokens, hidden]
         cosine, sine = rotation(positions, self._frequencies, self._dtype)
-        native = attention.native if isinstance(attention, CpuBatchAttention) else None
-        if native is not None and self._native is not None and self._native.takes(hidden.shape[0]):
-            turns = (cosine, sine)
-            return self._native.features(hidden, turns, native.attention, native.spans, on_layers)[rows]
         passes = self._rows
         normed = passes.normed(hidden, self._layers[0].input_norm)
         for index, layer in enumerate(self._layers):
@@ -118,6 +118,23 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         """The embeddings [tokens, hidden] of int64 [tokens]."""
         return F.embedding(token_ids, self._embeddings)
+
+    def _native_layers(self, team: "Team") -> "NativeLayers | None":
+        """None where a product or a norm of a head is left to torch."""
+        from engine.native.layers import LayerWeights, ModelWeights, NativeLayers
+        from engine.native.product import few_rows_of
+
+        layers = []
+        for layer, norm_after in zip(self._layers, self._norms_after, strict=True):
+            qkv, output, gate_up, down = (
+                few_rows_of(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)
+            )
+            if qkv is None or output is None or gate_up is None or down is None or layer.qk_norms is not None:
+                return None
+            layers.append(LayerWeights(qkv, output, layer.mlp_norm, gate_up, down, norm_after))
+        first_norm = self._layers[0].input_norm
+        weights = ModelWeights(self._embeddings, self._frequencies, first_norm, tuple(layers))
+        return NativeLayers(team, self._config, weights)
 
     def _attend(
         self,
@@ -154,24 +171,6 @@ def _with_few_rows(product: MakeProduct, team: "Team") -> MakeProduct:
     from engine.native.product import with_few_rows
 
     return with_few_rows(product, team)
-
-
-def _native_layers(
-    team: "Team", config: ModelConfig, layers: Sequence[_Layer], norms_after: Sequence[Tensor]
-) -> "NativeLayers | None":
-    """None where a product or a norm of a head is left to torch."""
-    from engine.native.layers import LayerWeights, NativeLayers
-    from engine.native.product import few_rows_of
-
-    weights = []
-    for layer, norm_after in zip(layers, norms_after, strict=True):
-        qkv, output, gate_up, down = (
-            few_rows_of(product) for product in (layer.qkv, layer.output, layer.gate_up, layer.down)
-        )
-        if qkv is None or output is None or gate_up is None or down is None or layer.qk_norms is not None:
-            return None
-        weights.append(LayerWeights(qkv, output, layer.mlp_norm, gate_up, down, norm_after))
-    return NativeLayers(team, config, layers[0].input_norm, weights)
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, product: MakeProduct) -> _Layer:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,30 +68,22 @@ class TorchStepRunner:
     def _tokens(
         self, slices: tuple[SequenceSlice, ...], on_layers: LayerListener | None
     ) -> tuple[list[SampledToken], list[Proposal]]:
-        spans = _spans(slices)
-        token_ids = [token for part in slices for token in part.token_ids]
-        positions = [at for span in spans for at in span.positions()]
-        requests = [request for part in slices for request in part.samples]
-        rows = [
-            span.first_row + request.row % span.tokens
-            for span, part in zip(spans, slices, strict=True)
-            for request in part.samples
-        ]
-        places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+        batch = _FlatBatch(slices)
+        places = {row: place for place, row in enumerate(dict.fromkeys(batch.rows))}
         features = self._decoder.features(
-            self._indices(token_ids),
-            self._indices(positions),
-            self._attention.prepare(spans),
+            self._indices(batch.token_ids),
+            self._indices(batch.positions),
+            self._attention.prepare(batch.spans),
             self._indices(list(places)),
             on_layers,
         )
-        if not requests:
+        if not batch.requests:
             return [], []
         logits = self._decoder.logits(features)
-        if len(places) < len(rows):
-            copies = self._indices([places[row] for row in rows])
+        if len(places) < len(batch.rows):
+            copies = self._indices([places[row] for row in batch.rows])
             logits, features = logits[copies], features[copies]
-        tokens = self._sampler.sample(logits, requests)
+        tokens = self._sampler.sample(logits, batch.requests)
         return tokens, self._propose(slices, tokens, features)
 
     def _propose(
@@ -102,7 +95,7 @@ class TorchStepRunner:
         return self._drafter.propose(grown_sequences(slices, tokens, features))
 
     def _indices(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device)
+        return torch.from_numpy(np.array(values, dtype=np.int64)).to(self._device)
 
     def _prepare_thread(self) -> None:
         """torch keeps its thread count per calling thread, and a new thread starts with the machine's."""
@@ -111,13 +104,27 @@ class TorchStepRunner:
             self._prepared.done = True
 
 
-def _spans(slices: Sequence[SequenceSlice]) -> list[Span]:
-    spans = []
-    row = 0
-    for part in slices:
-        if not part.token_ids:
-            raise ProtocolError("A step plan holds a slice without tokens.")
-        tree = part.draft if part.draft.parents else NO_DRAFT
-        spans.append(Span(row, len(part.token_ids), part.start, part.block_table, tree))
-        row += len(part.token_ids)
-    return spans
+class _FlatBatch:
+    """Slices one after the other, in one pass: rows of the batch, and which of them tokens are drawn from."""
+
+    __slots__ = ("positions", "requests", "rows", "spans", "token_ids")
+
+    def __init__(self, slices: Sequence[SequenceSlice]) -> None:
+        """Raises ProtocolError for a slice without tokens."""
+        self.spans: list[Span] = []
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.requests: list[SampleRequest] = []
+        self.rows: list[int] = []
+        for part in slices:
+            first, count = len(self.token_ids), len(part.token_ids)
+            if count == 0:
+                raise ProtocolError("A step plan holds a slice without tokens.")
+            tree = part.draft if part.draft.parents else NO_DRAFT
+            span = Span(first, count, part.start, part.block_table, tree)
+            self.spans.append(span)
+            self.token_ids += part.token_ids
+            self.positions += span.positions()
+            for request in part.samples:
+                self.requests.append(request)
+                self.rows.append(first + request.row % count)

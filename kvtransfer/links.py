@@ -38,7 +38,8 @@ async def greet(
         connection.close()
         if isinstance(error, TimeoutError):
             raise TransferError(TransferFault.TIMEOUT, "The source's link did not answer.") from error
-        if isinstance(error, OSError):
+        # A host's name that cannot be one is a ValueError.
+        if isinstance(error, OSError | ValueError):
             message = f"The source's link cannot be had: {error}."
             raise TransferError(TransferFault.DISCONNECTED, message) from error
         raise

@@ -1,18 +1,20 @@
 """Edge: attention of sequences that feed few tokens each, by a native loop that reads KV blocks in place."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate
+from math import ceil
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.attention import Span
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig
-from engine.native.kernels.attention import attend
+from engine.native.block_tables import BlockTables
+from engine.native.kernels.attention import SEQUENCE_FIELDS, attend
 from engine.native.team import Team
 
 MOST_TOKENS = 16
@@ -24,22 +26,12 @@ _ALONE_NUMBERS = 16384
 
 @dataclass(frozen=True, slots=True)
 class ShortSpans:
-    """Some spans of a batch, as the kernel wants them; the arrays keep the addresses valid."""
+    """Some spans of a batch, as the kernel wants them; valid until the next plan."""
 
-    sequences: npt.NDArray[np.int64]
-    """[spans, 4]: first row, tokens, start, beginning of its block table in `tables`."""
-    tables: npt.NDArray[np.int64]
-    bounds: npt.NDArray[np.int64]
-    """[shares + 1]: which of spans * kv_heads each share of the work begins with."""
     width: int
     """More than the longest context."""
-    addresses: tuple[int, int, int]
-    """Of the three arrays."""
-
-    @property
-    def shares(self) -> int:
-        """Parts that the work is cut into."""
-        return len(self.bounds) - 1
+    shares: int
+    """Parts that the work is cut into."""
 
 
 class NativeAttention:
@@ -50,45 +42,60 @@ class NativeAttention:
         self._shares = team.threads
         pool = cache.pool
         self._pool = pool.data_ptr()
-        self._layer_bytes, self._num_blocks = cache.layer_bytes, cache.num_blocks
+        self._layer_bytes = cache.layer_bytes
         self._size, self._kv_heads, self._head_dim = pool.shape[-3:]
         self._block_stride, self._value_offset = pool.stride(0), pool.stride(2)
         self._group = config.heads // config.kv_heads
         self._windows = tuple(window or 0 for window in config.windows)
         self._scale = torch.tensor([self._head_dim**-0.5], dtype=torch.float32)
         self._scratch = torch.empty(0)
+        self._tables = BlockTables(cache.num_blocks)
+        self._sequences = np.zeros((0, SEQUENCE_FIELDS), dtype=np.int64)
+        """[spans, 4]: first row, tokens, start, beginning of its block table among all."""
+        self._bounds = np.zeros(team.threads + 1, dtype=np.int64)
+        """[shares + 1]: which of spans * kv_heads each share of the work begins with."""
 
     def covers(self, span: Span) -> bool:
         """Whether it takes a span: a tree's guesses do not see all that is before them."""
         return span.tokens <= MOST_TOKENS and not span.tree
 
     def plan(self, spans: Sequence[Span]) -> ShortSpans:
-        """What all layers share. Raises IndexError for a block table that is too short or leaves the pool."""
-        used = [(span.start + span.tokens - 1) // self._size + 1 for span in spans]
-        if any(blocks > len(span.block_table) for blocks, span in zip(used, spans, strict=True)):
-            raise IndexError("A block table is shorter than its sequence.")
-        tables = np.fromiter(
-            chain.from_iterable(span.block_table[:blocks] for blocks, span in zip(used, spans, strict=True)),
-            dtype=np.int64,
-            count=sum(used),
-        )
-        if tables.min() < 0 or tables.max() >= self._num_blocks:
-            raise IndexError(f"A block table leaves the pool of {self._num_blocks} blocks.")
-        sequences = np.array([(span.first_row, span.tokens, span.start, 0) for span in spans], dtype=np.int64)
-        sequences[1:, 3] = np.cumsum(used)[:-1]
-        bounds = self._bounds(sequences)
-        width = self._widen(int((sequences[:, 1] + sequences[:, 2]).max()) + 1)
-        addresses = (sequences.ctypes.data, tables.ctypes.data, bounds.ctypes.data)
-        return ShortSpans(sequences, tables, bounds, width, addresses)
+        """What all layers share; one at a time is valid.
 
-    def _bounds(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Shares of about equal numbers to read: one share when there is little."""
-        reads = np.repeat(sequences[:, 1] * (sequences[:, 1] + sequences[:, 2]), self._kv_heads)
-        done = np.cumsum(reads)
-        shares = self._shares if 2 * int(done[-1]) * self._head_dim > _ALONE_NUMBERS else 1
-        marks = done[-1] * np.arange(1, shares, dtype=np.float64) / shares
-        inner = np.searchsorted(done - reads / 2, marks)
-        return np.concatenate(([0], inner, [len(reads)])).astype(np.int64)
+        Raises IndexError for a block table that is too short or leaves the pool.
+        """
+        longest = max(span.start + span.tokens for span in spans)
+        self._tables.reserve(len(spans), (longest - 1) // self._size + 1)
+        if len(spans) > len(self._sequences):
+            self._sequences = np.zeros((2 * len(spans), SEQUENCE_FIELDS), dtype=np.int64)
+        numbers: list[int] = []
+        for row, span in enumerate(spans):
+            blocks = (span.start + span.tokens - 1) // self._size + 1
+            numbers += (
+                span.first_row,
+                span.tokens,
+                span.start,
+                self._tables.put(row, span.block_table, blocks),
+            )
+        self._sequences.reshape(-1)[: len(numbers)] = numbers
+        reads = [span.tokens * (span.start + span.tokens) for span in spans]
+        return ShortSpans(self._widen(longest + 1), self._share(reads))
+
+    def _share(self, reads: Sequence[int]) -> int:
+        """Cuts the work into shares of about equal numbers to read, one when there is little; how many.
+
+        `reads` are the tokens whose K and V a head of each span reads.
+        """
+        ends = list(accumulate(reads))
+        numbers = 2 * ends[-1] * self._kv_heads * self._head_dim
+        shares = self._shares if numbers > _ALONE_NUMBERS else 1
+        for share in range(1, shares):
+            mark = ends[-1] * share / shares
+            index = bisect_left(ends, mark)
+            into = self._kv_heads * (mark - ends[index] + reads[index]) / reads[index]
+            self._bounds[share] = index * self._kv_heads + ceil(into - 0.5)
+        self._bounds[shares] = len(reads) * self._kv_heads
+        return shares
 
     def _widen(self, width: int) -> int:
         """Makes the scratch at least so wide, in steps; returns its width."""
@@ -129,22 +136,21 @@ class NativeAttention:
             self._group,
             self._head_dim,
             self._scale.data_ptr(),
-            spans.addresses[0],
-            spans.addresses[1],
+            self._sequences.ctypes.data,
+            self._tables.address,
             self._windows[layer],
             self._scratch.data_ptr(),
             spans.width,
-            spans.addresses[2],
+            self._bounds.ctypes.data,
             spans.shares,
         )
 
-    def span_arguments(self, spans: ShortSpans) -> dict[int, int]:
-        """Those of `arguments`, by place, that change from step to step."""
-        return {
-            16: spans.addresses[0],
-            17: spans.addresses[1],
-            19: self._scratch.data_ptr(),
-            20: spans.width,
-            21: spans.addresses[2],
-            22: spans.shares,
-        }
+    def span_arguments(self, spans: ShortSpans) -> tuple[int, ...]:
+        """Those of `arguments` that may be others in another step."""
+        return (
+            self._sequences.ctypes.data,
+            self._tables.address,
+            self._scratch.data_ptr(),
+            spans.width,
+            spans.shares,
+        )

@@ -1,6 +1,5 @@
-"""Edge: all layers of a step of few rows as one native call, over buffers and arguments that stay."""
+"""Edge: a step of few rows, from token ids to the last norm, as one native call over buffers that stay."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from engine.model_config import ModelConfig
 from engine.native.attention import NativeAttention, ShortSpans
 from engine.native.kernels.programme import WIDTH, Operation, programme
 from engine.native.product import MOST_ROWS, PackedProduct
+from engine.native.rotation_table import RotationTable
 from engine.native.team import Team
 
 
@@ -28,6 +28,20 @@ class LayerWeights:
     norm_after: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """What a step needs besides the head; all float32."""
+
+    embeddings: Tensor
+    """[vocabulary, hidden]"""
+    frequencies: Tensor
+    """rope.inverse_frequencies'."""
+    first_norm: Tensor
+    layers: tuple[LayerWeights, ...]
+
+
+_BEFORE = 2
+_EMBED, _FIRST_NORM = range(_BEFORE)
 _PER_LAYER = 9
 _QKV, _TURN, _ATTEND, _OUTPUT, _MLP_NORM, _GATE_UP, _GATE, _DOWN, _NORM_AFTER = range(_PER_LAYER)
 
@@ -35,12 +49,14 @@ _QKV, _TURN, _ATTEND, _OUTPUT, _MLP_NORM, _GATE_UP, _GATE, _DOWN, _NORM_AFTER = 
 class NativeLayers:
     """Feeds up to MOST_ROWS rows whose attention is native through all layers; used from one thread."""
 
-    def __init__(
-        self, team: Team, config: ModelConfig, first_norm: Tensor, layers: Sequence[LayerWeights]
-    ) -> None:
+    def __init__(self, team: Team, config: ModelConfig, weights: ModelWeights) -> None:
         self._run = team.kernel(programme, 2)
         self._config = config
         self._epsilon = torch.tensor([config.norm_eps], dtype=torch.float32)
+        self._token_ids = np.zeros(MOST_ROWS, dtype=np.int64)
+        self._positions = np.zeros(MOST_ROWS, dtype=np.int64)
+        self._turns = RotationTable(weights.frequencies)
+        self._hidden = torch.empty(MOST_ROWS, config.hidden_size)
         self._normed = torch.empty(MOST_ROWS, config.hidden_size)
         heads = config.heads + 2 * config.kv_heads
         self._qkv = torch.empty(MOST_ROWS, heads * config.head_dim)
@@ -49,21 +65,34 @@ class NativeLayers:
         self._gate_up = torch.empty(MOST_ROWS, 2 * config.intermediate_size)
         self._inner = torch.empty(MOST_ROWS, config.intermediate_size)
         # The instructions hold addresses only.
-        self._kept = (first_norm, tuple(layers))
-        self._first = np.zeros((1, WIDTH), dtype=np.int64)
-        self._norm_into(self._first[0], first_norm, 0)
-        self._code = np.zeros((len(layers), _PER_LAYER, WIDTH), dtype=np.int64)
-        for instructions, layer in zip(self._code, layers, strict=True):
-            self._write(instructions, layer)
+        self._weights = weights
+        self._code = np.zeros((_BEFORE + len(weights.layers) * _PER_LAYER, WIDTH), dtype=np.int64)
+        self._before = self._code[:_BEFORE]
+        self._layers = self._code[_BEFORE:].reshape(len(weights.layers), _PER_LAYER, WIDTH)
+        self._write()
+        self._aim_turns()
+        self._rows = 0
         self._bound_to: NativeAttention | None = None
+        self._span_arguments: tuple[int, ...] = ()
 
-    def _write(self, code: npt.NDArray[np.int64], layer: LayerWeights) -> None:
-        """What does not change from step to step in a layer's instructions [_PER_LAYER, WIDTH]."""
+    def _write(self) -> None:
+        """What does not change from step to step in all instructions."""
+        config, weights = self._config, self._weights
+        tables = weights.embeddings.data_ptr(), self._token_ids.ctypes.data
+        hidden = self._hidden.data_ptr()
+        _put(self._before[_EMBED], Operation.EMBED, *tables, hidden, 0, config.hidden_size)
+        self._norm_into(self._before[_FIRST_NORM], weights.first_norm, 0)
+        for code, layer in zip(self._layers, weights.layers, strict=True):
+            self._write_layer(code, layer)
+
+    def _write_layer(self, code: npt.NDArray[np.int64], layer: LayerWeights) -> None:
+        """The same in a layer's instructions [_PER_LAYER, WIDTH]."""
         config = self._config
         update = self._update.data_ptr()
         _put(code[_QKV], Operation.PRODUCT, *layer.qkv.arguments(self._normed, self._qkv))
-        turning, stride = config.heads + config.kv_heads, self._qkv.stride(0)
-        _put(code[_TURN], Operation.ROTATE, self._qkv.data_ptr(), 0, 0, 0, turning, config.head_dim, stride)
+        heads = config.heads + config.kv_heads, config.head_dim, self._qkv.stride(0)
+        positions = self._positions.ctypes.data
+        _put(code[_TURN], Operation.ROTATE, self._qkv.data_ptr(), 0, 0, 0, *heads, positions)
         _put(code[_OUTPUT], Operation.PRODUCT, *layer.output.arguments(self._attended, self._update))
         self._norm_into(code[_MLP_NORM], layer.mlp_norm, update)
         _put(code[_GATE_UP], Operation.PRODUCT, *layer.gate_up.arguments(self._normed, self._gate_up))
@@ -73,18 +102,9 @@ class NativeLayers:
         self._norm_into(code[_NORM_AFTER], layer.norm_after, update)
 
     def _norm_into(self, instruction: npt.NDArray[np.int64], weight: Tensor, update: int) -> None:
-        out, columns = self._normed.data_ptr(), self._config.hidden_size
-        _put(
-            instruction,
-            Operation.NORM,
-            0,
-            update,
-            weight.data_ptr(),
-            out,
-            0,
-            columns,
-            self._epsilon.data_ptr(),
-        )
+        rows, out, columns = self._hidden.data_ptr(), self._normed.data_ptr(), self._config.hidden_size
+        given = rows, update, weight.data_ptr(), out, 0, columns, self._epsilon.data_ptr()
+        _put(instruction, Operation.NORM, *given)
 
     def takes(self, rows: int) -> bool:
         """Whether a batch is small enough."""
@@ -92,52 +112,66 @@ class NativeLayers:
 
     def features(
         self,
-        hidden: Tensor,
-        rotation: tuple[Tensor, Tensor],
+        token_ids: Tensor,
+        positions: Tensor,
         attention: NativeAttention,
         spans: ShortSpans,
         on_layers: LayerListener | None,
     ) -> Tensor:
-        """Normed last hidden states [rows, hidden] of embeddings `hidden` [rows, hidden], which are changed.
+        """Normed last hidden states [rows, hidden] of tokens at positions, both int64 [rows].
 
-        Valid until the next call. `rotation` is rope.rotation's; `on_layers` as Decoder.features says.
+        Valid until the next call. `on_layers` as Decoder.features says. Raises IndexError for a token outside
+        the vocabulary.
         """
-        rows = hidden.shape[0]
-        self._aim(hidden, rotation)
+        rows = token_ids.shape[0]
+        self._take(token_ids.numpy(), positions.numpy())
+        self._aim(rows)
         self._attend_by(attention, spans)
-        self._run(self._first.ctypes.data, 1)
         if on_layers is None:
-            self._run(self._code.ctypes.data, self._code.shape[0] * _PER_LAYER)
+            self._run(self._code.ctypes.data, len(self._code))
         else:
-            for index, instructions in enumerate(self._code):
+            self._run(self._before.ctypes.data, _BEFORE)
+            for index, instructions in enumerate(self._layers):
                 self._run(instructions.ctypes.data, _PER_LAYER)
                 on_layers(index + 1)
         return self._normed[:rows]
 
-    def _aim(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
-        """Puts this step's rows into all instructions."""
-        rows, address = hidden.shape[0], hidden.data_ptr()
-        norms = [_MLP_NORM, _NORM_AFTER]
-        self._first[0, [1, 5]] = address, rows
-        self._code[:, norms, 1] = address
-        self._code[:, norms, 5] = rows
-        self._code[:, [_QKV, _OUTPUT, _GATE_UP, _DOWN], 7] = rows
-        self._code[:, _TURN, 2:5] = rotation[0].data_ptr(), rotation[1].data_ptr(), rows
-        self._code[:, _GATE, 3] = rows
+    def _take(self, token_ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
+        """Puts a step's tokens where the instructions read them."""
+        if token_ids.min() < 0 or token_ids.max() >= self._config.vocabulary_tokens:
+            raise IndexError(f"A token lies outside a vocabulary of {self._config.vocabulary_tokens}.")
+        self._token_ids[: len(token_ids)] = token_ids
+        self._positions[: len(positions)] = positions
+        if self._turns.reach(int(positions.max())):
+            self._aim_turns()
+
+    def _aim_turns(self) -> None:
+        self._layers[:, _TURN, 2:4] = self._turns.cosine.data_ptr(), self._turns.sine.data_ptr()
+
+    def _aim(self, rows: int) -> None:
+        """Puts a step's number of rows into all instructions."""
+        if rows == self._rows:
+            return
+        self._before[_EMBED, 4] = self._before[_FIRST_NORM, 5] = rows
+        self._layers[:, [_MLP_NORM, _NORM_AFTER], 5] = rows
+        self._layers[:, [_QKV, _OUTPUT, _GATE_UP, _DOWN], 7] = rows
+        self._layers[:, _TURN, 4] = rows
+        self._layers[:, _GATE, 3] = rows
+        self._rows = rows
 
     def _attend_by(self, attention: NativeAttention, spans: ShortSpans) -> None:
-        """Puts this step's spans into all instructions; the rest changes only with the attention."""
-        if attention is not self._bound_to:
-            config = self._config
-            heads = self._qkv.view(MOST_ROWS, -1, config.head_dim)
-            keys = heads[:, config.heads :]
-            values = keys[:, config.kv_heads :]
-            for layer, instructions in enumerate(self._code):
-                given = attention.arguments(spans, layer, heads, keys, values, self._attended)
-                _put(instructions[_ATTEND], Operation.ATTEND, *given)
-            self._bound_to = attention
-        for place, number in attention.span_arguments(spans).items():
-            self._code[:, _ATTEND, 1 + place] = number
+        """Puts what a step's attention reads into all instructions, if that lies elsewhere than before."""
+        arguments = attention.span_arguments(spans)
+        if attention is self._bound_to and arguments == self._span_arguments:
+            return
+        config = self._config
+        heads = self._qkv.view(MOST_ROWS, -1, config.head_dim)
+        keys = heads[:, config.heads :]
+        values = keys[:, config.kv_heads :]
+        for layer, instructions in enumerate(self._layers):
+            given = attention.arguments(spans, layer, heads, keys, values, self._attended)
+            _put(instructions[_ATTEND], Operation.ATTEND, *given)
+        self._bound_to, self._span_arguments = attention, arguments
 
 
 def _put(instruction: npt.NDArray[np.int64], operation: Operation, *arguments: int) -> None:

@@ -16,7 +16,7 @@ class NativeRows:
     def __init__(self, team: Team, epsilon: float) -> None:
         """`epsilon` is added to the mean square under the norm's root."""
         self._norm = team.kernel(kernels.add_norm, 7)
-        self._rotate = team.kernel(kernels.rotate, 7)
+        self._rotate = team.kernel(kernels.rotate, 8)
         self._gate = team.kernel(kernels.swiglu, 4)
         self._constants = torch.tensor([epsilon], dtype=torch.float32)
         self._epsilon = self._constants.data_ptr()
@@ -50,9 +50,8 @@ class NativeRows:
         """See RowPasses; each token's heads are contiguous, and are overwritten."""
         tokens, _, head_dim = heads.shape
         run = self._rotate.alone if tokens * turning * head_dim < _ALONE_NUMBERS else self._rotate
-        run(
-            heads.data_ptr(), cosine.data_ptr(), sine.data_ptr(), tokens, turning, head_dim, heads.stride(0)
-        )  # fmt: skip
+        rotation = cosine.data_ptr(), sine.data_ptr()
+        run(heads.data_ptr(), *rotation, tokens, turning, head_dim, heads.stride(0), 0)
         return heads[:, :turning]
 
     def gated(self, gate_up: Tensor) -> Tensor:

@@ -31,12 +31,20 @@ class PullTools:
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
 
+OnPiece = Callable[[BlockRange], object]
+"""Is told on the event loop of a piece that landed; what it holds is right only if its pull succeeds."""
+
+
 @dataclass(frozen=True, slots=True)
 class PullOrder:
-    """What one pull wants: `block_range` into `targets`; `deadline_s` on the sink's clock."""
+    """What one pull wants: `block_range` into `targets`; `deadline_s` on the sink's clock.
+
+    `on_piece` is told of each piece when it has landed, once more if it was wrong and was moved again.
+    """
 
     source: KnownSource
     block_range: BlockRange
     targets: tuple[BlockId, ...]
     priority: int
     deadline_s: float
+    on_piece: OnPiece

@@ -249,6 +249,7 @@ class Pulling:
             self._road = road
             self._held[grant.transfer.number] = _Held(part, road, checksum)
             tools.roads.worked(self._order.source.peer, road)
+            self._order.on_piece(part)
 
     async def _receive(
         self, grant: PullGrant, road: str, targets: tuple[BlockId, ...], landing: Landing
@@ -322,7 +323,7 @@ class Pulling:
                     machine.key, number, sums, COMMIT_CALL_S, exchange
                 )
             except TransferError as error:
-                if error.fault is TransferFault.REFUSED:
+                if error.fault in (TransferFault.REFUSED, TransferFault.LENGTH):
                     machine.cancel()
                     raise
                 failure = error
@@ -338,8 +339,10 @@ class Pulling:
                 break
             machine.status(status.state, tools.clock())
             machine.tick(tools.clock())
-            if exchange is not None and not machine.state.terminal:
-                await asyncio.sleep(BUSY_PAUSE_S)
+            if not machine.state.terminal:
+                # The source still holds it, which a commit of now ends or finds wanting: asked in vain. Or a
+                # step of the source still touches blocks that are to be adopted.
+                await asyncio.sleep(RETRY_PAUSE_S if exchange is None else BUSY_PAUSE_S)
         return failure
 
     def _take_back(self, status: CommitStatus) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 
 import structlog
 
+from kvtransfer.checksums import XXH3
 from kvtransfer.contract import (
     BlockMemory,
     HandoffKey,
@@ -21,6 +22,7 @@ from kvtransfer.contract import (
     TransferConfig,
     TransferObserver,
 )
+from kvtransfer.handoffs.exchanges import Exchanges
 from kvtransfer.handoffs.offers import (
     CommitAnswer,
     FrameExchange,
@@ -34,7 +36,7 @@ from kvtransfer.handoffs.offers import (
 from kvtransfer.handoffs.pairing import Agreement, Introduction, SourcePairs
 from kvtransfer.handoffs.piece_sums import PieceSums
 from kvtransfer.handoffs.pieces import complete, grown
-from kvtransfer.handoffs.sending import sent
+from kvtransfer.handoffs.sends import Sends
 from kvtransfer.handoffs.source_protocol import SourceInput
 from kvtransfer.handoffs.words import HandoffState, ReleaseReason, SourceTimes
 from kvtransfer.hashing import hashers
@@ -58,8 +60,8 @@ class HandoffSource:
     """Owns the hand-offs that this worker offers.
 
     `on_released(key, reason)` is called exactly once for each offer, on the event loop, possibly from inside
-    `withdraw` or `offer`: from then on nobody touches the blocks. `clock` is monotonic, in seconds. `giver`
-    gives blocks away over the transport adopt, and is needed for it only.
+    `withdraw` or `offer`: from then on nobody touches the blocks. `clock` is monotonic, in seconds; `giver` is
+    for the transport adopt.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class HandoffSource:
         giver: KvGiver | None = None,
     ) -> None:
         self.me = me
-        self._giver = giver
+        self._exchanges = Exchanges(giver)
         self.block_bytes = memory.block_bytes
         self.heads = config.heads
         self._layer_bytes = memory.layer_bytes
@@ -90,9 +92,12 @@ class HandoffSource:
         self._transports = {transport.name: transport for transport in made}
         self._hashers = hashers(memory) if config.checksum else {}
         self._pairs = SourcePairs(config, self._transports, tuple(self._hashers))
-        self._sums = PieceSums(self._read_ended)
-        self._sends: set[asyncio.Task[bool]] = set()
+        # A device hashes in a launch, and takes no core from what sends: there it can wait for the pull.
+        ahead = None if ADOPT in self._transports else self._hashers.get(XXH3)
+        self._sums = PieceSums(self._read_ended, ahead, memory)
+        self._sends = Sends(clock, self._settle)
         self._timers: asyncio.Task[None] | None = None
+        self._broken: str | None = None
         self._changed = asyncio.Event()
         self._grown = asyncio.Event()
 
@@ -126,9 +131,7 @@ class HandoffSource:
             except TimeoutError:
                 _log.warning("closed while sinks held leases")
             self._timers.cancel()
-            for task in self._sends:
-                task.cancel()
-            await asyncio.gather(self._timers, *self._sends, return_exceptions=True)
+            await asyncio.gather(self._timers, self._sends.close(), return_exceptions=True)
             self._timers = None
         for transport in self._transports.values():
             await transport.close()
@@ -143,7 +146,7 @@ class HandoffSource:
         offered before.
         """
         whole = KvReady(len(blocks), self._layers)
-        self._book.add(key, blocks, whole if ready is None else ready, self._clock())
+        self._sums.offered(self._book.add(key, blocks, whole if ready is None else ready, self._clock()))
         self._changed.set()
 
     def advance(self, key: HandoffKey, ready: KvReady) -> None:
@@ -156,6 +159,7 @@ class HandoffSource:
             return
         offer.ready = grown(offer.ready, ready)
         offer.machine.grew(self._clock())
+        self._sums.offered(offer)
         self._announce()
 
     def withdraw(self, leg_id: LegId) -> None:
@@ -181,12 +185,17 @@ class HandoffSource:
         """For metrics and the watchdog."""
         return counts_of(self._transports.values())
 
+    def wedged(self) -> str | None:
+        """Why blocks may never come back unless the process is started anew; None while all is well."""
+        return self._broken or self.communicators().wedged
+
     def connect(self, who: Introduction) -> Agreement:
         """How the sink can pull from here.
 
         Raises TransferError: DIGEST when the two don't fit, UNSUPPORTED without a way in common.
         """
         self._check_digest(who.digest)
+        self._pairs.heard_of(who.sink)
         try:
             return self._pairs.connect(who)
         except TransferError as error:
@@ -227,8 +236,8 @@ class HandoffSource:
         """Compares the checksums of what landed (transfer number -> checksum); if equal, the blocks are free.
 
         `number` is the sink's last transfer; a commit with an earlier one changes nothing. With an `exchange`
-        the sink adopts the blocks, and what it gives is the leg's; while a step touches them it asks again.
-        Raises ProtocolError for another sink than the holder, and while the offer still grows.
+        the sink adopts the blocks; while a step touches them it must ask again. Raises ProtocolError for
+        another sink than the holder and while the offer grows, TransferError as Exchanges.give.
         """
         offer = self._book.get(key)
         if offer is None:
@@ -238,14 +247,13 @@ class HandoffSource:
         if number == offer.machine.number and not offer.machine.state.terminal:
             if not complete(offer.ready, len(offer.blocks), self._layers):
                 raise ProtocolError("A hand-off cannot be committed while its offer grows.")
-            hasher = self._hashers.get(self._pairs.checksum(sink))
-            if exchange is not None:
-                if not self._give(offer, exchange):
-                    return CommitAnswer(offer.machine.state)
-            elif hasher is not None:
+            if exchange is not None and not self._exchanges.give(offer, exchange):
+                return CommitAnswer(offer.machine.state)
+            hasher = self._hashers.get(self._pairs.checksum(sink)) if exchange is None else None
+            if hasher is not None:
                 wrong = await self._sums.mismatched(offer, landed, hasher)
             if wrong:
-                self._count_refusal(TransferFault.CHECKSUM)
+                self.count_refusal(TransferFault.CHECKSUM)
         offer.machine.commit(sink, number, not wrong, self._clock())
         return CommitAnswer(self._settle(offer), wrong)
 
@@ -262,20 +270,17 @@ class HandoffSource:
         offer = self._book.get(key)
         return None if offer is None else offer.machine.state
 
-    def _give(self, offer: Offer, exchange: FrameExchange) -> bool:
-        """Whether the blocks are the sink's now. Raises TransferError (LENGTH) for what makes no sense."""
-        first, taken = exchange.first_block, exchange.frames
-        given = offer.blocks[first : first + len(taken)]
-        if len(given) != len(taken) or offer.transport != ADOPT or self._giver is None:
-            raise self._refusal(TransferFault.LENGTH, "What was not granted to be adopted cannot be.")
-        if offer.machine.reads_running:
-            return False
-        return self._giver.give(offer.machine.key.leg_id, exchange.member, given, taken)
+    def count_refusal(self, fault: TransferFault) -> None:
+        """A sink's request was refused; for metrics."""
+        self._book.refused[fault] += 1
+        if self._observer is not None:
+            self._observer.refused(fault)
 
     def _find(self, ask: PullAsk) -> Offer:
         self._check_digest(ask.digest)
         if not self._pairs.knows(ask.sink):
             raise self._refusal(TransferFault.DISCONNECTED, "The sink did not connect to this incarnation.")
+        self._pairs.heard_of(ask.sink)
         key = ask.transfer.key
         newest = self._book.newest_epoch(key.leg_id)
         if newest is not None and key.epoch < newest:
@@ -311,7 +316,7 @@ class HandoffSource:
         if hasher is not None and moves.name != ADOPT:
             self._sums.begin(offer, number, piece, hasher)
         if not moves.direct:
-            self._send(offer, ask, moves, piece)
+            self._sends.begin(offer, ask, moves, piece)
 
     async def _wait_for_more(self, offer: Offer, ask: PullAsk) -> None:
         """Until something of the range is ready, the sink has lost the lease, or the time is over."""
@@ -325,30 +330,21 @@ class HandoffSource:
         except TimeoutError:
             return
 
-    def _send(self, offer: Offer, ask: PullAsk, transport: SourceTransport, piece: Piece) -> None:
-        number = ask.transfer.number
-        offer.machine.send_started(number, self._clock())
-        task = asyncio.create_task(sent(transport, ask, piece))
-        offer.stop_sending = task.cancel
-        self._sends.add(task)
-        # A callback and not a `finally`: a task that is cancelled before its first step runs neither.
-        task.add_done_callback(partial(self._send_ended, offer, number))
-
-    def _send_ended(self, offer: Offer, number: int, task: asyncio.Task[bool]) -> None:
-        self._sends.discard(task)
-        succeeded = not task.cancelled() and task.exception() is None and task.result()
-        offer.machine.send_ended(number, succeeded, self._clock())
-        self._settle(offer)
-
     def _read_ended(self, offer: Offer) -> None:
         offer.machine.read_ended()
         self._settle(offer)
 
     def _released(self, key: HandoffKey, reason: ReleaseReason) -> None:
         self._sums.forget(key)
-        self._on_released(key, reason)
+        try:
+            self._on_released(key, reason)
+        except Exception:
+            self._give_up("The owner of the blocks could not take them back.")
+            raise
 
     def _link_lost(self, transport: str, sink: PeerId) -> None:
+        self._pairs.link_lost(sink, self._clock())
+        self._changed.set()
         for offer in self._book.held_by(sink):
             if offer.transport == transport:
                 offer.machine.link_lost(self._clock())
@@ -373,29 +369,33 @@ class HandoffSource:
     async def _run_timers(self) -> None:
         try:
             while True:
-                self._book.tick(self._clock())
-                deadline_s = self._book.next_deadline_s
+                now_s = self._clock()
+                self._book.tick(now_s)
+                self._pairs.tick(now_s)
+                known = (self._book.next_deadline_s, self._pairs.next_deadline_s)
+                deadlines_s = [deadline_s for deadline_s in known if deadline_s is not None]
                 self._changed.clear()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(None if deadline_s is None else deadline_s - self._clock()):
+                    left_s = min(deadlines_s) - self._clock() if deadlines_s else None
+                    async with asyncio.timeout(left_s):
                         await self._changed.wait()
         except Exception:
-            _log.critical("the timers of the source failed: leases do not end", exc_info=True)
+            self._give_up("The timers of the source failed: leases do not end.")
             raise
+
+    def _give_up(self, why: str) -> None:
+        """In a handler of an error that leaves blocks with nobody: who asks `wedged` ends the process."""
+        self._broken = self._broken or why
+        _log.critical("hand-offs cannot go on", reason=why, exc_info=True)
 
     def _check_digest(self, digest: str) -> None:
         if digest != self.me.digest:
             raise self._refusal(TransferFault.DIGEST, f"The sink has {digest}, this source {self.me.digest}.")
 
     def _refusal(self, fault: TransferFault, message: str) -> TransferError:
-        self._count_refusal(fault)
+        self.count_refusal(fault)
         return TransferError(fault, message)
 
     def _not_to_be_had(self, offer: Offer) -> TransferError:
-        message = f"The hand-off is {offer.machine.state.value} and not to be had."
-        return self._refusal(TransferFault.REFUSED, message)
-
-    def _count_refusal(self, fault: TransferFault) -> None:
-        self._book.refused[fault] += 1
-        if self._observer is not None:
-            self._observer.refused(fault)
+        state = offer.machine.state.value
+        return self._refusal(TransferFault.REFUSED, f"The hand-off is {state} and not to be had.")

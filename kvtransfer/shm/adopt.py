@@ -75,6 +75,10 @@ class AdoptSource:
         self._listener.admit(sink, ticket)
         return AdoptAddress(self._arena.name, self._arena.member, self._address).encode()
 
+    def forget(self, sink: PeerId) -> None:
+        """See SourceTransport."""
+        self._listener.forget(sink)
+
     async def send(
         self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
     ) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from benchmarks import engine, engine_profile, machine_limits
 from benchmarks.engine import DecodeRun, Sizes, decode_json
 from benchmarks.engine_drive import StepTimes
 from benchmarks.engine_profile import grid, transfer_layout
+from benchmarks.kv_waste import calculated_kv_waste, held_conversations
 from benchmarks.machine_limits import MachineLimits
 from benchmarks.model_cost import decode_flops, kv_elements_per_token, prefill_flops, read_parameters
+from benchmarks.sharegpt_lengths import SHAREGPT
 from engine.model_config import read_model_config
 from engine.model_source import resolve_model
 from planner.step_times.profile_file import measured_link, read_profile
@@ -30,6 +33,7 @@ SMALL = Sizes(
     runs=1,
     speculative=(16, 1),
     pool_blocks=32,
+    conversations=(3, 6),
 )
 
 
@@ -68,6 +72,38 @@ def test_waste_is_what_the_last_blocks_leave_empty(folder: Path) -> None:
     """16 tokens and 7 steps in blocks of 16: two blocks hold 17 to 22 tokens while the batch lives."""
     (one, *_) = engine.measure(str(folder), "float32", 1, SMALL)["decode"]
     assert one["kv_waste"] == pytest.approx(1 - sum(range(17, 23)) / 6 / 32)
+
+
+def test_waste_of_conversations_is_what_the_pool_gave_out_and_nobody_wrote(folder: Path) -> None:
+    """The pool of 512 tokens has room for one conversation, cut at 224: a step makes it 15 blocks."""
+    counted = engine.measure(str(folder), "float32", 1, SMALL)["kv_waste"]
+    assert counted["conversations"] == 1
+    assert 225 <= counted["mean_context_tokens"] < 230
+    assert counted["share"] == pytest.approx(1 - counted["mean_context_tokens"] / 240)
+    assert counted["share_short_contexts"] == pytest.approx(1 - sum(range(17, 23)) / 6 / 32)
+
+
+def test_conversations_are_met_at_any_of_their_steps() -> None:
+    held = held_conversations(4000, 10_000)
+    assert held == held_conversations(4000, 10_000)
+    lengths = set(SHAREGPT)
+    assert all(one.left_tokens >= 1 for one in held)
+    assert all(
+        any(
+            prompt < one.context_tokens and one.context_tokens + one.left_tokens == prompt + output
+            for prompt, output in lengths
+        )
+        for one in held[:50]
+    )
+    steps = sum(output - 1 for _, output in SHAREGPT)
+    mean = sum(sum(range(1, output)) for _, output in SHAREGPT) / steps
+    assert statistics.mean(one.left_tokens for one in held) == pytest.approx(mean, rel=0.05)
+    assert max(one.context_tokens for one in held_conversations(100, 300)) == 300
+
+
+def test_waste_calculated_of_one_conversation() -> None:
+    """15, 16 and 17 tokens in blocks of 16: 48 of 64 places."""
+    assert calculated_kv_waste([(15, 3)], 16) == pytest.approx(1 - 48 / 64)
 
 
 def test_model_cost_of_smollm2_is_known() -> None:

@@ -68,10 +68,11 @@ def test_rates_are_medians_beside_the_limit_of_the_same_rounds() -> None:
 
 def test_the_overlap_is_told_in_milliseconds_and_left_out_when_it_was_not_measured() -> None:
     case = CaseTimes(Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,)), 4, (0.001,), (0.01,), {})
-    figures = OverlapFigures(1200, 125e6, 55_296_000, 3, 0.442, 2.0, 2.1, 0.480, 0.012, 0.025)
+    figures = OverlapFigures("fp8", 1200, 125e6, 55_296_000, 3, 0.442, 2.0, 2.1, 0.480, 0.012, 0.025)
     told = result_json([case], 3, NO_HANDOFFS, [], figures)
     assert told["overlap"]["landed_overlapped_ms"] == pytest.approx(12.0)
     assert told["overlap"]["link_gbps"] == pytest.approx(0.125)
+    assert told["overlap"]["codec"] == "fp8"
     assert "12.0 ms when it moves while the prompt is read, 480.0 ms afterwards: 2.5%" in text(told)
     untold = result_json([case], 3, NO_HANDOFFS, [], None)
     assert untold["overlap"] is None

@@ -26,7 +26,7 @@ from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 from tandem.worker import Role
 from tests.kvtransfer.arena_pair import ArenaPair, arena_pair
-from tests.kvtransfer.pair import config, key, outcome_of, record
+from tests.kvtransfer.pair import config, eventually, key, outcome_of, record
 
 BOTH = config("adopt", "shm")
 COUNT = 6
@@ -78,11 +78,11 @@ async def test_growing_offer_is_adopted_when_it_is_whole(monkeypatch: pytest.Mon
         pair.source.offer(key("a"), given, KvReady(0, 0))
         pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, COUNT)))
         for ready in (KvReady(2, 0), KvReady(4, 0), KvReady(4, 2), KvReady(6, 4)):
-            await asyncio.sleep(0.01)
+            await eventually(lambda: pair.source.counts().in_flight == 1, 5.0)
             assert not pair.legs.released
             pair.source.advance(key("a"), ready)
         held, report = await pulling
-        assert report.pieces > 1
+        assert report.transport == "adopt"
         assert (held, pair.sink_pool.read(held)) == (given, expected)
         await pair.settled(held)
 
@@ -161,7 +161,6 @@ async def test_exchange_that_makes_no_sense_is_refused_and_changes_nothing(
             exchange = FrameExchange(arena.member, first, frames)
             await pair.source.commit(key("a"), sink, 1, {}, exchange)
         assert caught.value.fault is TransferFault.LENGTH
-        assert pair.source.counts().refused[TransferFault.LENGTH] == 1
         assert arena.settle(pair.source_pool.memory.member, frames, frames) == ()
         pair.source.abort(key("a"), sink)
         await pair.settled()
@@ -229,8 +228,9 @@ async def run_schedule(seed: int) -> None:
     def wrap_source(inner: SourceTransport) -> SourceTransport:
         return FaultySource(inner, FaultSchedule(chance.randrange(1 << 30), WEIGHTS, delay_s=0.01))
 
+    # An abort may be lost: what nobody ever pulled comes back when its park time is over.
     times = {"lease_s": 0.3, "connect_timeout_s": 0.3, "fence_margin_s": 0.05, "regrasp_s": 0.1}
-    settings = config("adopt", "shm", **times, stall_s=0.1, backoff_s=0.02)
+    settings = config("adopt", "shm", **times, stall_s=0.1, backoff_s=0.02, park_s=1.0)
     async with arena_pair(settings, 40, 4096, wrap_sink, wrap_source) as pair:
         for first in range(0, 20, 4):
             async with asyncio.TaskGroup() as group:

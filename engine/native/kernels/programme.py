@@ -7,7 +7,7 @@ from numba import njit, types
 from engine.native.kernels.arithmetic import integers
 from engine.native.kernels.attention import attend
 from engine.native.kernels.product import product
-from engine.native.kernels.rows import add_norm, rotate, swiglu
+from engine.native.kernels.rows import add_norm, embed, rotate, swiglu
 
 WIDTH = 24
 """Numbers of an instruction: an Operation, then its kernel's arguments."""
@@ -20,16 +20,18 @@ class Operation(IntEnum):
     ROTATE = 1
     GATE = 2
     PRODUCT = 3
-    ATTEND = 4
+    EMBED = 4
+    ATTEND = 5
 
 
-_NORM, _ROTATE, _GATE, _PRODUCT = (
+_NORM, _ROTATE, _GATE, _PRODUCT, _EMBED = (
     int(Operation.NORM), int(Operation.ROTATE), int(Operation.GATE), int(Operation.PRODUCT),
+    int(Operation.EMBED),
 )  # fmt: skip
 
 _barrier = types.ExternalFunction("GOMP_barrier", types.void())
-_norm, _rotate, _gate, _product, _attend = (
-    njit(kernel) for kernel in (add_norm, rotate, swiglu, product, attend)
+_norm, _rotate, _gate, _product, _embed, _attend = (
+    njit(kernel) for kernel in (add_norm, rotate, swiglu, product, embed, attend)
 )
 
 
@@ -47,6 +49,8 @@ def programme(arguments):
             _gate(instruction + 8)
         elif operation == _PRODUCT:
             _product(instruction + 8)
+        elif operation == _EMBED:
+            _embed(instruction + 8)
         else:
             _attend(instruction + 8)
         _barrier()

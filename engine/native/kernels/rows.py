@@ -3,10 +3,26 @@
 from math import sqrt
 
 import numpy as np
+from numba import njit
 
 from engine.native.kernels.arithmetic import exponential, floats, in_any_order, in_order, integers, share
 
 _ONE = np.float32(1.0)
+
+
+@njit
+def _copy(source, target, count):
+    for at in range(count):
+        target[at] = source[at]
+
+
+def embed(arguments):
+    """Arguments: embeddings, token ids, out, number of rows, columns."""
+    given = integers(arguments)
+    ids, columns = integers(given[1]), given[4]
+    first, end = share(given[3])
+    for index in range(first, end):
+        _copy(floats(given[0] + 4 * ids[index] * columns), floats(given[2] + 4 * index * columns), columns)
 
 
 @in_any_order
@@ -49,17 +65,19 @@ def _turn_head(head, cosine, sine, half):
 
 
 def rotate(arguments):
-    """Arguments: heads, cosines, sines, tokens, heads that turn, head_dim, stride of a token.
+    """Arguments: heads, cosines, sines, tokens, heads that turn, head_dim, stride of a token, positions.
 
-    Cosines and sines are [tokens, head_dim]; the sines' second half is theirs without a sign.
+    Cosines and sines are [positions, head_dim]; the sines' second half is theirs without a sign. Without
+    positions (0) each token has a row of them.
     """
     given = integers(arguments)
-    turning, head_dim, stride = given[4], given[5], given[6]
+    turning, head_dim, stride, positions = given[4], given[5], given[6], integers(given[7])
     half = head_dim // 2
     first, end = share(given[3])
     for token in range(first, end):
-        cosine = floats(given[1] + 4 * token * head_dim)
-        sine = floats(given[2] + 4 * (token * head_dim + half))
+        at = positions[token] if given[7] != 0 else token
+        cosine = floats(given[1] + 4 * at * head_dim)
+        sine = floats(given[2] + 4 * (at * head_dim + half))
         for head in range(turning):
             _turn_head(floats(given[0] + 4 * (token * stride + head * head_dim)), cosine, sine, half)
 
