@@ -33,6 +33,7 @@ def case_json(case: CaseTimes) -> dict[str, Any]:
         "block_bytes": case.layout.shape.block_bytes,
         "moved_bytes": case.moved_bytes,
         **{f"{name}_gbps": gbps for name, gbps in limits.items()},
+        "hash_gbps": _gbps(case, case.hash_s),
         "roads": [_road_json(case, road, times, limits) for road, times in case.roads.items()],
     }
 
@@ -140,7 +141,8 @@ def _case_lines(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
     for case in cases:
         yield (
             f"{case['placement']} {case['blocks']} x {case['block_bytes']:,} B: memcpy "
-            f"{case['memcpy_gbps']:.2f} GB/s, loopback TCP {case['loopback_tcp_gbps']:.2f} GB/s"
+            f"{case['memcpy_gbps']:.2f} GB/s, loopback TCP {case['loopback_tcp_gbps']:.2f} GB/s, hashing "
+            f"{case['hash_gbps']:.2f} GB/s"
         )
         for road in case["roads"]:
             yield (

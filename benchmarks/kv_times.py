@@ -51,12 +51,16 @@ class HandoffTimes:
 
 @dataclass(frozen=True, slots=True)
 class CaseTimes:
-    """All rounds of one case; `roads` maps each road to its pulls, one a round."""
+    """All rounds of one case; `roads` maps each road to its pulls, one a round.
+
+    `hash_s` is what hashing the blocks takes: the source's share of the checksums, before it is asked.
+    """
 
     layout: Layout
     blocks: int
     memcpy_s: tuple[float, ...]
     raw_tcp_s: tuple[float, ...]
+    hash_s: tuple[float, ...]
     roads: dict[Road, tuple[Timed, ...]]
 
     @property

@@ -303,7 +303,7 @@ class DecodeScheduler:
         while ready < len(self._running):
             sample = self._running[ready]
             try:
-                grow(self._pool, sample, self._chunk_tokens)
+                self._grow(sample)
                 ready += 1
             except OutOfBlocks:
                 if self._arrivals.give_way():
@@ -319,6 +319,10 @@ class DecodeScheduler:
                     message = f"{len(sample.tokens)} tokens do not fit into {self._pool.num_blocks} blocks"
                     self._drop(sample, DropReason.TOO_LARGE, message)
         return self._running[:ready]
+
+    def _grow(self, sample: SampleRecord) -> None:
+        """Blocks for the sample's next slice; after OutOfBlocks it can be called again."""
+        grow(self._pool, sample, self._chunk_tokens)
 
     def _take_drawn(self, sample: SampleRecord, drawn: Sequence[SampledToken]) -> list[LegToken]:
         """Appends what the step drew, as far as its guesses held and the sample goes on."""
@@ -365,8 +369,7 @@ class DecodeScheduler:
     def _end_sample(self, sample: SampleRecord, happened: SampleInput) -> None:
         """Takes a sample out of the batch; its full blocks stay cached for who comes with the same prefix."""
         sample.state = next_state(SAMPLE_TRANSITIONS, sample.state, happened)
-        if self._pool.caches:
-            self._pool.publish(sample.tokens[: sample.computed], sample.table)
+        self._keep_prefix(sample)
         if sample.pending_copy is not None:
             self._pool.release(sample.pending_copy[:1])
         self._pool.release(sample.table)
@@ -378,6 +381,10 @@ class DecodeScheduler:
         if not record.samples:
             record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.LAST_SAMPLE_ENDED)
             del self._legs[record.leg.leg_id]
+
+    def _keep_prefix(self, sample: SampleRecord) -> None:
+        if self._pool.caches:
+            self._pool.publish(sample.tokens[: sample.computed], sample.table)
 
     def _take_dropped(self) -> tuple[DroppedLeg, ...]:
         dropped, self._dropped = tuple(self._dropped), []

@@ -8,10 +8,12 @@ from functools import partial
 import grpc.aio
 import structlog
 
+from decode_worker.bounded_scheduler import BoundedScheduler
 from decode_worker.pipelined_scheduler import PipelinedScheduler
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, Reservation, SampleStart
 from decode_worker.speculation import speculation_of
 from engine.contract import LayerListener, PipelinedRunner
+from engine.kv_policies.capabilities import kv_budget
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
 from engine.worker import DRAINS, Worker, WorkerParts, open_worker
@@ -36,7 +38,16 @@ log = structlog.get_logger(__name__)
 def _scheduler(parts: WorkerParts) -> DecodeScheduler:
     """Plans a step ahead where the runner can begin one early and nothing is guessed."""
     config, engine = parts.config, parts.engine
-    speculation = speculation_of(config)
+    speculation, budget = speculation_of(config), kv_budget(config)
+    if budget is not None:
+        return BoundedScheduler(
+            parts.pool,
+            budget,
+            max_batch=config.max_batch,
+            max_waiting=config.max_waiting,
+            context_tokens=engine.context_tokens,
+            eos_ids=engine.eos_ids,
+        )
     if speculation is None and isinstance(engine.runner, PipelinedRunner):
         return PipelinedScheduler(
             parts.pool,

@@ -116,7 +116,7 @@ class CpuAttention:
     """AttentionBackend over a KvCache in host memory."""
 
     def __init__(self, cache: KvCache, config: ModelConfig, team: "Team | None" = None) -> None:
-        """With a `team`, which takes a float32 pool, native loops do what they can."""
+        """With a `team`, which takes a float32 or bfloat16 pool, native loops do what they can."""
         self._cache = cache
         self._windows = config.windows
         self._layers = config.layers

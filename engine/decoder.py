@@ -46,21 +46,24 @@ class Decoder:
     ) -> None:
         """`weights` as weights.expected_tensors names them; `product` makes what multiplies by them.
 
-        With a `team`, which takes float32 on the CPU, native loops do what they can.
+        With a `team`, which takes float32 or bfloat16 on the CPU, native loops do what they can.
         """
         if team is not None:
             product = _with_few_rows(product, team)
         self._config = config
         self._embeddings = weights["model.embed_tokens.weight"]
         self._dtype = self._embeddings.dtype
-        self._rows = _row_passes(config, self._embeddings.device, team)
+        # The passes that stand alone are float32's; in bfloat16 long spans leave them to torch.
+        self._rows = _row_passes(
+            config, self._embeddings.device, team if self._dtype == torch.float32 else None
+        )
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self._embeddings.device)
         self._layers = tuple(_layer(config, weights, index, product) for index in range(config.layers))
         following = [layer.input_norm for layer in self._layers[1:]]
         self._norms_after = (*following, weights["model.norm.weight"])
         self._native = None if team is None else self._native_layers(team)
         head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-        self._head = product(weights[head], None)
+        self._head = _to_float32(product(weights[head], None), team)
 
     def forward(
         self,
@@ -113,7 +116,7 @@ class Decoder:
         """Float32 logits [rows, vocabulary] of the token after each row of `features` [rows, hidden]."""
         if features.shape[0] == 0:
             return features.new_zeros((0, self._config.vocabulary_tokens), dtype=torch.float32)
-        return self._head(features).float()
+        return self._head(features)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The embeddings [tokens, hidden] of int64 [tokens]."""
@@ -131,8 +134,9 @@ class Decoder:
             )
             if qkv is None or output is None or gate_up is None or down is None or layer.qk_norms is not None:
                 return None
-            layers.append(LayerWeights(qkv, output, layer.mlp_norm, gate_up, down, norm_after))
-        first_norm = self._layers[0].input_norm
+            norms = layer.mlp_norm.float(), norm_after.float()
+            layers.append(LayerWeights(qkv, output, norms[0], gate_up, down, norms[1]))
+        first_norm = self._layers[0].input_norm.float()
         weights = ModelWeights(self._embeddings, self._frequencies, first_norm, tuple(layers))
         return NativeLayers(team, self._config, weights)
 
@@ -171,6 +175,16 @@ def _with_few_rows(product: MakeProduct, team: "Team") -> MakeProduct:
     from engine.native.product import with_few_rows
 
     return with_few_rows(product, team)
+
+
+def _to_float32(product: Product, team: "Team | None") -> Product:
+    """A native product sums in float32: rounding its sums to the weight's type would only lose digits."""
+    if team is not None:
+        from engine.native.product import FewRowsLinear
+
+        if isinstance(product, FewRowsLinear):
+            return product.wide
+    return lambda rows: product(rows).float()
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, Tensor], index: int, product: MakeProduct) -> _Layer:

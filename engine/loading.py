@@ -176,11 +176,12 @@ def _on_cpu(
 
 def _native_team(config: WorkerConfig, dtype: torch.dtype) -> "Team | None":
     """Threads for native loops, where these can do this dtype's work."""
-    if dtype != torch.float32:
-        _log.info("native loops are not used", reason=f"they compute in float32, not {dtype}")
-        return None
+    from engine.native.product import multiplies
     from engine.native.team import team_of_torch
 
+    if not multiplies(dtype):
+        _log.info("native loops are not used", reason=f"this processor lacks instructions for {dtype}")
+        return None
     team = team_of_torch(config.threads)
     if team is None:
         _log.info("native loops are not used", reason="torch's threads are not an OpenMP runtime's with GOMP")

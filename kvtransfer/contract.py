@@ -270,7 +270,8 @@ class SourceTransport(Protocol):
     def forget(self, sink: PeerId) -> None:
         """The sink is gone: it gets no new link until `endpoint` is asked for it again; idempotent.
 
-        A link that it still has stays, because only its end proves that the sink reads nothing any more.
+        Where sinks read this process's memory, a link that it still has stays: only its end proves that the
+        sink reads nothing any more.
         """
         ...
 

@@ -14,7 +14,7 @@ from engine.attention import Span
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig
 from engine.native.block_tables import BlockTables
-from engine.native.kernels.attention import SEQUENCE_FIELDS, attend
+from engine.native.kernels.attention import SEQUENCE_FIELDS, attend, attend_halves
 from engine.native.team import Team
 
 MOST_TOKENS = 16
@@ -35,12 +35,13 @@ class ShortSpans:
 
 
 class NativeAttention:
-    """Writes and attends short spans of a float32 pool in host memory."""
+    """Writes and attends short spans of a pool in host memory, in float32 or bfloat16; sums are float32."""
 
     def __init__(self, team: Team, cache: KvCache, config: ModelConfig) -> None:
-        self._attend = team.kernel(attend, 23)
-        self._shares = team.threads
         pool = cache.pool
+        self._narrow = pool.dtype == torch.bfloat16
+        self._attend = team.kernel(attend_halves if self._narrow else attend, 24)
+        self._shares = team.threads
         self._pool = pool.data_ptr()
         self._layer_bytes = cache.layer_bytes
         self._size, self._kv_heads, self._head_dim = pool.shape[-3:]
@@ -100,7 +101,7 @@ class NativeAttention:
     def _widen(self, width: int) -> int:
         """Makes the scratch at least so wide, in steps; returns its width."""
         width = max(256, 1 << (width - 1).bit_length())
-        needed = self._shares * self._group * self._kv_heads * width
+        needed = self._shares * (self._size * self._head_dim + self._group * self._kv_heads * width)
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed, dtype=torch.float32)
         return width
@@ -113,12 +114,24 @@ class NativeAttention:
         The rest as BatchAttention's; the heads of a token are contiguous in each tensor.
         """
         run = self._attend.alone if spans.shares == 1 else self._attend
-        run(*self.arguments(spans, layer, queries, keys, values, out))
+        if not self._narrow:
+            run(*self.arguments(spans, layer, queries, keys, values, out))
+            return
+        queries, keys, values = queries.float(), keys.float(), values.float()
+        wide = torch.empty(out.shape, dtype=torch.float32)
+        run(*self.arguments(spans, layer, queries, keys, values, wide, out))
 
     def arguments(
-        self, spans: ShortSpans, layer: int, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor
+        self,
+        spans: ShortSpans,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        narrow: Tensor | None = None,
     ) -> tuple[int, ...]:
-        """The kernel's, for `run`'s."""
+        """The kernel's, for `run`'s in float32; `narrow` is to be `out` in bfloat16, dense as that is."""
         return (
             queries.data_ptr(),
             keys.data_ptr(),
@@ -143,6 +156,7 @@ class NativeAttention:
             spans.width,
             self._bounds.ctypes.data,
             spans.shares,
+            0 if narrow is None else narrow.data_ptr(),
         )
 
     def span_arguments(self, spans: ShortSpans) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ class NativeRows:
 
     def __init__(self, team: Team, epsilon: float) -> None:
         """`epsilon` is added to the mean square under the norm's root."""
-        self._norm = team.kernel(kernels.add_norm, 7)
+        self._norm = team.kernel(kernels.add_norm, 8)
         self._rotate = team.kernel(kernels.rotate, 8)
-        self._gate = team.kernel(kernels.swiglu, 4)
+        self._gate = team.kernel(kernels.swiglu, 5)
         self._constants = torch.tensor([epsilon], dtype=torch.float32)
         self._epsilon = self._constants.data_ptr()
 
@@ -43,6 +43,7 @@ class NativeRows:
             numbers // columns,
             columns,
             self._epsilon,
+            0,
         )
         return out
 
@@ -59,5 +60,5 @@ class NativeRows:
         tokens, columns = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((tokens, columns))
         run = self._gate.alone if tokens * columns < _ALONE_NUMBERS else self._gate
-        run(gate_up.data_ptr(), out.data_ptr(), tokens, columns)
+        run(gate_up.data_ptr(), out.data_ptr(), tokens, columns, 0)
         return out

@@ -94,13 +94,7 @@ class CudaIpcSource:
         self._kit.open_device(pool.device_index)
         shared = self._kit.open_sharing(pool.device_index).share(pool.address)
         link = f"tandem-kv-ipc-{secrets.token_hex(16)}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(b"\0" + link.encode())
-            listener.listen(64)
-        except OSError:
-            listener.close()
-            raise
+        listener = links.listening_as(link)
         self._address = IpcAddress(link, shared.handle, shared.offset_bytes, pool.num_blocks).encode()
         self._listener.start(listener, on_link_lost, on_refused)
 

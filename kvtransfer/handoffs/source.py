@@ -60,8 +60,8 @@ class HandoffSource:
     """Owns the hand-offs that this worker offers.
 
     `on_released(key, reason)` is called exactly once for each offer, on the event loop, possibly from inside
-    `withdraw` or `offer`: from then on nobody touches the blocks. `clock` is monotonic, in seconds; `giver` is
-    for the transport adopt.
+    `withdraw` or `offer`: from then on nobody touches the blocks. `clock` is monotonic, in seconds; `giver`
+    is for the transport adopt.
     """
 
     def __init__(
@@ -369,14 +369,13 @@ class HandoffSource:
     async def _run_timers(self) -> None:
         try:
             while True:
-                now_s = self._clock()
-                self._book.tick(now_s)
-                self._pairs.tick(now_s)
+                self._book.tick(self._clock())
+                self._pairs.tick(self._clock())
                 known = (self._book.next_deadline_s, self._pairs.next_deadline_s)
                 deadlines_s = [deadline_s for deadline_s in known if deadline_s is not None]
                 self._changed.clear()
+                left_s = min(deadlines_s) - self._clock() if deadlines_s else None
                 with suppress(TimeoutError):
-                    left_s = min(deadlines_s) - self._clock() if deadlines_s else None
                     async with asyncio.timeout(left_s):
                         await self._changed.wait()
         except Exception:
@@ -397,5 +396,5 @@ class HandoffSource:
         return TransferError(fault, message)
 
     def _not_to_be_had(self, offer: Offer) -> TransferError:
-        state = offer.machine.state.value
-        return self._refusal(TransferFault.REFUSED, f"The hand-off is {state} and not to be had.")
+        message = f"The hand-off is {offer.machine.state.value} and not to be had."
+        return self._refusal(TransferFault.REFUSED, message)

@@ -1,6 +1,7 @@
 """Pure: the hand-off's words as messages of worker.proto, and back."""
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
 from kvtransfer.contract import BlockRange, HandoffKey, HeadRange, PeerId, PullGrant, Transfer
@@ -18,10 +19,12 @@ STATE_TO_WIRE: Final = {
     HandoffState.COMMITTED: pb.HANDOFF_STATE_COMMITTED,
     HandoffState.ABORTED: pb.HANDOFF_STATE_ABORTED,
 }
-_STATE_FROM_WIRE: Final = {wire: state for state, wire in STATE_TO_WIRE.items()}
+_STATE_FROM_WIRE: Final[Mapping[int, HandoffState | None]] = {
+    wire: state for state, wire in STATE_TO_WIRE.items()
+}
 
 
-def state_from_wire(state: pb.HandoffState) -> HandoffState | None:
+def state_from_wire(state: int) -> HandoffState | None:
     """What a source says of a hand-off; None when it knows nothing of it, or says what we do not know."""
     return _STATE_FROM_WIRE.get(state)
 

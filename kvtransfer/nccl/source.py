@@ -75,8 +75,7 @@ class NcclSource:
         """Raises OSError, saying why, where there is no CuPy with NCCL or the pool is not on a GPU."""
         pool = DevicePool.of(self._memory)
         self._opened = self._kit.load_binding(), self._kit.open_device(pool.device_index), pool
-        family = socket.AF_INET6 if ":" in self._config.bind_host else socket.AF_INET
-        listener = socket.create_server((self._config.bind_host, 0), family=family, backlog=64)
+        listener = links.listening_on(self._config.bind_host)
         self._port = listener.getsockname()[1]
         self._listener.start(listener, on_link_lost, on_refused)
 

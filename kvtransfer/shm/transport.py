@@ -19,7 +19,7 @@ from typing import Final
 
 from kvtransfer.block_copy import Parts, Span, copy_parts, shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, OnRefused, PeerId, PullGrant, Transfer, TransferConfig
-from kvtransfer.links import same_user
+from kvtransfer.links import listening_as, same_user
 from kvtransfer.listener import LinkListener, is_quiet
 from kvtransfer.native_rows import Sums
 from kvtransfer.shm.arena_file import MAP_NORESERVE
@@ -58,14 +58,7 @@ class ShmSource:
             raise OSError("The KV pool is not in shared memory.")
         # Opened anew so that sinks get a descriptor through which they cannot write.
         self._read_only = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(b"\0" + self._address.encode())
-            listener.listen(64)
-        except OSError:
-            listener.close()
-            raise
-        self._listener.start(listener, on_link_lost, on_refused)
+        self._listener.start(listening_as(self._address), on_link_lost, on_refused)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """Name of the abstract socket; None when the pool is not shared."""

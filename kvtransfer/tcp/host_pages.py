@@ -27,7 +27,7 @@ MOST_PAIRS: Final = 8
 WAIT_S: Final = 0.02
 """Pause between two looks at whether a transfer that waits for slots should go on."""
 
-GIVEN_BYTES: Final = 1024 * 1024
+GIVEN_BYTES: Final = 4 * 1024 * 1024
 """Bytes of a pool in host memory that are sent at once: few calls, yet a lease is looked at often enough."""
 
 LANDED_BYTES: Final = 256 * 1024

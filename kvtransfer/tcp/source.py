@@ -58,8 +58,7 @@ class TcpSource:
     async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
         """Binds `bind_host` on a port of the system's choice. Raises OSError, also without the device."""
         self._pages = pages_of(self._memory, self._open_device)
-        family = socket.AF_INET6 if ":" in self._config.bind_host else socket.AF_INET
-        listener = socket.create_server((self._config.bind_host, 0), family=family, backlog=64)
+        listener = links.listening_on(self._config.bind_host)
         port = listener.getsockname()[1]
         host = self._config.advertise_host
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -306,3 +306,13 @@ class TestFallback:
             with pytest.raises(TransferError) as caught:
                 await pair.pull(key("a"), BlockRange(0, 1), blocks(1))
             assert caught.value.fault is TransferFault.UNSUPPORTED
+
+
+async def test_nothing_is_kept_of_sources_that_were_never_reached() -> None:
+    async with connected_pair(config("tcp")) as pair:
+        for life in range(1, 4):
+            nowhere = record("prefill-9", Role.PREFILL, "127.0.0.1:1", incarnation=life)
+            with pytest.raises(TransferError):
+                await pair.sink.pull(key("a"), nowhere, BlockRange(0, 1), blocks(1), 0, 20.0)
+        sources = pair.sink._sources
+        await eventually(lambda: not sources.peers and not len(sources._connecting), within_s=10.0)

@@ -40,6 +40,85 @@ def floats(_typing, _address):
 
 
 @intrinsic
+def halves(_typing, _address):
+    """The bfloat16 numbers at an address, as the upper halves of float32 ones."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.inttoptr(values[0], ir.IntType(16).as_pointer())
+
+    return types.CPointer(types.uint16)(types.int64), generate
+
+
+@intrinsic
+def advanced(_typing, pointer, _count):
+    """A pointer to the number so many numbers further."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.gep(values[0], [values[1]])
+
+    return pointer(pointer, types.int64), generate
+
+
+@intrinsic
+def as_floats(_typing, pointer):
+    """The same address, taken as that of float32 numbers."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.bitcast(values[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(pointer), generate
+
+
+@intrinsic
+def read(_typing, pointer, _index):
+    """A number among those at a pointer, as float32."""
+
+    def generate(_context, builder, _signature, values):
+        found = builder.load(builder.gep(values[0], [values[1]]))
+        if pointer.dtype == types.float32:
+            return found
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(found, word), word(16)), ir.FloatType())
+
+    return types.float32(pointer, types.int64), generate
+
+
+@intrinsic
+def write(_typing, pointer, _index, _number):
+    """Puts a float32 among the numbers at a pointer, rounded to the nearest, to even among equals."""
+
+    def generate(context, builder, _signature, values):
+        number = values[2]
+        if pointer.dtype != types.float32:
+            number = _upper_half(builder, number)
+        builder.store(number, builder.gep(values[0], [values[1]]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.float32), generate
+
+
+def _upper_half(builder, number):
+    """bfloat16's bits of a float32; what is no number stays none."""
+    word = ir.IntType(32)
+    bits = builder.bitcast(number, word)
+    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+    rounded = builder.add(builder.add(bits, word(0x7FFF)), odd)
+    quiet = builder.or_(bits, word(0x400000))
+    chosen = builder.select(builder.fcmp_unordered("uno", number, number), quiet, rounded)
+    return builder.trunc(builder.lshr(chosen, word(16)), ir.IntType(16))
+
+
+@intrinsic
+def number_bytes(_typing, pointer):
+    """The size of the numbers at a pointer."""
+
+    def generate(_context, _builder, _signature, _values):
+        return ir.IntType(64)(pointer.dtype.bitwidth // 8)
+
+    return types.int64(pointer), generate
+
+
+@intrinsic
 def integers(_typing, _address):
     """The int64 numbers at an address."""
 
@@ -50,17 +129,27 @@ def integers(_typing, _address):
 
 
 @intrinsic
-def prefetch(_typing, _address):
-    """Asks for the cache line at an address, which may be any."""
+def octets(_typing, _address):
+    """The eight-bit numbers at an address."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.inttoptr(values[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.int8)(types.int64), generate
+
+
+@intrinsic
+def prefetch(_typing, pointer):
+    """Asks for the cache line of a pointer, which may be any."""
 
     def generate(context, builder, _signature, values):
         line, word = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [line, word, word, word])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [builder.inttoptr(values[0], line), word(0), word(3), word(1)])
+        builder.call(function, [builder.bitcast(values[0], line), word(0), word(3), word(1)])
         return context.get_dummy_value()
 
-    return types.void(types.int64), generate
+    return types.void(pointer), generate
 
 
 @intrinsic

@@ -5,7 +5,18 @@ from math import sqrt
 import numpy as np
 from numba import njit
 
-from engine.native.kernels.arithmetic import exponential, floats, in_any_order, in_order, integers, share
+from engine.native.kernels.arithmetic import (
+    advanced,
+    exponential,
+    floats,
+    halves,
+    in_any_order,
+    in_order,
+    integers,
+    read,
+    share,
+    write,
+)
 
 _ONE = np.float32(1.0)
 
@@ -13,16 +24,27 @@ _ONE = np.float32(1.0)
 @njit
 def _copy(source, target, count):
     for at in range(count):
-        target[at] = source[at]
+        write(target, at, read(source, at))
+
+
+@njit
+def _embed(given, embeddings):
+    ids, columns = integers(given[1]), given[4]
+    first, end = share(given[3])
+    for index in range(first, end):
+        _copy(advanced(embeddings, ids[index] * columns), floats(given[2] + 4 * index * columns), columns)
 
 
 def embed(arguments):
     """Arguments: embeddings, token ids, out, number of rows, columns."""
     given = integers(arguments)
-    ids, columns = integers(given[1]), given[4]
-    first, end = share(given[3])
-    for index in range(first, end):
-        _copy(floats(given[0] + 4 * ids[index] * columns), floats(given[2] + 4 * index * columns), columns)
+    _embed(given, floats(given[0]))
+
+
+def embed_halves(arguments):
+    """As `embed`, of embeddings in bfloat16."""
+    given = integers(arguments)
+    _embed(given, halves(given[0]))
 
 
 @in_any_order
@@ -44,16 +66,20 @@ def _norm_row(row, update, adds, weight, out, columns, epsilon):
 
 
 def add_norm(arguments):
-    """Arguments: rows, update (0: none), weight, out, number of rows, columns, address of epsilon."""
+    """Arguments: rows, update (0: none), weight, out, number of rows, columns, address of epsilon, out once
+    more in bfloat16 (0: not wanted).
+    """
     given = integers(arguments)
     columns, weight, epsilon = given[5], floats(given[2]), floats(given[6])[0]
     first, end = share(given[4])
     for index in range(first, end):
         at = 4 * index * columns
+        out = floats(given[3] + at)
         _norm_row(
-            floats(given[0] + at), floats(given[1] + at), given[1] != 0, weight, floats(given[3] + at),
-            columns, epsilon,
+            floats(given[0] + at), floats(given[1] + at), given[1] != 0, weight, out, columns, epsilon,
         )  # fmt: skip
+        if given[7] != 0:
+            _copy(out, halves(given[7] + at // 2), columns)
 
 
 @in_order
@@ -89,10 +115,15 @@ def _gate_row(gate, up, out, columns):
 
 
 def swiglu(arguments):
-    """Arguments: gates and ups [rows, 2 * columns], out [rows, columns], number of rows, columns."""
+    """Arguments: gates and ups [rows, 2 * columns], out [rows, columns], number of rows, columns, out once
+    more in bfloat16 (0: not wanted).
+    """
     given = integers(arguments)
     columns = given[3]
     first, end = share(given[2])
     for index in range(first, end):
         gate = given[0] + 8 * index * columns
-        _gate_row(floats(gate), floats(gate + 4 * columns), floats(given[1] + 4 * index * columns), columns)
+        out = floats(given[1] + 4 * index * columns)
+        _gate_row(floats(gate), floats(gate + 4 * columns), out, columns)
+        if given[4] != 0:
+            _copy(out, halves(given[4] + 2 * index * columns), columns)

@@ -34,6 +34,7 @@ class Case:
     block_size: int
     window: int | None
     threads: int
+    dtype: torch.dtype
     lengths: tuple[tuple[int, int], ...]
     """Of each sequence: tokens in the cache, tokens of the span."""
     seed: int
@@ -50,6 +51,7 @@ def cases(draw: st.DrawFn) -> Case:
         block_size=draw(st.sampled_from([1, 4, 5, 16])),
         window=draw(st.sampled_from([None, None, 1, 3, 17])),
         threads=draw(st.sampled_from([1, 2, 3])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])),
         lengths=tuple(draw(st.lists(spans, min_size=1, max_size=5))),
         seed=draw(st.integers(0, 99)),
     )
@@ -92,7 +94,8 @@ def batch(case: Case) -> tuple[list[Span], Tensor]:
         table, free = [BlockId(block) for block in free[:blocks]], free[blocks:]
         spans.append(Span(row, count, start, table))
         row += count
-    return spans, torch.randn(row, case.heads + 2 * case.kv_heads, case.head_dim, generator=generator)
+    rows = torch.randn(row, case.heads + 2 * case.kv_heads, case.head_dim, generator=generator)
+    return spans, rows.to(case.dtype)
 
 
 @given(cases())
@@ -100,7 +103,7 @@ def batch(case: Case) -> tuple[list[Span], Tensor]:
 def test_every_span_attends_as_in_float64(case: Case) -> None:
     config = shape(case.heads, case.kv_heads, case.head_dim, (case.window,))
     spans, rows = batch(case)
-    with KvCache(config, POOL_BLOCKS * 16 // case.block_size, case.block_size, torch.float32, CPU) as cache:
+    with KvCache(config, POOL_BLOCKS * 16 // case.block_size, case.block_size, case.dtype, CPU) as cache:
         cache.pool.normal_(generator=torch.Generator().manual_seed(case.seed))
         attention = CpuAttention(cache, config, team_of_torch(case.threads))
         queries, keys, values = parts(rows, case.heads, case.kv_heads)
@@ -109,7 +112,8 @@ def test_every_span_attends_as_in_float64(case: Case) -> None:
         for span in spans:
             mine = slice(span.first_row, span.first_row + span.tokens)
             difference = found[mine].double() - expected(case, cache.pool, span, queries)
-            assert difference.abs().max() < 1e-5
+            # bfloat16 has 8 bits, and torch rounds long spans' probabilities to it as well.
+            assert difference.abs().max() < (1e-5 if case.dtype == torch.float32 else 5e-2)
             stored = cache.pool[list(span.block_table), 0].transpose(0, 1).flatten(1, 2)
             at = slice(span.start, span.start + span.tokens)
             assert torch.equal(stored[0, at], keys[mine])

@@ -23,9 +23,9 @@ BLOCKS = 200
 torch.set_num_threads(1)
 
 
-def tiles_are_known() -> bool:
+def tiles_are_known(dtype: torch.dtype = torch.float32) -> bool:
     """Whether oneDNN keeps weights on this processor as the native product reads them."""
-    weight = torch.randn(128, 64)
+    weight = torch.randn(128, 64).to(dtype)
     return onednn_for(weight) is not None and lies_in_tiles(
         torch.ops.mkldnn._reorder_linear_weight(weight, 16), weight
     )
@@ -34,13 +34,23 @@ def tiles_are_known() -> bool:
 pytestmark = pytest.mark.skipif(not tiles_are_known(), reason="oneDNN keeps weights in another layout here")
 
 
-def steps(config: ModelConfig, team: Team | None, counts: tuple[int, ...]) -> list[Tensor]:
-    """Logits of two steps of one sequence for each count: so many tokens, then one more."""
-    weights = random_weights(config, torch.float32, CPU, 3)
+def steps(
+    config: ModelConfig,
+    team: Team | None,
+    counts: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    computed: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Logits of two steps of one sequence for each count: so many tokens, then one more.
+
+    Weights are of one type, and computed with in another where one is given.
+    """
+    drawn = random_weights(config, dtype, CPU, 3)
+    weights = {name: tensor.to(computed or dtype) for name, tensor in drawn.items()}
     decoder = Decoder(config, weights, packed_linear, team)
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, 64, (sum(counts) + len(counts),), generator=generator)
-    with KvCache(config, BLOCKS, 4, torch.float32, CPU) as cache, torch.inference_mode():
+    with KvCache(config, BLOCKS, 4, computed or dtype, CPU) as cache, torch.inference_mode():
         cache.pool.zero_()
         attention = CpuAttention(cache, config, team)
         tables = [[BlockId(index + len(counts) * at) for at in range(6)] for index in range(len(counts))]
@@ -70,6 +80,23 @@ def test_logits_equal_those_of_torchs_operators(counts: tuple[int, ...], threads
     for found, expected in zip(steps(CONFIG, team, counts), steps(CONFIG, None, counts), strict=True):
         assert expected.abs().max() > 1e-3
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.skipif(not tiles_are_known(torch.bfloat16), reason="no native products in bfloat16 here")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("counts", [(1,), (3, 1, 16), (1,) * MOST_ROWS, (20, 2)])
+def test_bfloat16s_logits_are_nearer_to_float32s_than_torchs(counts: tuple[int, ...], threads: int) -> None:
+    """Both have bfloat16 weights, K and V; torch rounds the residual and all between products as well."""
+    team = team_of_torch(threads)
+    natively = steps(CONFIG, team, counts, torch.bfloat16)
+    by_torch = steps(CONFIG, None, counts, torch.bfloat16)
+    exactly = steps(CONFIG, None, counts, torch.bfloat16, torch.float32)
+    for found, other, expected in zip(natively, by_torch, exactly, strict=True):
+        assert found.dtype == torch.float32
+        error = (found - expected).square().mean().sqrt()
+        assert error < 0.02 * expected.square().mean().sqrt()
+        if len(counts) > 2:
+            assert error < (other - expected).square().mean().sqrt()
 
 
 def test_a_sequences_logits_do_not_depend_on_its_batch() -> None:

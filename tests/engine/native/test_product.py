@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(onednn_for(torch.zeros(1, 1)) is None, reason="n
 
 torch.set_num_threads(1)
 
-OUTPUTS, INPUTS = 192, 48
+OUTPUTS, INPUTS = 192, 96
 
 
 def weight(seed: int = 0) -> Tensor:
@@ -33,7 +33,7 @@ def native(stored: Tensor, bias: Tensor | None, threads: int) -> PackedProduct:
         pytest.skip("oneDNN does not keep weights in tiles of 64 outputs on this processor")
     team = team_of_torch(threads)
     assert team is not None
-    return PackedProduct(team, packed, (OUTPUTS, INPUTS), bias)
+    return PackedProduct(team, packed, stored, bias)
 
 
 @given(st.integers(1, MOST_ROWS), st.booleans(), st.sampled_from([1, 2, 3]), st.integers(0, 99))
@@ -44,6 +44,19 @@ def test_the_product_is_float64s_rounded(rows: int, biased: bool, threads: int, 
     expected = left.double() @ stored.double().T + (0 if bias is None else bias.double())
     with torch.inference_mode():
         found = native(stored, bias, threads)(left)
+    assert (found.double() - expected).abs().max() < 1e-4
+
+
+@given(st.integers(1, MOST_ROWS), st.booleans(), st.sampled_from([1, 2, 3]), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_bfloat16s_products_are_summed_in_float32(rows: int, biased: bool, threads: int, seed: int) -> None:
+    stored = weight(seed).bfloat16()
+    bias = torch.linspace(-3, 3, OUTPUTS).bfloat16() if biased else None
+    left = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    expected = left.double() @ stored.double().T + (0 if bias is None else bias.double())
+    with torch.inference_mode():
+        found = native(stored, bias, threads)(left)
+    assert found.dtype == torch.float32
     assert (found.double() - expected).abs().max() < 1e-4
 
 
