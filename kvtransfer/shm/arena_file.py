@@ -77,6 +77,7 @@ class ArenaFile:
         self.path = path
         self.name = ""
         self.descriptor = -1
+        self._fresh = False
         until_s = time.monotonic() + within_s
         try:
             while not self._open(until_s):
@@ -187,7 +188,7 @@ class ArenaFile:
     def _map(self, wanted: ArenaShape) -> None:
         size = os.fstat(self.descriptor).st_size
         # What the dead have left may be of other sizes, and its memory is not wanted.
-        fresh = not self.others_live()
+        fresh = self._fresh = not self.others_live()
         if fresh:
             grain = max(_GRAIN_BYTES, os.fstatvfs(self.descriptor).f_bsize)
             size = wanted.file_bytes(grain)
@@ -195,6 +196,9 @@ class ArenaFile:
                 raise _unsupported(f"an arena of {size} bytes is not possible")
             os.ftruncate(self.descriptor, 0)
             os.ftruncate(self.descriptor, size)
+            # Memory that is not there would be told by a signal when it is touched, and here by an error.
+            begin = wanted.frames * wanted.block_bytes
+            os.posix_fallocate(self.descriptor, begin, size - begin)
         elif not _HEADER_ROOM < size <= MOST_BYTES:
             raise _unsupported(f"{self.path} is no arena")
         self._map_ = mmap.mmap(self.descriptor, size, flags=mmap.MAP_SHARED | MAP_NORESERVE)
@@ -248,6 +252,8 @@ class ArenaFile:
                 yield -(-begin // page) * page, end // page * page
 
     def _abandon(self) -> None:
+        if self._fresh:
+            self.remove()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

@@ -180,7 +180,7 @@ async def test_sink_that_is_killed_leaves_the_source_a_whole_pool_within_two_sec
             stdout=asyncio.subprocess.PIPE,
         )
         assert dying.stdout is not None
-        assert await asyncio.wait_for(dying.stdout.readline(), 30) == b"offered\n"
+        assert await asyncio.wait_for(dying.stdout.readline(), 50) == b"offered\n"
         dying.kill()
         await dying.wait()
         began_s = time.monotonic()

@@ -51,7 +51,7 @@ class Member:
     async def heard(self) -> str:
         """Its next line."""
         assert self.process.stdout is not None
-        return (await asyncio.wait_for(self.process.stdout.readline(), 30)).decode().strip()
+        return (await asyncio.wait_for(self.process.stdout.readline(), 50)).decode().strip()
 
     async def kill(self) -> None:
         """Ends it as a crash would."""
@@ -229,6 +229,13 @@ def test_what_is_no_arena_is_refused_in_one_sentence(path: Path, tmp_path: Path)
     if os.statvfs(tmp_path).f_fsid != os.statvfs("/dev/shm").f_fsid:
         with pytest.raises(TransferError, match="tmpfs"):
             joined(tmp_path / "arena")
+
+
+def test_arena_that_cannot_be_made_leaves_nothing_behind(path: Path) -> None:
+    with pytest.raises(TransferError) as caught:
+        Arena(path, 1 << 40, 1 << 20)
+    assert caught.value.fault is TransferFault.UNSUPPORTED
+    assert not list(path.parent.iterdir())
 
 
 FRAMES = 5
