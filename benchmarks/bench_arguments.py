@@ -87,6 +87,12 @@ def add_kv(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="the median is reported (7)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and hand-offs")
+    parser.add_argument(
+        "--codec",
+        choices=("identity", "fp8", "int8"),
+        default="identity",
+        help="how KV is written in the hand-over that overlaps its prefill (identity)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
     parser.set_defaults(run=_run_kv)
 

@@ -1,189 +1,223 @@
-"""Edge: prompts and tokens fed one by one under a KV policy: needles found, perplexity, bytes."""
+"""Edge: prompts that are read once, and sequences that go on from them under a KV policy, a token a step."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.kv_policy_tasks import BLOCK_SIZE
 from engine.attention import AttentionBackend, Span
+from engine.blocks import BlockPool
 from engine.cpu_attention import CpuAttention
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
-from engine.kv_policies.page_attention import PageAttention
+from engine.kv_policies.bounded_kv import NO_DROPS, KvBudget, KvDrop, KvDrops
+from engine.kv_policies.bounded_sequence import BoundedSequence
+from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_bounds import FULL_LAYERS
-from engine.model_config import ModelConfig
+from engine.layout_choice import choose_linears
+from engine.model_config import ModelConfig, read_model_config
+from engine.native.product import MOST_ROWS
+from engine.native.team import Team, team_of_torch
+from engine.step import StepPlan
 from engine.tokenizer import Tokenizer
-from tandem.errors import InvalidRequest
+from engine.weights import linear_shapes, read_weights
+from tandem.errors import ModelError
 from tandem.ids import BlockId
 
-BLOCK_SIZE = 16
 CHUNK_TOKENS = 512
-ANSWER_TOKENS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Needle:
-    """A sentence between paragraphs that have nothing to do with it: how it begins, and what must follow."""
-
-    question: str
-    answer: str
-    end: str = "."
-
-    @property
-    def fact(self) -> str:
-        """The whole sentence."""
-        return f"{self.question} {self.answer}{self.end}"
-
-
-NEEDLES = (
-    Needle("The secret number of Lisbon is", "48213"),
-    Needle("Maria keeps", "7319 marbles", " in her blue box."),
-    Needle("Captain Olsen sailed from", "Bergen to Halifax", " in 1847."),
-    Needle("The password of the old lighthouse is", "umbrella"),
-    Needle("Doctor Green found the lost violin in", "the attic of the museum"),
-    Needle("The telephone number of the bakery is", "55127"),
-    Needle("The best thing to do in San Francisco is to", "eat a sandwich", " in Dolores Park."),
-    Needle("The winner of the pumpkin contest was", "Farmer Novak"),
-    Needle("The train to Ravenna leaves from platform", "23"),
-    Needle("Grandmother hides the cookies", "behind the piano"),
-    Needle("The rarest stamp in the album shows", "a purple giraffe"),
-    Needle("The treasure map was sold to", "Mister Okafor", " for 900 crowns."),
-)
-
+WINDOW = 16
 CPU = torch.device("cpu")
+ALL = Reading()
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What is measured; `pages` None reads all, "native" is the attention that a worker has by default."""
+    """What is measured; `native` is the attention that a worker has by default."""
 
     name: str
-    stored: torch.dtype
-    pages: int | None = None
+    stored: torch.dtype = torch.float32
+    reading: Reading = ALL
     native: bool = False
 
 
+def _morph(tokens: int, largest: bool = False) -> Reading:
+    return Reading(budget=KvBudget(tokens, WINDOW), largest=largest)
+
+
 POLICIES = (
-    Policy("full, float32", torch.float32),
-    *(Policy(f"quest {pages}, float32", torch.float32, pages) for pages in (64, 32, 16, 8)),
+    Policy("full, float32"),
+    *(Policy(f"quest {pages}, float32", reading=Reading(pages)) for pages in (64, 32, 16)),
+    *(Policy(f"morph {tokens}, float32", reading=_morph(tokens)) for tokens in (1024, 512, 256)),
+    Policy("morph 512 by max, float32", reading=_morph(512, largest=True)),
     Policy("full, int8", torch.int8),
-    Policy("quest 32, int8", torch.int8, 32),
+    Policy("quest 32, int8", torch.int8, Reading(32)),
+    Policy("morph 512, int8", torch.int8, _morph(512)),
 )
-DEFAULT = Policy("default back-end, float32", torch.float32, native=True)
+DEFAULT = Policy("default back-end, float32", native=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """KV of a prompt of whole blocks."""
+
+    table: tuple[BlockId, ...]
+    tokens: int
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One that goes on: its blocks, and how many tokens it has."""
+
+    table: list[BlockId]
+    computed: int
+    bounded: BoundedSequence
+    leaving: list[BlockId] = field(default_factory=list)
 
 
 class Reader:
-    """One model, and a pool of one type whose first blocks hold a prompt."""
+    """One model, and a pool of one type in which prompts stay."""
 
-    def __init__(self, decoder: Decoder, config: ModelConfig, cache: KvCache) -> None:
+    def __init__(self, decoder: Decoder, config: ModelConfig, cache: KvCache, team: Team) -> None:
         self.decoder = decoder
         self.config = config
         self.cache = cache
+        self.team = team
+        self.pool = BlockPool(cache.num_blocks, BLOCK_SIZE, prefix_cache=False)
 
-    def read(self, prompt: Sequence[int]) -> None:
-        """Writes KV of a prompt of whole blocks into the first blocks."""
-        attention = self.attention(Policy("", self.cache.pool.dtype), 0)
-        table = [BlockId(block) for block in range(len(prompt) // BLOCK_SIZE)]
+    def read(self, prompt: Sequence[int]) -> Prompt:
+        """Reads a prompt of whole blocks with all of its KV."""
+        attention = PageAttention(self.cache, self.config, self.team)
+        table = self.pool.allocate(len(prompt) // BLOCK_SIZE)
         for start in range(0, len(prompt), CHUNK_TOKENS):
             part = torch.tensor(prompt[start : start + CHUNK_TOKENS])
             spans = attention.prepare([Span(0, len(part), start, table)])
             positions = torch.arange(start, start + len(part))
             self.decoder.features(part, positions, spans, torch.arange(0))
+        return Prompt(table, len(prompt))
 
-    def attention(self, policy: Policy, prompt_blocks: int) -> AttentionBackend:
-        """A policy that knows the first blocks."""
+    def attention(self, policy: Policy) -> AttentionBackend:
+        """What attends under a policy; it has heard of no block."""
         if policy.native:
-            return CpuAttention(self.cache, self.config)
-        attention = PageAttention(self.cache, self.config, policy.pages)
-        attention.begin_step([(BlockId(block), BLOCK_SIZE) for block in range(prompt_blocks)], ())
-        return attention
+            return CpuAttention(self.cache, self.config, self.team)
+        return PageAttention(self.cache, self.config, self.team, policy.reading)
 
-    def step(
-        self, attention: AttentionBackend, tokens: Sequence[int], at: int, tables: Sequence[Sequence[BlockId]]
-    ) -> Tensor:
-        """Feeds one token of each sequence at position `at`; logits [sequences, vocabulary]."""
-        spans = [Span(row, 1, at, table) for row, table in enumerate(tables)]
-        return self.decoder.forward(
+    @contextmanager
+    def sequences(self, policy: Policy, prompts: Sequence[Prompt]) -> Iterator["Sequences"]:
+        """Sequences that go on from prompts, which they share."""
+        going = Sequences(self, policy, prompts)
+        try:
+            yield going
+        finally:
+            going.close()
+
+
+class Sequences:
+    """Sequences under one policy that are fed a token each at a time."""
+
+    def __init__(self, reader: Reader, policy: Policy, prompts: Sequence[Prompt]) -> None:
+        self._reader = reader
+        self._budget = policy.reading.budget
+        self._attention = reader.attention(policy)
+        self._sequences: list[_Sequence] = []
+        for key, prompt in enumerate(prompts):
+            reader.pool.fork(prompt.table)
+            self._sequences.append(_Sequence(list(prompt.table), prompt.tokens, BoundedSequence(key)))
+        landed = {block: BLOCK_SIZE for prompt in prompts for block in prompt.table}
+        self._hear(StepPlan(0, (), landed=tuple(landed.items())))
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Feeds each sequence its token; float32 logits [sequences, vocabulary]."""
+        drops = [drop for sequence in self._sequences if (drop := self._make_room(sequence)) is not None]
+        self._hear(StepPlan(0, (), drops=KvDrops(tuple(drops)) if drops else NO_DROPS))
+        spans = [self._span(row, sequence) for row, sequence in enumerate(self._sequences)]
+        logits = self._reader.decoder.forward(
             torch.tensor(tokens),
-            torch.full((len(tokens),), at),
-            attention.prepare(spans),
+            torch.tensor([sequence.computed for sequence in self._sequences]),
+            self._attention.prepare(spans),
             torch.arange(len(tokens)),
         )
+        for sequence in self._sequences:
+            self._reader.pool.release(sequence.leaving)
+            sequence.leaving = []
+            if self._budget is not None:
+                sequence.bounded.fed(self._budget, sequence.computed, 1)
+            sequence.computed += 1
+        return logits
+
+    def close(self) -> None:
+        """Gives the sequences' blocks back."""
+        for sequence in self._sequences:
+            self._reader.pool.release(sequence.table)
+        self._sequences = []
+
+    def _hear(self, plan: StepPlan) -> None:
+        if isinstance(self._attention, PageAttention):
+            self._attention.begin_step(plan)
+
+    def _make_room(self, sequence: _Sequence) -> KvDrop | None:
+        pool, bounded, drop = self._reader.pool, sequence.bounded, None
+        if self._budget is not None:
+            found = bounded.drop(pool, self._budget, sequence.table, sequence.computed, 1)
+            if found is not None:
+                drop, sequence.leaving = found
+        missing = pool.blocks_for(sequence.computed + 1 - bounded.dropped) - len(sequence.table)
+        sequence.table += pool.allocate(max(0, missing))
+        return drop
+
+    def _span(self, row: int, sequence: _Sequence) -> Span:
+        bounded = sequence.bounded
+        note = None if self._budget is None else bounded.note(self._budget, sequence.computed, 1)
+        return Span(row, 1, sequence.computed - bounded.dropped, sequence.table, bounded=note)
 
 
-def haystack(tokenizer: Tokenizer, text: str, tokens: int, needles: Sequence[Needle]) -> list[int]:
-    """About so many tokens of paragraphs with the needles at even depths; whole blocks.
+class Model:
+    """The default model or another, float32 on the CPU."""
 
-    Raises InvalidRequest when the text is too short.
-    """
-    paragraphs = [part for part in text.split("\n\n") if len(part) > 80 and part[0] not in "`|"]
-    taken: list[str] = []
-    while len(tokenizer.encode("\n\n".join(taken))) < tokens:
-        if len(taken) == len(paragraphs):
-            raise InvalidRequest(f"The text has fewer than {tokens} tokens.", "text")
-        taken.append(paragraphs[len(taken)])
-    every = len(taken) / len(needles)
-    for place in reversed(range(len(needles))):
-        taken.insert(int((place + 0.5) * every), needles[place].fact)
-    encoded = tokenizer.encode("\n\n".join(taken))
-    return encoded[: len(encoded) // BLOCK_SIZE * BLOCK_SIZE]
+    def __init__(self, folder: Path, threads: int) -> None:
+        """Raises ModelError for a model that cannot be read, or a torch without threads for native loops."""
+        team = team_of_torch(threads)
+        if team is None:
+            raise ModelError("KV policies need a torch whose threads have GOMP's entry points.")
+        self._team = team
+        self.config: ModelConfig = read_model_config(folder)
+        self.tokenizer = Tokenizer.load(folder)
+        weights = read_weights(folder, self.config, torch.float32, CPU, None)
+        product = choose_linears(linear_shapes(self.config), torch.float32, native_rows=MOST_ROWS)
+        self._decoder = Decoder(self.config, weights, product, team)
 
-
-def found_needles(
-    reader: Reader, tokenizer: Tokenizer, policy: Policy, prompt_tokens: int, needles: Sequence[Needle]
-) -> int:
-    """How many needles the model names greedily, letter for letter, when their sentences begin anew."""
-    blocks = prompt_tokens // BLOCK_SIZE
-    attention = reader.attention(policy, blocks)
-    questions = [tokenizer.encode("\n\n" + needle.question) for needle in needles]
-    steps = max(map(len, questions)) + ANSWER_TOKENS
-    tables = [_own_table(blocks, -(-steps // BLOCK_SIZE), place) for place in range(len(questions))]
-    answers: list[list[int]] = [[] for _ in questions]
-    for offset in range(steps):
-        fed = [(*question, *answer)[offset] for question, answer in zip(questions, answers, strict=True)]
-        likeliest = reader.step(attention, fed, prompt_tokens + offset, tables).argmax(1).tolist()
-        for question, answer, token in zip(questions, answers, likeliest, strict=True):
-            if offset >= len(question) - 1:
-                answer.append(token)
-    said = [tokenizer.decode(answer).strip() for answer in answers]
-    return sum(answer.startswith(needle.answer) for answer, needle in zip(said, needles, strict=True))
+    @contextmanager
+    def reader(self, blocks: int, stored: torch.dtype) -> Iterator[Reader]:
+        """A reader with a pool of its own."""
+        with KvCache(self.config, blocks, BLOCK_SIZE, stored, CPU) as cache:
+            yield Reader(self._decoder, self.config, cache, self._team)
 
 
-def continued(
-    reader: Reader, policy: Policy, prompt_tokens: int, rest: Sequence[int]
-) -> tuple[float, list[int]]:
-    """Perplexity of `rest` after its first token, and the likeliest successor of each of its tokens."""
-    blocks = prompt_tokens // BLOCK_SIZE
-    attention = reader.attention(policy, blocks)
-    table = [_own_table(blocks, -(-len(rest) // BLOCK_SIZE), 0)]
-    logits = torch.cat(
-        [reader.step(attention, [token], prompt_tokens + offset, table) for offset, token in enumerate(rest)]
-    )
-    chosen = logits[:-1].log_softmax(1).gather(1, torch.tensor(rest[1:])[:, None])
-    return float(chosen.mean().neg().exp().item()), logits.argmax(1).tolist()
-
-
-def _own_table(shared: int, own: int, place: int) -> list[BlockId]:
-    return [
-        BlockId(block) for block in (*range(shared), *range(shared + place * own, shared + (place + 1) * own))
-    ]
+def held_tokens(policy: Policy, tokens: int) -> int:
+    """Tokens that have KV at a context of so many, at most."""
+    return tokens if policy.reading.budget is None else min(tokens, policy.reading.budget.tokens)
 
 
 def read_bytes(config: ModelConfig, policy: Policy, tokens: int) -> int:
     """Bytes of K, V and bounds that one more token reads at a context of so many."""
     row = config.head_dim + 4 if policy.stored == torch.int8 else config.head_dim * policy.stored.itemsize
-    pages = -(-tokens // BLOCK_SIZE)
+    pages, chosen = -(-held_tokens(policy, tokens) // BLOCK_SIZE), policy.reading.pages
     page = 2 * BLOCK_SIZE * row * config.kv_heads
-    if policy.pages is None or pages <= policy.pages:
+    if chosen is None or pages <= chosen:
         return config.layers * pages * page
     bounds = (pages - 1) * 2 * config.head_dim * 4 * config.kv_heads
-    sparse = policy.pages * page + bounds
-    return FULL_LAYERS * pages * page + (config.layers - FULL_LAYERS) * sparse
+    return FULL_LAYERS * pages * page + (config.layers - FULL_LAYERS) * (chosen * page + bounds)
 
 
-def held_bytes(reader: Reader, policy: Policy) -> float:
-    """Bytes that a token of a full block takes, with its part of the bounds."""
-    config = reader.config
-    bounds = 0 if policy.pages is None else config.layers * config.kv_heads * 2 * config.head_dim * 4
-    return (reader.cache.block_bytes + bounds) / BLOCK_SIZE
+def held_bytes(config: ModelConfig, policy: Policy, tokens: int) -> int:
+    """Bytes of K, V, bounds and scores of a sequence of so many tokens, in whole blocks."""
+    row = config.head_dim + 4 if policy.stored == torch.int8 else config.head_dim * policy.stored.itemsize
+    held, heads = held_tokens(policy, tokens), config.layers * config.kv_heads
+    pages = -(-held // BLOCK_SIZE)
+    kept = heads * pages * BLOCK_SIZE * 2 * row
+    if policy.reading.pages is not None:
+        return kept + heads * pages * 2 * config.head_dim * 4
+    return kept if policy.reading.budget is None else kept + heads * pages * BLOCK_SIZE * 4

@@ -19,6 +19,7 @@ from benchmarks.raw_tcp import RawReader
 from engine.kv_cache import KvCache
 from kvtransfer.contract import BlockRange, HandoffKey
 from kvtransfer.handoffs.sink import HandoffSink
+from kvtransfer.hashing import NativeHasher
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.worker import Role, WorkerRecord
 
@@ -78,15 +79,17 @@ async def _case(puller: Puller, copier: "_Copier", count: int, rounds: int) -> C
     layout = puller.layout
     given, targets = layout.blocks(count, SOURCE_STEP), layout.blocks(count, SINK_STEP)
     length = count * layout.shape.block_bytes
-    memcpy_s, raw_s = [], []
+    memcpy_s, raw_s, hash_s = [], [], []
+    hasher = NativeHasher(puller.pool)
     pulls: dict[Road, list[Timed]] = {road: [] for road in puller.sinks}
     for _ in range(rounds + 1):
         memcpy_s.append(_seconds(lambda: copier.copy(length)))
         raw_s.append(_seconds(lambda: puller.raw.read(length)))
+        hash_s.append(_seconds(lambda: hasher.sums(given, 0, layout.shape.block_bytes)))
         for road, times in pulls.items():
             times.append(await puller.pull(road, given, targets))
     kept = {road: tuple(times[1:]) for road, times in pulls.items()}
-    return CaseTimes(layout, count, tuple(memcpy_s[1:]), tuple(raw_s[1:]), kept)
+    return CaseTimes(layout, count, tuple(memcpy_s[1:]), tuple(raw_s[1:]), tuple(hash_s[1:]), kept)
 
 
 class _Copier:
@@ -108,7 +111,7 @@ class _Copier:
         self._target.close()
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     began_s = time.perf_counter()
     work()
     return time.perf_counter() - began_s

@@ -33,6 +33,7 @@ def case_json(case: CaseTimes) -> dict[str, Any]:
         "block_bytes": case.layout.shape.block_bytes,
         "moved_bytes": case.moved_bytes,
         **{f"{name}_gbps": gbps for name, gbps in limits.items()},
+        "hash_gbps": _gbps(case, case.hash_s),
         "roads": [_road_json(case, road, times, limits) for road, times in case.roads.items()],
     }
 
@@ -72,6 +73,7 @@ def adoption_json(times: AdoptionTimes) -> dict[str, Any]:
 def overlap_json(figures: OverlapFigures) -> dict[str, Any]:
     """The object `overlap`."""
     return {
+        "codec": figures.codec,
         "prompt_tokens": figures.prompt_tokens,
         "moved_bytes": figures.moved_bytes,
         "rounds": figures.rounds,
@@ -137,7 +139,8 @@ def _case_lines(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
     for case in cases:
         yield (
             f"{case['placement']} {case['blocks']} x {case['block_bytes']:,} B: memcpy "
-            f"{case['memcpy_gbps']:.2f} GB/s, loopback TCP {case['loopback_tcp_gbps']:.2f} GB/s"
+            f"{case['memcpy_gbps']:.2f} GB/s, loopback TCP {case['loopback_tcp_gbps']:.2f} GB/s, hashing "
+            f"{case['hash_gbps']:.2f} GB/s"
         )
         for road in case["roads"]:
             yield (
@@ -175,8 +178,8 @@ def _overlap_lines(overlap: dict[str, Any] | None) -> Iterator[str]:
         return
     yield ""
     yield (
-        f"prompts of {overlap['prompt_tokens']:,} tokens ({overlap['moved_bytes']:,} B) over a link of "
-        f"{overlap['link_gbps']:g} GB/s, from the first token until the KV landed"
+        f"prompts of {overlap['prompt_tokens']:,} tokens ({overlap['moved_bytes']:,} B, {overlap['codec']}) "
+        f"over a link of {overlap['link_gbps']:g} GB/s, from the first token until the KV landed"
     )
     yield (
         f"  {overlap['landed_overlapped_ms']:.1f} ms when it moves while the prompt is read, "

@@ -46,12 +46,16 @@ class HandoffTimes:
 
 @dataclass(frozen=True, slots=True)
 class CaseTimes:
-    """All rounds of one case; `roads` maps each road to its pulls, one a round."""
+    """All rounds of one case; `roads` maps each road to its pulls, one a round.
+
+    `hash_s` is what hashing the blocks takes: the source's share of the checksums, before it is asked.
+    """
 
     layout: Layout
     blocks: int
     memcpy_s: tuple[float, ...]
     raw_tcp_s: tuple[float, ...]
+    hash_s: tuple[float, ...]
     roads: dict[Road, tuple[Timed, ...]]
 
     @property
@@ -81,9 +85,10 @@ class OverlapFigures:
     """Medians over the rounds, in seconds.
 
     `prefill_*` until the first token, `landed_*` from there until the KV landed; `ratio` of the latter two is
-    what overlap leaves. `limit_s` is what the bytes take on the link.
+    what overlap leaves. `limit_s` is what the bytes take on the link, written as `codec` writes them.
     """
 
+    codec: str
     prompt_tokens: int
     link_bytes_per_s: float
     moved_bytes: int

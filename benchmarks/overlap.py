@@ -1,5 +1,7 @@
 """Edge: what is left of a hand-off when its KV moves while the prompt is read, over a slow link.
 
+`python -m benchmarks.overlap [CODEC]` measures it alone; `tandem bench kv` has it beside the rest.
+
 Two worker processes and a router's hand on them. Per round one prompt is handed over as it is read and one
 afterwards; both counted from the end of the prefill (its first token is here) until the KV landed.
 """
@@ -108,12 +110,16 @@ async def measure_overlap(
     prompt_tokens: int = PROMPT_TOKENS,
     link_bytes_per_s: float = LINK_BYTES_PER_S,
     model: str = "smollm2",
+    codec: str = "identity",
 ) -> OverlapFigures:
     """Measures with `python -m prefill_worker` (its link throttled) and `python -m decode_worker`.
+
+    `codec` writes the KV; one that needs no thresholds.
 
     Raises TandemError when a worker does not start or drops a prompt.
     """
     common = ["--model", model, "--threads", "1", "--pool-blocks", "256", "--transports", "tcp"]
+    common += ["--codec", codec]
     draw = random.Random(0)
     overlapped: list[Handover] = []
     afterwards: list[Handover] = []
@@ -127,7 +133,7 @@ async def measure_overlap(
                 leg_id = f"{number}-{early}"
                 figures.append(await _hand_over(prefill, decode, leg_id, prompt, early))
     # The first of each opened the connections.
-    return _figures(overlapped[1:], afterwards[1:], prompt_tokens, link_bytes_per_s)
+    return _figures(codec, overlapped[1:], afterwards[1:], prompt_tokens, link_bytes_per_s)
 
 
 async def _hand_over(
@@ -198,6 +204,7 @@ def _start_decode(
 
 
 def _figures(
+    codec: str,
     overlapped: Sequence[Handover],
     afterwards: Sequence[Handover],
     prompt_tokens: int,
@@ -207,6 +214,7 @@ def _figures(
     whole_s = statistics.median(one.landed_s for one in afterwards)
     moved_bytes = afterwards[0].moved_bytes
     return OverlapFigures(
+        codec=codec,
         prompt_tokens=prompt_tokens,
         link_bytes_per_s=link_bytes_per_s,
         moved_bytes=moved_bytes,
@@ -221,5 +229,6 @@ def _figures(
 
 
 if __name__ == "__main__":
-    json.dump(asdict(asyncio.run(measure_overlap())), sys.stdout, indent=2)
+    named = sys.argv[1] if len(sys.argv) > 1 else "identity"
+    json.dump(asdict(asyncio.run(measure_overlap(codec=named))), sys.stdout, indent=2)
     print()

@@ -8,12 +8,13 @@ from cluster.config_section import Section
 
 
 class KvSelectionSection(Section):
-    """Which of its KV a decode worker reads."""
+    """Which of its KV a decode worker reads, or keeps."""
 
-    policy: Literal["full", "quest"] = Field(
+    policy: Literal["full", "quest", "morph"] = Field(
         default="full",
         description="`full` reads all; `quest` reads, in all but the first two layers, the blocks whose keys "
-        "may score highest (CPU only, KV of float32 or int8, no speculative decoding).",
+        "may score highest; `morph` gives up KV beyond a budget (both: CPU only, KV of float32 or int8, no "
+        "speculative decoding).",
     )
     pages: int = Field(
         default=64,
@@ -21,6 +22,33 @@ class KvSelectionSection(Section):
         le=1_048_576,
         description="Blocks that `quest` reads for a token and KV head, the newest among them.",
     )
+    budget_tokens: int = Field(
+        default=1024,
+        ge=2,
+        le=1_048_576,
+        description="Tokens of a sample that have KV with `morph`, once it wrote `window_tokens` here; two "
+        "windows or more.",
+    )
+    window_tokens: int = Field(
+        default=16,
+        ge=1,
+        le=65_536,
+        description="The newest tokens, which `morph` keeps and whose attention says which others it keeps.",
+    )
+    fusion: Literal["sum", "max"] = Field(
+        default="sum",
+        description="How `morph` scores a token: by the `sum` or the largest (`max`) of the attention that "
+        "each of the window's tokens gives it.",
+    )
+
+    @model_validator(mode="after")
+    def _has_room_for_two_windows(self) -> "KvSelectionSection":
+        if self.budget_tokens < 2 * self.window_tokens:
+            raise ValueError(
+                f"budget_tokens: {self.budget_tokens} is less than two windows; allowed: "
+                f"{2 * self.window_tokens} or more"
+            )
+        return self
 
 
 class SpeculativeSection(Section):

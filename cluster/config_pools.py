@@ -90,7 +90,7 @@ class DecodePool(PoolSection):
         description="Most sequences of one step; at least the 16 samples that one request may ask for.",
     )
     kv_selection: KvSelectionSection = Field(
-        default=KvSelectionSection(), description="Which of its KV a decode worker reads."
+        default=KvSelectionSection(), description="Which of its KV a decode worker reads, or keeps."
     )
 
 

@@ -187,7 +187,11 @@ def _decoding(worker: WorkerConfig, config: ClusterConfig, pool: DecodePool) -> 
 
 def _kv_selection(pool: DecodePool) -> KvSelectionConfig | None:
     section = pool.kv_selection
-    return None if section.policy == "full" else KvSelectionConfig(section.policy, section.pages)
+    if section.policy == "full":
+        return None
+    return KvSelectionConfig(
+        section.policy, section.pages, section.budget_tokens, section.window_tokens, section.fusion
+    )
 
 
 def _speculative(config: ClusterConfig) -> SpeculativeConfig | None:

@@ -17,12 +17,12 @@ from decode_worker.decode_leg import (
     LegState,
     Reservation,
 )
+from decode_worker.room import RoomRules
 from engine.blocks import BlockPool
+from engine.leg_bounds import RETRY_AFTER_S, check_queue
 from engine.transitions import next_state
 from tandem.errors import Overloaded, ProtocolError
 from tandem.ids import BlockId, LegId
-
-RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,11 @@ class LostPrefetch:
 class Arrivals:
     """Owns the legs that are not in the batch yet, and the blocks that are reserved for them."""
 
-    def __init__(self, pool: BlockPool, *, max_batch: int, max_waiting: int, watermark_blocks: int) -> None:
+    def __init__(self, pool: BlockPool, room: RoomRules, *, max_waiting: int) -> None:
         """The limits are those of DecodeScheduler."""
         self._pool = pool
-        self._max_batch = max_batch
+        self._room = room
         self._max_waiting = max_waiting
-        self._watermark_blocks = watermark_blocks
         self._legs: dict[LegId, LegRecord] = {}
         self._waiting: list[LegRecord] = []
         self._reserved: list[LegRecord] = []
@@ -67,8 +66,7 @@ class Arrivals:
             raise Overloaded(f"a former pull of leg {leg.leg_id} has not ended", RETRY_AFTER_S)
         if known is not None:
             raise ProtocolError(f"leg {leg.leg_id} is here already")
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded(f"{self._max_waiting} legs wait already", RETRY_AFTER_S)
+        check_queue(len(self._waiting), self._max_waiting)
         self._arrived += 1
         record = LegRecord(leg, self._arrived, now_s, leg.samples, started)
         self._legs[leg.leg_id] = record
@@ -172,15 +170,12 @@ class Arrivals:
 
     def _take_blocks(self, record: LegRecord, now_s: float, running: int) -> Reservation | None:
         """Blocks for all of the leg's shared tokens, or None if there is no room for it yet."""
-        batch = running + sum(len(other.starts) for other in self._reserved) + len(record.starts)
-        if batch > self._max_batch:
-            return None
+        ahead = running + sum(len(other.starts) for other in self._reserved)
         token_ids = record.leg.token_ids
         cached = self._pool.match(token_ids, whole=True)
         count = self._pool.blocks_for(len(token_ids)) - len(cached)
-        # Alone it may take all: it need not leave room for others, and none will be freed by waiting.
-        kept_free = batch + self._watermark_blocks if running or self._reserved else 0
-        if count + kept_free > self._pool.free_blocks:
+        needed = self._room.blocks_needed(count, len(record.starts), ahead)
+        if needed is None or needed > self._pool.free_blocks:
             self._pool.release(cached)
             return None
         fresh = self._pool.allocate(count)

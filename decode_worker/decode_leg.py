@@ -7,6 +7,7 @@ from enum import Enum
 from decode_worker.grown_tokens import GrownTokens
 from engine.drafting.draft import NO_DRAFT, Draft
 from engine.leg import DroppedLeg, LegToken
+from engine.leg_bounds import check_pool
 from tandem.errors import InvalidRequest, PromptTooLong
 from tandem.ids import BlockId, LegId
 from tandem.sampling import SamplingParams
@@ -74,8 +75,7 @@ def check_leg(
     longest = shared + max(len(start.token_ids) or 1 for start in leg.samples)
     if longest >= context_tokens:
         raise PromptTooLong(f"{longest} tokens leave no room in a context of {context_tokens}")
-    if longest > pool_tokens:
-        raise PromptTooLong(f"{longest} tokens are more than the {pool_tokens} that this worker's pool holds")
+    check_pool(longest, pool_tokens)
 
 
 class LegState(Enum):

@@ -5,14 +5,17 @@ from engine.blocks import BlockPool
 from engine.drafting.draft import Draft
 
 
-def grow(pool: BlockPool, sample: SampleRecord, chunk_tokens: int) -> None:
-    """Makes the blocks of the sample's next slice its own; after OutOfBlocks it can be called again."""
-    size = pool.block_size
+def grow(pool: BlockPool, sample: SampleRecord, chunk_tokens: int, dropped: int = 0) -> None:
+    """Makes the blocks of the sample's next slice its own; after OutOfBlocks it can be called again.
+
+    KV of `dropped` of its tokens is there no more, so that the others lie so many slots before.
+    """
+    size, held = pool.block_size, sample.computed - dropped
     sample.slice_tokens = min(len(sample.tokens) - sample.computed, chunk_tokens)
-    if sample.computed % size and sample.pending_copy is None:
-        index = sample.computed // size
+    if held % size and sample.pending_copy is None:
+        index = held // size
         sample.table[index], sample.pending_copy = pool.writable(sample.table[index])
-    _cover(pool, sample, sample.computed + sample.slice_tokens)
+    _cover(pool, sample, held + sample.slice_tokens)
 
 
 def add_draft(pool: BlockPool, sample: SampleRecord, draft: Draft, keep_free: int) -> None:

@@ -20,6 +20,7 @@ from decode_worker.decode_leg import (
     check_leg,
 )
 from decode_worker.grown_tokens import GrownTokens
+from decode_worker.room import RoomRules
 from decode_worker.sample_blocks import grow, settle, trim
 from decode_worker.slices import accepted_tokens, leg_token, sample_slice
 from decode_worker.speculation import Speculation
@@ -64,9 +65,9 @@ class DecodeScheduler:
     ) -> None:
         """Limits: `max_batch` samples in the batch or on their way to it, `max_waiting` legs in the queue.
 
-        A reservation leaves `watermark_blocks` and a block for each sample free, so that those that run can
-        grow. A sample that comes with several tokens is fed at most `chunk_tokens` of them a step.
-        `speculation` guesses tokens, which take free blocks only and change no output.
+        `watermark_blocks`: see RoomRules. A sample that comes with several tokens is fed at most
+        `chunk_tokens` of them a step. `speculation` guesses tokens, which take free blocks only and change
+        no output.
         """
         self._pool = pool
         self._max_batch = max_batch
@@ -74,9 +75,7 @@ class DecodeScheduler:
         self._eos_ids = frozenset(eos_ids)
         self._chunk_tokens = chunk_tokens
         self._watermark_blocks = watermark_blocks
-        self._arrivals = Arrivals(
-            pool, max_batch=max_batch, max_waiting=max_waiting, watermark_blocks=watermark_blocks
-        )
+        self._arrivals = Arrivals(pool, RoomRules(max_batch, watermark_blocks), max_waiting=max_waiting)
         self._speculation = speculation
         self._legs: dict[LegId, LegRecord] = {}
         self._running: list[SampleRecord] = []
@@ -300,7 +299,7 @@ class DecodeScheduler:
         while ready < len(self._running):
             sample = self._running[ready]
             try:
-                grow(self._pool, sample, self._chunk_tokens)
+                self._grow(sample)
                 ready += 1
             except OutOfBlocks:
                 if self._arrivals.give_way():
@@ -316,6 +315,10 @@ class DecodeScheduler:
                     message = f"{len(sample.tokens)} tokens do not fit into {self._pool.num_blocks} blocks"
                     self._drop(sample, DropReason.TOO_LARGE, message)
         return self._running[:ready]
+
+    def _grow(self, sample: SampleRecord) -> None:
+        """Blocks for the sample's next slice; after OutOfBlocks it can be called again."""
+        grow(self._pool, sample, self._chunk_tokens)
 
     def _take_drawn(self, sample: SampleRecord, drawn: Sequence[SampledToken]) -> list[LegToken]:
         """Appends what the step drew, as far as its guesses held and the sample goes on."""
@@ -362,8 +365,7 @@ class DecodeScheduler:
     def _end_sample(self, sample: SampleRecord, happened: SampleInput) -> None:
         """Takes a sample out of the batch; its full blocks stay cached for who comes with the same prefix."""
         sample.state = next_state(SAMPLE_TRANSITIONS, sample.state, happened)
-        if self._pool.caches:
-            self._pool.publish(sample.tokens[: sample.computed], sample.table)
+        self._keep_prefix(sample)
         if sample.pending_copy is not None:
             self._pool.release(sample.pending_copy[:1])
         self._pool.release(sample.table)
@@ -375,6 +377,10 @@ class DecodeScheduler:
         if not record.samples:
             record.state = next_state(LEG_TRANSITIONS, record.state, LegInput.LAST_SAMPLE_ENDED)
             del self._legs[record.leg.leg_id]
+
+    def _keep_prefix(self, sample: SampleRecord) -> None:
+        if self._pool.caches:
+            self._pool.publish(sample.tokens[: sample.computed], sample.table)
 
     def _take_dropped(self) -> tuple[DroppedLeg, ...]:
         dropped, self._dropped = tuple(self._dropped), []

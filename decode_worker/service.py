@@ -8,13 +8,15 @@ from functools import partial
 import grpc.aio
 import structlog
 
+from decode_worker.bounded_scheduler import BoundedScheduler
 from decode_worker.pipelined_scheduler import PipelinedScheduler
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, Reservation, SampleStart
 from decode_worker.speculation import speculation_of
 from engine.contract import LayerListener, PipelinedRunner
+from engine.kv_policies.capabilities import kv_budget
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
-from engine.worker import Worker, WorkerParts, open_worker
+from engine.worker import DRAINS, Worker, WorkerParts, open_worker
 from engine.worker_service import RouterLink
 from kvtransfer.coded_sink import CodedSink
 from kvtransfer.contract import BlockRange, HandoffKey, PullReport
@@ -35,7 +37,16 @@ log = structlog.get_logger(__name__)
 def _scheduler(parts: WorkerParts) -> DecodeScheduler:
     """Plans a step ahead where the runner can begin one early and nothing is guessed."""
     config, engine = parts.config, parts.engine
-    speculation = speculation_of(config)
+    speculation, budget = speculation_of(config), kv_budget(config)
+    if budget is not None:
+        return BoundedScheduler(
+            parts.pool,
+            budget,
+            max_batch=config.max_batch,
+            max_waiting=config.max_waiting,
+            context_tokens=engine.context_tokens,
+            eos_ids=engine.eos_ids,
+        )
     if speculation is None and isinstance(engine.runner, PipelinedRunner):
         return PipelinedScheduler(
             parts.pool,
@@ -125,6 +136,14 @@ class DecodeWorker(Worker[DecodeOutcome]):
         if not sample_indices or not self._scheduler.holds(leg_id):
             self._forget(leg_id)
         self._pull_what_fits()
+
+    def give_back(self, link: RouterLink, leg_id: LegId) -> None:
+        """Of a leg that is only fetched early, the prompt is still being read: that goes on."""
+        if not self._scheduler.fetched_early(leg_id):
+            super().give_back(link, leg_id)
+            return
+        self._stop(leg_id, ())
+        self._prefetch_lost(leg_id, DRAINS)
 
     def scheduler_load(self) -> LoadNumbers:
         """What the scheduler knows of its load."""

@@ -4,11 +4,21 @@ A sample's own fields are brought up to date by `settle`; until then they are as
 """
 
 import heapq
+from dataclasses import dataclass
 
 from decode_worker.decode_leg import SampleRecord
 from decode_worker.grown_tokens import GrownTokens
 from engine.blocks import BlockPool
 from engine.length_sums import LengthSums
+
+
+@dataclass(slots=True)
+class _Member:
+    """`join` tells this stay from others of the sample; `tokens` are as of the clock at `seen`."""
+
+    join: int
+    tokens: GrownTokens
+    seen: int
 
 
 class SteadyBatch:
@@ -17,8 +27,9 @@ class SteadyBatch:
     def __init__(self, pool: BlockPool, context_limit: int) -> None:
         self._pool = pool
         self._context_limit = context_limit
-        self._members: dict[int, tuple[int, int, GrownTokens]] = {}
+        self._members: dict[int, _Member] = {}
         self._ends: list[tuple[int, tuple[int, int, int], int, SampleRecord]] = []
+        self._joins = 0
         self.sums = LengthSums(pool.block_size)
 
     def join(self, sample: SampleRecord) -> bool:
@@ -36,8 +47,9 @@ class SteadyBatch:
         if limit is not None:
             left = min(left, limit - sample.output_index)
         end = self.sums.clock + max(1, left)
-        self._members[sample.key] = (self.sums.clock, end, tokens)
-        heapq.heappush(self._ends, (end, sample.rank, sample.key, sample))
+        self._joins += 1
+        self._members[sample.key] = _Member(self._joins, tokens, self.sums.clock)
+        heapq.heappush(self._ends, (end, sample.rank, self._joins, sample))
         self.sums.join(computed)
         return True
 
@@ -52,7 +64,7 @@ class SteadyBatch:
     def length(self, sample: SampleRecord) -> int:
         """Tokens of a sample now, a member or not."""
         member = self._members.get(sample.key)
-        return len(sample.tokens) + (0 if member is None else self.sums.clock - member[0])
+        return len(sample.tokens) + (0 if member is None else self.sums.clock - member.seen)
 
     def steps_to_end(self) -> int:
         """Steps up to the one that ends a member; there must be one."""
@@ -71,13 +83,13 @@ class SteadyBatch:
     def _forget_stale_ends(self) -> None:
         """Drops the ends of samples that left, or left and came back."""
         ends, members = self._ends, self._members
-        while ends and ((member := members.get(ends[0][2])) is None or member[1] != ends[0][0]):
+        while ends and ((member := members.get(ends[0][3].key)) is None or member.join != ends[0][2]):
             heapq.heappop(ends)
 
     def _settle(self, sample: SampleRecord) -> None:
-        seen, end, tokens = self._members[sample.key]
-        steps = self.sums.clock - seen
-        tokens.grow(steps)
+        member = self._members[sample.key]
+        steps = self.sums.clock - member.seen
+        member.tokens.grow(steps)
         sample.computed += steps
         sample.table += self._pool.redeem(self._pool.blocks_for(sample.computed) - len(sample.table))
-        self._members[sample.key] = (self.sums.clock, end, tokens)
+        member.seen = self.sums.clock

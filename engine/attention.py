@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.drafting.draft import NO_DRAFT, ROOT, Draft
+from engine.kv_policies.bounded_kv import BoundedKv
 from tandem.ids import BlockId
 
 
@@ -18,6 +19,7 @@ class Span:
     They are rows first_row .. first_row+tokens-1 of the batch, at positions start .. start+tokens-1 of their
     sequence, whose KV lies in `block_table`. The last ones may be the guesses of a `tree` with several
     branches: a guess sees its own branch only, and stands as far into the sequence as it is deep.
+    Where KV was dropped (`bounded`), `start` is a slot, and positions are so many tokens further.
     """
 
     first_row: int
@@ -25,6 +27,12 @@ class Span:
     start: int
     block_table: Sequence[BlockId]
     tree: Draft = NO_DRAFT
+    bounded: BoundedKv | None = None
+
+    @property
+    def dropped(self) -> int:
+        """Tokens before it whose KV was dropped."""
+        return 0 if self.bounded is None else self.bounded.dropped
 
     def rows(self) -> range:
         """Its rows of the batch."""
@@ -32,11 +40,12 @@ class Span:
 
     def positions(self) -> list[int]:
         """Where each token stands in its sequence; slots of K and V are counted from `start` instead."""
+        first = self.start + self.dropped
         if not self.tree:
-            return list(range(self.start, self.start + self.tokens))
+            return list(range(first, first + self.tokens))
         known = self.tokens - len(self.tree)
-        last = self.start + known - 1
-        return [*range(self.start, last + 1), *(last + depth for depth in self.tree.depths())]
+        last = first + known - 1
+        return [*range(first, last + 1), *(last + depth for depth in self.tree.depths())]
 
 
 class BatchAttention(Protocol):
@@ -68,7 +77,7 @@ def hidden_keys(span: Span, first: int, window: int | None) -> Tensor:
     bool [tokens, start + tokens - first]: later ones, those outside the window and other branches' guesses.
     """
     key_at = torch.arange(first, span.start + span.tokens)
-    query_at = torch.tensor(span.positions())
+    query_at = torch.tensor(span.positions()) - span.dropped
     if span.tree:
         key_at[-span.tokens :] = query_at
     hidden = key_at > query_at[:, None]

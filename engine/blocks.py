@@ -169,6 +169,15 @@ class BlockPool:
         for node in self._tree.insert(token_ids, blocks):
             self._note(node.chain_hash, self._stored, self._removed)
 
+    def withdraw(self, block: BlockId) -> bool:
+        """Takes a block with one reference out of the prefix cache; whether its owner may write it now.
+
+        What extends its prefix goes too, though it stays with those who refer to it.
+        """
+        if self._references[block] == 1 and block in self._tree:
+            self._uncache(block)
+        return self.private(block)
+
     def drain_events(self) -> CacheDelta:
         """Takes the net changes since the last call; their number is bounded by twice the pool's size."""
         delta = CacheDelta(self._next_event, tuple(self._stored), tuple(self._removed))
@@ -209,8 +218,11 @@ class BlockPool:
         return blocks
 
     def _evict(self) -> None:
-        oldest = next(iter(self._evictable))
-        for node in self._tree.remove(oldest):
+        self._uncache(next(iter(self._evictable)))
+
+    def _uncache(self, block: BlockId) -> None:
+        """Takes a block out of the prefix cache, and all that extend its prefix."""
+        for node in self._tree.remove(block):
             self._note(node.chain_hash, self._removed, self._stored)
             # A node below may be referenced still, by who computed the prefix in blocks of its own.
             if node.block in self._evictable:

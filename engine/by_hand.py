@@ -54,15 +54,23 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
             codec_thresholds=options.codec_thresholds,
             tls=None if options.tls is None else TlsConfig(*options.tls),
             kv_dtype=options.kv_dtype,
-            kv_selection=None
-            if options.quest_pages is None
-            else KvSelectionConfig("quest", options.quest_pages),
+            kv_selection=_kv_selection(options),
         )
         asyncio.run(_serve(open_worker, config))
     except TandemError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _kv_selection(options: argparse.Namespace) -> KvSelectionConfig | None:
+    if options.quest_pages is not None and options.morph_tokens is not None:
+        raise ConfigError("--quest-pages and --morph-tokens do not go together.")
+    if options.quest_pages is not None:
+        return KvSelectionConfig("quest", pages=options.quest_pages)
+    if options.morph_tokens is not None:
+        return KvSelectionConfig("morph", budget_tokens=options.morph_tokens)
+    return None
 
 
 def _require_token_beyond_loopback(bind_host: str) -> None:
@@ -108,6 +116,9 @@ def _parser(role: Role) -> argparse.ArgumentParser:
     parser.add_argument("--kv-dtype", choices=("int8",), help="how KV is stored; default: as --dtype")
     parser.add_argument(
         "--quest-pages", type=int, metavar="N", help="decode: read N blocks of KV a token; default: all"
+    )
+    parser.add_argument(
+        "--morph-tokens", type=int, metavar="N", help="decode: keep KV of N tokens a sample; default: of all"
     )
     parser.add_argument("--threads", type=int, help="default: one a core")
     parser.add_argument(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from engine.drafting.draft import NO_DRAFT, Draft, DraftRequest, Proposal
+from engine.kv_policies.bounded_kv import NO_DROPS, BoundedKv, KvDrops
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams, TokenLogprob
 
@@ -45,6 +46,7 @@ class SequenceSlice:
     its depth's, whatever its place in the cache. `propose` asks for a new draft.
     A slice that `follows` has one token, still unknown when it is planned: what the step before draws for the
     same key. Its `token_ids` hold PENDING.
+    Where KV was dropped (`bounded`), `start` and the block table count slots: positions are so many further.
     """
 
     token_ids: Sequence[int]
@@ -54,11 +56,12 @@ class SequenceSlice:
     draft: Draft = NO_DRAFT
     propose: DraftRequest | None = None
     follows: bool = False
+    bounded: BoundedKv | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All that one step does: first the block copies (copy-on-write), then the slices.
+    """All that one step does: first the drops of KV and the block copies (copy-on-write), then the slices.
 
     Who keeps facts about the content of blocks hears of `landed` ones before the copies.
     """
@@ -69,6 +72,7 @@ class StepPlan:
     """(source, target) pairs."""
     landed: tuple[tuple[BlockId, int], ...] = ()
     """Blocks that others than steps wrote since the last plan, and how many tokens each holds."""
+    drops: KvDrops = NO_DROPS
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,7 @@ class _FlatBatch:
             if count == 0:
                 raise ProtocolError("A step plan holds a slice without tokens.")
             tree = part.draft if part.draft.parents else NO_DRAFT
-            span = Span(first, count, part.start, part.block_table, tree)
+            span = Span(first, count, part.start, part.block_table, tree, part.bounded)
             self.spans.append(span)
             self.token_ids += part.token_ids
             self.positions += span.positions()

@@ -52,6 +52,9 @@ WorkerT = TypeVar("WorkerT", bound="Worker")  # type: ignore[type-arg]
 
 SERVER_GRACE_S = 0.5
 
+DRAINS = "The worker drains."
+"""What routers are told of legs that it does not take or finish."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
@@ -163,8 +166,12 @@ class Worker(ABC, Generic[OutcomeT]):
         except TimeoutError:
             log.warning("drain timed out", legs_left=len(self._legs))
             for leg_id, link in list(self._legs.items()):
-                link.send_dropped(DroppedLeg(leg_id, DropReason.DRAINING, "The worker drains."))
-                self.cancel(link, leg_id, ())
+                self.give_back(link, leg_id)
+
+    def give_back(self, link: RouterLink, leg_id: LegId) -> None:
+        """Ends a leg that was not done when the drain had to end; the router places it elsewhere."""
+        link.send_dropped(DroppedLeg(leg_id, DropReason.DRAINING, DRAINS))
+        self.cancel(link, leg_id, ())
 
     async def failed(self) -> None:
         """Returns (by raising) when the worker can't go on."""
@@ -223,7 +230,7 @@ class Worker(ABC, Generic[OutcomeT]):
     def _take(self, link: RouterLink, leg_id: LegId, request_id: str) -> bool:
         """Notes whose leg it is; refuses one that comes twice or while draining."""
         if self._draining:
-            link.send_dropped(DroppedLeg(leg_id, DropReason.DRAINING, "The worker drains."))
+            link.send_dropped(DroppedLeg(leg_id, DropReason.DRAINING, DRAINS))
             return False
         if leg_id in self._legs:
             link.send_dropped(DroppedLeg(leg_id, DropReason.INTERNAL, "The leg is here already."))

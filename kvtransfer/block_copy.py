@@ -29,16 +29,23 @@ class Parts:
     offset: int
     length: int
 
-    def addresses(self, pool: "Span") -> Addresses:
-        """Where each part begins in memory, int64 [blocks]. Raises TransferError (LENGTH) for one outside."""
+    def begins(self, pool_bytes: int) -> Addresses:
+        """Where each part begins in a pool of so many bytes, int64 [blocks].
+
+        Raises TransferError (LENGTH) for one outside.
+        """
         if self.offset < 0 or self.length <= 0 or self.offset + self.length > self.block_bytes:
             message = f"A part of {self.length} bytes at {self.offset} does not fit a block."
             raise TransferError(TransferFault.LENGTH, message)
         blocks = np.asarray(self.blocks, dtype=np.int64)
-        if len(blocks) and not 0 <= blocks.min() <= blocks.max() < pool.length // self.block_bytes:
+        if len(blocks) and not 0 <= blocks.min() <= blocks.max() < pool_bytes // self.block_bytes:
             message = f"Blocks {blocks.min()} to {blocks.max()} are not all in the pool."
             raise TransferError(TransferFault.LENGTH, message)
-        return blocks * self.block_bytes + (pool.address + self.offset)
+        return blocks * self.block_bytes + self.offset
+
+    def addresses(self, pool: "Span") -> Addresses:
+        """Where each part begins in memory, int64 [blocks]. Raises TransferError (LENGTH) for one outside."""
+        return self.begins(pool.length) + pool.address
 
 
 @dataclass(frozen=True, slots=True)

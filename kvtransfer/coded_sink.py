@@ -1,9 +1,11 @@
-"""Edge: a sink that pulls encoded blocks, and decodes them when the source has confirmed their checksums."""
+"""Edge: a sink that pulls encoded blocks, and decodes them as they land."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from kvtransfer.contract import (
     BlockRange,
@@ -13,9 +15,10 @@ from kvtransfer.contract import (
     TransferConfig,
     TransferObserver,
 )
+from kvtransfer.handoffs.pieces import layer_span
 from kvtransfer.handoffs.sink import HandoffSink
 from kvtransfer.staging import StagedMemory
-from kvtransfer.threads import run_to_end
+from kvtransfer.threads import outlast, run_to_end
 from tandem.ids import BlockId
 from tandem.worker import WorkerRecord
 
@@ -47,12 +50,38 @@ class CodedSink(HandoffSink):
         priority: int,
         remaining_s: float,
     ) -> PullReport:
-        """See HandoffSink; decoding follows the commit, only computes, and is not part of `remaining_s`."""
-        report = await super().pull(key, source, block_range, target_blocks, priority, remaining_s)
-        began_s = self._clock()
-        stop = threading.Event()
-        await run_to_end(self._decoder, lambda: self._staged.decode(target_blocks, stop.is_set), stop.set)
-        return replace(report, decode_s=self._clock() - began_s)
+        """See HandoffSink; the decoding of the last pieces only computes, and is not part of `remaining_s`.
+
+        Pieces are decoded while the next ones move, before their checksums are confirmed: until the pull
+        succeeds, the content of the target blocks means nothing.
+        """
+        landed: asyncio.Queue[BlockRange | None] = asyncio.Queue()
+        begin = block_range.first_block
+        decoding = asyncio.create_task(self._decode(landed, begin, tuple(target_blocks)))
+        try:
+            wanted = block_range, target_blocks
+            report = await self._pull(key, source, *wanted, priority, remaining_s, landed.put_nowait)
+            landed.put_nowait(None)
+            began_s = self._clock()
+            await asyncio.shield(decoding)
+            return replace(report, decode_s=self._clock() - began_s)
+        finally:
+            decoding.cancel()
+            if await outlast(decoding):
+                raise asyncio.CancelledError
+
+    async def _decode(
+        self, landed: "asyncio.Queue[BlockRange | None]", first_block: int, targets: tuple[BlockId, ...]
+    ) -> None:
+        """Decodes what lands, in order, until None comes; when it ends, nothing writes the targets."""
+        while (part := await landed.get()) is not None:
+            begin = part.first_block - first_block
+            blocks = targets[begin : begin + part.num_blocks]
+            layers = range(*layer_span(part, self._staged.layers))
+            stop = threading.Event()
+            await run_to_end(
+                self._decoder, partial(self._staged.decode, blocks, layers, stop.is_set), stop.set
+            )
 
     async def close(self) -> None:
         """See HandoffSink."""

@@ -8,8 +8,16 @@ from functools import partial
 
 import structlog
 
-from kvtransfer.contract import HandoffKey, KvReady, SourceTransport, TransferConfig, TransferObserver
-from kvtransfer.handoffs.pieces import complete, grown
+from kvtransfer.codecs.order import next_batch, with_batch
+from kvtransfer.contract import (
+    BlockRange,
+    HandoffKey,
+    KvReady,
+    SourceTransport,
+    TransferConfig,
+    TransferObserver,
+)
+from kvtransfer.handoffs.pieces import grown, layer_span
 from kvtransfer.handoffs.source import HandoffSource
 from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.staging import StagedMemory
@@ -21,14 +29,14 @@ _log = structlog.get_logger("tandem.kvtransfer")
 
 @dataclass(slots=True)
 class _Encoding:
-    """An offer's way into its encoded form: `ready` in the pool, the first `done` blocks encoded.
+    """An offer's way into its encoded form: how much is `ready` in the pool, and how much is `encoded`.
 
     `batch` is what a thread encodes, or will soon; `released` is why the offer ended, kept until then.
     """
 
     blocks: tuple[BlockId, ...]
     ready: KvReady
-    done: int = 0
+    encoded: KvReady
     batch: Future[None] | None = None
     released: ReleaseReason | None = None
 
@@ -36,8 +44,8 @@ class _Encoding:
 class CodedSource(HandoffSource):
     """A HandoffSource over encoded blocks; `offer` and `advance` speak of the pool's blocks and layers.
 
-    A block is encoded when all its layers are there. Of an offer that ends, `on_released` is called when no
-    thread encodes its blocks any more, one batch later at most.
+    Blocks are encoded when all their layers are there, those of the last chunk layer by layer. Of an offer
+    that ends, `on_released` is called when no thread encodes its blocks any more, one batch later at most.
     """
 
     def __init__(
@@ -60,9 +68,9 @@ class CodedSource(HandoffSource):
 
     def offer(self, key: HandoffKey, blocks: Sequence[BlockId], ready: KvReady | None = None) -> None:
         """See HandoffSource."""
-        whole = KvReady(len(blocks), self._staged.pool_layers)
+        whole = KvReady(len(blocks), self._staged.layers)
         super().offer(key, blocks, KvReady(0, 0))
-        self._encodings[key] = _Encoding(tuple(blocks), whole if ready is None else ready)
+        self._encodings[key] = _Encoding(tuple(blocks), whole if ready is None else ready, KvReady(0, 0))
         self._go_on(key)
 
     def advance(self, key: HandoffKey, ready: KvReady) -> None:
@@ -84,30 +92,31 @@ class CodedSource(HandoffSource):
         encoding = self._encodings.get(key)
         if encoding is None or encoding.batch is not None:
             return
-        total = len(encoding.blocks)
-        ready = total if complete(encoding.ready, total, self._staged.pool_layers) else encoding.ready.blocks
-        batch = encoding.blocks[encoding.done : min(ready, encoding.done + self._staged.batch_blocks)]
-        if not batch:
+        staged, total = self._staged, len(encoding.blocks)
+        batch = next_batch(encoding.ready, encoding.encoded, total, staged.layers, staged.batch_parts)
+        if batch is None:
             return
-        encoding.batch = self._encoder.submit(self._staged.encode, batch)
+        blocks = encoding.blocks[batch.first_block : batch.first_block + batch.num_blocks]
+        layers = range(*layer_span(batch, staged.layers))
+        encoding.batch = self._encoder.submit(staged.encode, blocks, layers)
         running = asyncio.wrap_future(encoding.batch)
         self._batches.add(running)
-        running.add_done_callback(partial(self._batch_ended, key, len(batch)))
+        running.add_done_callback(partial(self._batch_ended, key, batch))
 
-    def _batch_ended(self, key: HandoffKey, count: int, batch: asyncio.Future[None]) -> None:
-        self._batches.discard(batch)
+    def _batch_ended(self, key: HandoffKey, batch: BlockRange, running: asyncio.Future[None]) -> None:
+        self._batches.discard(running)
         encoding = self._encodings[key]
         encoding.batch = None
         if encoding.released is not None:
             self._offer_ended(key, encoding.released)
             return
-        failure = batch.exception()
+        failure = running.exception()
         if failure is not None:
             _log.error("blocks were not encoded", leg=key.leg_id, error=str(failure))
             self.withdraw(key.leg_id)
             return
-        encoding.done += count
-        super().advance(key, KvReady(encoding.done, int(encoding.done == len(encoding.blocks))))
+        encoding.encoded = with_batch(encoding.encoded, batch, len(encoding.blocks), self._staged.layers)
+        super().advance(key, encoding.encoded)
         self._go_on(key)
 
     def _offer_ended(self, key: HandoffKey, reason: ReleaseReason) -> None:

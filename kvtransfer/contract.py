@@ -90,6 +90,10 @@ class PeerId:
         """The life that a record describes."""
         return cls(record.worker_id, record.incarnation)
 
+    def older_life_of(self, other: "PeerId") -> bool:
+        """Whether it is the same worker before it was started anew."""
+        return self.worker_id == other.worker_id and self.incarnation < other.incarnation
+
 
 @dataclass(frozen=True, slots=True)
 class HandoffKey:
@@ -210,6 +214,14 @@ class SourceTransport(Protocol):
         """Address for this sink, who will prove `ticket`; None if the pair cannot use this transport."""
         ...
 
+    def forget(self, sink: PeerId) -> None:
+        """The sink is gone: it gets no new link until `endpoint` is asked for it again; idempotent.
+
+        Where sinks read this process's memory, a link that it still has stays: only its end proves that the
+        sink reads nothing any more.
+        """
+        ...
+
     async def send(
         self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
     ) -> None:
@@ -303,8 +315,8 @@ class PullReport:
     Seconds of all pieces together: `accept_s` for the source to grant, `ready_s` waiting for a growing offer,
     `queue_s` for a turn among this sink's transfers, `move_s` for the bytes (hashing that the transport does
     on the way included), `copy_s` for what SinkTransport.receive says of it, `verify_s` for hashing what it
-    left, `commit_s` for the source to compare and agree, `decode_s` for a wire codec to write the pool's
-    blocks.
+    left, `commit_s` for the source to compare and agree, `decode_s` for a wire codec to write what it had
+    not written of the pool's blocks by then.
     """
 
     transport: str

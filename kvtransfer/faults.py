@@ -166,6 +166,10 @@ class SourceAround:
         """As what is inside."""
         return self._inner.endpoint(sink, ticket)
 
+    def forget(self, sink: PeerId) -> None:
+        """As what is inside."""
+        self._inner.forget(sink)
+
     async def send(
         self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
     ) -> None:

@@ -17,6 +17,10 @@ INLINE_BYTES: Final = 1 << 20
 """Up to so many bytes are hashed on the event loop: a tenth of a millisecond, less than a thread costs."""
 
 
+Sums = Callable[[int, int], Sequence[int]]
+"""The checksums of (first, count) of some parts; from any thread."""
+
+
 class Hasher(Protocol):
     """Computes one kind of checksum over one pool; from any thread."""
 
@@ -43,6 +47,10 @@ class Hasher(Protocol):
         """
         ...
 
+    def over(self, blocks: Sequence[BlockId], part_offset: int, part_bytes: int) -> Sums:
+        """For hashing parts of those blocks a few at a time; raises, and what it gives raises, as `sums`."""
+        ...
+
 
 class NativeHasher:
     """XXH3-64 of host memory, many blocks in a native call."""
@@ -61,14 +69,24 @@ class NativeHasher:
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[int, ...]:
         """See Hasher."""
-        parts = Parts(blocks, self._memory.block_bytes, part_offset, part_bytes)
-        begins = parts.addresses(Span.of_pool(self._memory))
+        some = self.over(blocks, part_offset, part_bytes)
         found: list[int] = []
-        for first, count in batches(len(begins), part_bytes, CHUNK_BYTES):
+        for first, count in batches(len(blocks), part_bytes, CHUNK_BYTES):
             if stopped():
                 raise TransferError(TransferFault.TIMEOUT, "Hashing was stopped.")
-            found.extend(hash_rows(begins[first : first + count], part_bytes).tolist())
+            found.extend(some(first, count))
         return tuple(found)
+
+    def over(self, blocks: Sequence[BlockId], part_offset: int, part_bytes: int) -> Sums:
+        """See Hasher; the addresses are computed once."""
+        parts = Parts(blocks, self._memory.block_bytes, part_offset, part_bytes)
+        begins = parts.addresses(Span.of_pool(self._memory))
+
+        def some(first: int, count: int) -> Sequence[int]:
+            found: list[int] = hash_rows(begins[first : first + count], part_bytes).tolist()
+            return found
+
+        return some
 
 
 class HostHasher:
@@ -96,6 +114,10 @@ class HostHasher:
             found.append(weighted_sum.weighted_sum(part))
         return tuple(found)
 
+    def over(self, blocks: Sequence[BlockId], part_offset: int, part_bytes: int) -> Sums:
+        """See Hasher."""
+        return lambda first, count: self.sums(blocks[first : first + count], part_offset, part_bytes)
+
 
 class DeviceHasher:
     """wsum64 by the device that holds the pool; one launch for all blocks, so it is not stopped half way."""
@@ -122,6 +144,10 @@ class DeviceHasher:
             return device_checksums(DevicePool.of(self._memory), blocks, part_offset, part_bytes)
         except OSError as error:
             raise TransferError(TransferFault.UNSUPPORTED, str(error)) from error
+
+    def over(self, blocks: Sequence[BlockId], part_offset: int, part_bytes: int) -> Sums:
+        """See Hasher."""
+        return lambda first, count: self.sums(blocks[first : first + count], part_offset, part_bytes)
 
 
 def hashers(memory: BlockMemory) -> Mapping[str, Hasher]:

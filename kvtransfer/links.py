@@ -1,4 +1,4 @@
-"""Edge: links: sockets that prove a ticket and whose end tells each side of the other's."""
+"""Edge: links: sockets that prove a ticket and whose end tells each side of the other's; and their ports."""
 
 import asyncio
 import os
@@ -10,7 +10,28 @@ from kvtransfer.listener import read_exactly
 from kvtransfer.tcp import framing
 from tandem.errors import TransferError, TransferFault
 
+BACKLOG: Final = 64
+"""Connections that wait to be accepted."""
+
 _CREDENTIALS: Final = struct.Struct("3i")
+
+
+def listening_as(name: str) -> socket.socket:
+    """A unix socket with an abstract name, which nothing can be left of. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(b"\0" + name.encode())
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def listening_on(host: str) -> socket.socket:
+    """A TCP socket on an address of this host and a port of the system's choice. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, 0), family=family, backlog=BACKLOG)
 
 
 def same_user(connection: socket.socket) -> bool:
@@ -38,7 +59,8 @@ async def greet(
         connection.close()
         if isinstance(error, TimeoutError):
             raise TransferError(TransferFault.TIMEOUT, "The source's link did not answer.") from error
-        if isinstance(error, OSError):
+        # A host's name that cannot be one is a ValueError.
+        if isinstance(error, OSError | ValueError):
             message = f"The source's link cannot be had: {error}."
             raise TransferError(TransferFault.DISCONNECTED, message) from error
         raise

@@ -61,6 +61,10 @@ class LinkListener:
         """Honours a sink's ticket from now on."""
         self._tickets.admit(sink, ticket)
 
+    def forget(self, sink: PeerId) -> None:
+        """Honours a sink's ticket no longer; its open connections stay. Idempotent."""
+        self._tickets.drop(sink)
+
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Counts what is wrong with what a peer says inside; a TimeoutError leaves as a TransferError."""
@@ -83,6 +87,15 @@ class LinkListener:
             if asked.kind is not HeaderKind.ASK:
                 raise TransferError(TransferFault.UNSUPPORTED, f"A sink sent {asked.kind.name}.")
             return asked
+
+    async def until_end(self, connection: socket.socket) -> None:
+        """Waits for the end of a link on which a sink says nothing.
+
+        Raises OSError when it breaks, TransferError (UNSUPPORTED) when the sink says something.
+        """
+        with self.counting():
+            if await asyncio.get_running_loop().sock_recv(connection, 1):
+                raise TransferError(TransferFault.UNSUPPORTED, "A sink spoke where it has nothing to say.")
 
     async def close(self) -> None:
         """Ends all connections and waits for their servers; idempotent."""

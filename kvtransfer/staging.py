@@ -21,11 +21,14 @@ from tandem.ids import BlockId
 from tandem.worker_config import WorkerConfig
 
 BATCH_BYTES: Final = 8 << 20
-"""About so much of the pool is encoded or decoded at a time; a stop is seen after it."""
+"""About so much of the pool is encoded or decoded at a time; a stop is seen after it.
+
+`batch_parts` are the layers of blocks that this is.
+"""
 
 
 class StagedMemory:
-    """Encoded blocks beside a KV pool in host memory, as a BlockMemory; each is one layer: it moves whole."""
+    """Encoded blocks beside a KV pool in host memory, as a BlockMemory of as many layers."""
 
     def __init__(self, pool: BlockMemory, shape: BlockShape, codec: Codec) -> None:
         """Raises ConfigError when the pool's blocks are not of that shape, or not in host memory."""
@@ -33,9 +36,9 @@ class StagedMemory:
             raise ConfigError(f"codec {codec.name} needs a pool of {shape} in host memory.")
         self.num_blocks = pool.num_blocks
         self.block_bytes = codec.encoded_bytes
-        self.layer_bytes = codec.encoded_bytes
-        self.pool_layers = shape.layers
-        self.batch_blocks = max(1, BATCH_BYTES // shape.block_bytes)
+        self.layer_bytes = codec.layer_bytes
+        self.layers = shape.layers
+        self.batch_parts = max(1, BATCH_BYTES * shape.layers // shape.block_bytes)
         self._pool = pool
         self._shape = shape
         self._codec = codec
@@ -63,25 +66,31 @@ class StagedMemory:
         """Descriptor of the memfd, valid until `close`."""
         return self._descriptor
 
-    def encode(self, blocks: Sequence[BlockId]) -> None:
-        """Writes blocks of the pool into their places here; for a thread, and a batch at a time."""
-        where = torch.tensor(blocks, dtype=torch.int64)
-        encoded = torch.empty((len(blocks), self.block_bytes), dtype=torch.uint8)
-        self._codec.encode(self._blocks().index_select(0, where), encoded)
-        self._encoded().index_copy_(0, where, encoded)
+    def encode(self, blocks: Sequence[BlockId], layers: range) -> None:
+        """Writes layers of the pool's blocks into their places here; for a thread, and a batch at a time.
 
-    def decode(self, blocks: Sequence[BlockId], stopped: Callable[[], bool]) -> None:
-        """Writes what lies here into the pool's blocks, batch by batch; for a thread.
+        Reads nothing else: other layers of the blocks may be written meanwhile.
+        """
+        where = torch.tensor(blocks, dtype=torch.int64)
+        encoded = torch.empty((len(blocks), len(layers) * self.layer_bytes), dtype=torch.uint8)
+        numbers = self._blocks()[:, layers.start : layers.stop].index_select(0, where)
+        self._codec.encode(numbers, encoded, layers.start)
+        self._encoded(layers).index_copy_(0, where, encoded)
+
+    def decode(self, blocks: Sequence[BlockId], layers: range, stopped: Callable[[], bool]) -> None:
+        """Writes what lies here of some layers into the pool's blocks, batch by batch; for a thread.
 
         Raises TransferError (DISCONNECTED) when `stopped` says so between two batches.
         """
-        for first in range(0, len(blocks), self.batch_blocks):
+        batch_blocks = max(1, self.batch_parts // len(layers))
+        dimensions = (len(layers), *self._shape.dimensions[1:])
+        for first in range(0, len(blocks), batch_blocks):
             if stopped():
                 raise TransferError(TransferFault.DISCONNECTED, "The decoding was stopped.")
-            where = torch.tensor(blocks[first : first + self.batch_blocks], dtype=torch.int64)
-            decoded = torch.empty((len(where), *self._shape.dimensions), dtype=self._shape.dtype)
-            self._codec.decode(self._encoded().index_select(0, where), decoded)
-            self._blocks().index_copy_(0, where, decoded)
+            where = torch.tensor(blocks[first : first + batch_blocks], dtype=torch.int64)
+            decoded = torch.empty((len(where), *dimensions), dtype=self._shape.dtype)
+            self._codec.decode(self._encoded(layers).index_select(0, where), decoded, layers.start)
+            self._blocks()[:, layers.start : layers.stop].index_copy_(0, where, decoded)
 
     def close(self) -> None:
         """Gives the memory back once no view of it is left; idempotent."""
@@ -109,9 +118,10 @@ class StagedMemory:
         whole = self._pool.window(0, self.num_blocks * self._shape.block_bytes)
         return torch.frombuffer(whole, dtype=self._shape.dtype).view(-1, *self._shape.dimensions)
 
-    def _encoded(self) -> Tensor:
-        """All encoded blocks as uint8 [num_blocks, block_bytes]."""
-        return torch.frombuffer(self._bytes, dtype=torch.uint8).view(self.num_blocks, self.block_bytes)
+    def _encoded(self, layers: range) -> Tensor:
+        """Some layers of all encoded blocks as uint8 [num_blocks, len(layers) * layer_bytes], a view."""
+        whole = torch.frombuffer(self._bytes, dtype=torch.uint8).view(self.num_blocks, self.block_bytes)
+        return whole[:, layers.start * self.layer_bytes : layers.stop * self.layer_bytes]
 
 
 def open_staging(config: WorkerConfig, memory: BlockMemory, pool: Tensor) -> StagedMemory | None:

@@ -1,12 +1,12 @@
-"""Edge: blocking work in threads: such that never outlives its caller, and such that may never return."""
+"""Edge: work that never outlives its caller, in threads and tasks, and work that may never return."""
 
 import asyncio
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, wait
 from concurrent.futures import Future as ConcurrentFuture
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ResultT = TypeVar("ResultT")
 
@@ -73,6 +73,17 @@ async def outlast(future: asyncio.Future[ResultT]) -> bool:
     if not future.cancelled():
         future.exception()
     return cancelled
+
+
+async def to_its_end(work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """What the work returned or raised, once it has ended; it must be bounded.
+
+    For what must not be left half done: when cancelled it goes on, and CancelledError is raised at its end.
+    """
+    running = asyncio.create_task(work)
+    if await outlast(running):
+        raise asyncio.CancelledError
+    return running.result()
 
 
 def contained(work: Callable[[], ResultT]) -> ResultT:

@@ -60,6 +60,17 @@ class TransferModel(Protocol):
         ...
 
 
+class PieceModel(Protocol):
+    """Time for a part of a leg's KV to move while its prompt is still read."""
+
+    def piece_s(self, num_bytes: int, last: bool, same_node: bool) -> float:
+        """From the asking for a piece to its bytes being there; for the `last` one, to the sink's commit.
+
+        A hand-off of one piece takes what TransferModel says of it.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Caution:
     """Something a reader of a forecast should know: which model left its data, and where."""

@@ -1,8 +1,8 @@
 """Pure: a whole cluster in one thread with a virtual clock: the objects that serve, driven by events.
 
 Sessions, admission, placement, the schedulers of both workers, their block pools and both hand-off machines
-are the live ones. Simulated are time (a latency and a transfer model), the network (news is heard at once)
-and the tokens (each is the same). The same setup and requests give the same records, byte for byte.
+are the live ones. Simulated are time (latency and transfer models, hops between router and workers) and the
+tokens (each is the same). The same setup and requests give the same records, byte for byte.
 """
 
 import sys
@@ -19,8 +19,10 @@ from planner.simulation.prefill import PrefillSite
 from planner.simulation.pull import Pulls
 from planner.simulation.records import Ended, Records
 from planner.simulation.router import SimulatedRouter
-from planner.simulation.setup import Drive, Fault, FaultKind, Setup, SimRole, check
+from planner.simulation.setup import Drive, Fault, FaultKind, Setup, SimRole, WorkerSpec, check
+from planner.simulation.site import News, Site
 from planner.simulation.utilisation import Utilisation
+from planner.simulation.wires import FarSite, NewsWire, Wire
 from planner.workloads.workload import SimRequest, prompt_ids
 from router.session import Session
 from router.worker_key import WorkerKey
@@ -63,7 +65,15 @@ class Simulation:
             lambda asked: prompt_ids(asked, self._shares_prompts),
             self._ended,
         )
-        self._pulls = Pulls(self._events, setup.transfer, self._prefill_site, setup.transfer_attempts)
+        self._pulls = Pulls(
+            self._events,
+            setup.transfer,
+            self._prefill_site,
+            setup.transfer_attempts,
+            setup.times.lease_s,
+            setup.early,
+        )
+        self._to_router: dict[WorkerKey, Wire] = {}
         self._sites: dict[WorkerId, AnySite] = {}
         self._lives: dict[WorkerId, int] = {}
         self._specs = {spec.worker_id: spec for spec in setup.workers}
@@ -96,38 +106,55 @@ class Simulation:
         spec = self._specs[worker_id]
         self._lives[worker_id] = life = self._lives.get(worker_id, 0) + 1
         key = WorkerKey(worker_id, Incarnation(life))
-        setup, used = self._setup, self._used[worker_id]
-        site: AnySite
-        if self._roles[worker_id] is SimRole.PREFILL:
-            site = PrefillSite(
+        site, role = self._site(key, spec, self._news_of(key))
+        self._sites[worker_id] = site
+        self._router.attach(key, role, spec.pool_blocks, self._as_seen(site))
+        if isinstance(site, PrefillSite):
+            site.introduce()
+
+    def _site(self, key: WorkerKey, spec: WorkerSpec, news: News) -> tuple[AnySite, Role]:
+        setup, used = self._setup, self._used[key.worker_id]
+        if self._roles[key.worker_id] is SimRole.COLOCATED:
+            return ColocatedSite(key, spec, self._events, news, used), Role.MIXED
+        if self._roles[key.worker_id] is SimRole.PREFILL:
+            prefill = PrefillSite(
                 key,
                 spec,
                 self._events,
-                self._router,
+                news,
                 setup.times,
                 setup.router.context_tokens,
                 used,
+                setup.early,
+                self._pulls.grew,
             )
-            role = Role.PREFILL
-        elif self._roles[worker_id] is SimRole.COLOCATED:
-            site = ColocatedSite(key, spec, self._events, self._router, used)
-            role = Role.MIXED
-        else:
-            site = DecodeSite(
-                key,
-                spec,
-                self._events,
-                self._router,
-                self._pulls,
-                setup.router.context_tokens,
-                used,
-                setup.drive is Drive.STEPS,
-            )
-            role = Role.DECODE
-        self._sites[worker_id] = site
-        self._router.attach(key, role, spec.pool_blocks, site)
-        if isinstance(site, PrefillSite):
-            site.introduce()
+            return prefill, Role.PREFILL
+        decode = DecodeSite(
+            key,
+            spec,
+            self._events,
+            news,
+            self._pulls,
+            setup.router.context_tokens,
+            used,
+            setup.drive is Drive.STEPS,
+        )
+        return decode, Role.DECODE
+
+    def _news_of(self, key: WorkerKey) -> News:
+        """The router as the worker sees it."""
+        hops = self._setup.hops
+        if not hops.to_worker_s and not hops.to_router_s:
+            return self._router
+        self._to_router[key] = Wire(self._events, hops.to_router_s)
+        return NewsWire(self._router, self._to_router[key])
+
+    def _as_seen(self, site: AnySite) -> Site:
+        """The worker as the router sees it."""
+        to_router = self._to_router.get(site.key)
+        if to_router is None:
+            return site
+        return FarSite(site, Wire(self._events, self._setup.hops.to_worker_s), to_router)
 
     def _prefill_site(self, key: WorkerKey) -> PrefillSite | None:
         site = self._sites.get(key.worker_id)
@@ -138,9 +165,10 @@ class Simulation:
         if asked is None:
             self._more_to_come = False
             return
-        if asked.at_s < self._events.now_s:
+        at_door_s = asked.at_s + self._setup.hops.front_door_s
+        if at_door_s < self._events.now_s:
             raise InvalidRequest(f"Request {asked.number} comes before an earlier one.", "workload")
-        self._events.at(asked.at_s, NEWS, self._arrive, asked)
+        self._events.at(at_door_s, NEWS, self._arrive, asked)
 
     def _arrive(self, asked: SimRequest) -> None:
         self._under_way += 1
@@ -190,6 +218,8 @@ class Simulation:
 
     def _die(self, site: AnySite) -> None:
         site.die()
+        if site.key in self._to_router:
+            self._to_router.pop(site.key).flush()
         self._router.lost(site.key)
         if isinstance(site, PrefillSite):
             self._pulls.source_died(site.key)

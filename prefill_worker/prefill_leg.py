@@ -178,6 +178,11 @@ class LegRecord:
     passed_by: int = 0
 
     @property
+    def tokens(self) -> int:
+        """Tokens to read."""
+        return len(self.leg.token_ids)
+
+    @property
     def rank(self) -> tuple[int, int]:
         """Lower goes first: higher priority, then earlier arrival."""
         return -self.leg.priority, self.number

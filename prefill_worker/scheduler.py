@@ -7,10 +7,12 @@ pulled while it is read.
 
 from bisect import insort
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 from engine.blocks import BlockPool, distinct_blocks
 from engine.ending import banned_tokens, ending_after
 from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
+from engine.leg_bounds import check_pool, check_queue
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
 from engine.transitions import next_state
 from prefill_worker.prefill_leg import (
@@ -27,12 +29,11 @@ from prefill_worker.prefill_leg import (
     PrefillLeg,
     PrefillOutcome,
 )
-from tandem.errors import InvalidRequest, OutOfBlocks, Overloaded, PromptTooLong, ProtocolError
+from prefill_worker.reading_order import ReadingRules
+from tandem.errors import InvalidRequest, OutOfBlocks, PromptTooLong, ProtocolError
 from tandem.ids import BlockId, LegId
 
 __all__ = ["GrownLeg", "LegState", "OfferedLeg", "PrefillLeg", "PrefillOutcome", "PrefillScheduler"]
-
-_RETRY_AFTER_S = 1.0
 
 
 class PrefillScheduler:
@@ -54,21 +55,18 @@ class PrefillScheduler:
         whole_prompts: bool = False,
         overlap_min_tokens: int | None = None,
     ) -> None:
-        """Limits: `token_budget` tokens a step, `max_waiting` legs in the queue.
+        """Limits: `max_waiting` legs in the queue, and those of ReadingRules; parked legs may hold
+        `max_parked_fraction` of the pool.
 
         Legs of at least `overlap_min_tokens` tokens are offered when they start; None: no leg is.
-        No leg starts while parked ones hold more than `max_parked_fraction` of the pool. A leg that lacks
-        blocks lets at most `max_passed_by` later ones start before it. With `whole_prompts` none is split
-        (DistServe's batching): one that is longer than the budget is read alone.
         """
         self._pool = pool
-        self._token_budget = token_budget
+        self._rules = ReadingRules.of_pool(
+            pool.num_blocks, token_budget, whole_prompts, max_parked_fraction, max_passed_by
+        )
         self._max_waiting = max_waiting
         self._context_tokens = context_tokens
         self._eos_ids = frozenset(eos_ids)
-        self._max_parked_blocks = max_parked_fraction * pool.num_blocks
-        self._max_passed_by = max_passed_by
-        self._whole_prompts = whole_prompts
         self._overlap_min_tokens = overlap_min_tokens
         self._legs: dict[LegId, LegRecord] = {}
         self._waiting: list[LegRecord] = []
@@ -89,8 +87,7 @@ class PrefillScheduler:
         if leg.leg_id in self._legs:
             raise ProtocolError(f"leg {leg.leg_id} is here already")
         self._check(leg)
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded(f"{self._max_waiting} legs wait already", _RETRY_AFTER_S)
+        check_queue(len(self._waiting), self._max_waiting)
         self._arrivals += 1
         record = LegRecord(leg, self._arrivals, now_s, leg.sample_indices)
         self._legs[leg.leg_id] = record
@@ -126,23 +123,11 @@ class PrefillScheduler:
         """The next step, or None if nothing can run now. ProtocolError while a plan is in flight."""
         if self._plan is not None:
             raise ProtocolError(f"step {self._plan.step} is in flight")
-        budget = self._token_budget
-        slices: list[SequenceSlice] = []
-        for record in self._running:
-            if budget == 0:
-                break
-            slices.append(self._slice(record, budget))
-            budget -= record.slice_tokens
-        while budget > 0:
-            started = self._start_next(now_s, budget if slices and self._whole_prompts else None)
-            if started is None:
-                break
-            slices.append(self._slice(started, budget))
-            budget -= started.slice_tokens
-        if not slices:
+        parts = self._rules.fill_step(self._running.copy(), partial(self._start_next, now_s))
+        if not parts:
             return None
         self._steps += 1
-        self._plan = StepPlan(self._steps, tuple(slices))
+        self._plan = StepPlan(self._steps, tuple([self._slice(record, tokens) for record, tokens in parts]))
         return self._plan
 
     def take_opened(self) -> tuple[OfferedLeg, ...]:
@@ -239,33 +224,17 @@ class PrefillScheduler:
             raise InvalidRequest("no sample is asked for", "sample_indices")
         if tokens >= self._context_tokens:
             raise PromptTooLong(f"{tokens} tokens leave no room in a context of {self._context_tokens}")
-        capacity = self._pool.num_blocks * self._pool.block_size
-        if tokens > capacity:
-            raise PromptTooLong(f"{tokens} tokens are more than the {capacity} that this worker's pool holds")
+        check_pool(tokens, self._pool.num_blocks * self._pool.block_size)
 
     def _expirable(self) -> list[LegRecord]:
         return [*self._waiting, *(record for record in self._running if record.state in READING)]
 
     def _start_next(self, now_s: float, room: int | None) -> LegRecord | None:
-        """Starts the first waiting leg whose blocks can be had, unless one ahead was passed by too often.
-
-        None, too, when its turn is a leg of more than `room` tokens.
-        """
-        if self._parked_blocks > self._max_parked_blocks:
-            return None
-        blocked: list[LegRecord] = []
-        for record in self._waiting:
-            if room is not None and len(record.leg.token_ids) > room:
-                return None
-            if self._take_blocks(record):
-                for ahead in blocked:
-                    ahead.passed_by += 1
-                self._start(record, now_s)
-                return record
-            blocked.append(record)
-            if record.passed_by >= self._max_passed_by or len(blocked) > self._max_passed_by:
-                return None
-        return None
+        """Starts the leg whose turn it is; see ReadingRules.next_to_start."""
+        record = self._rules.next_to_start(self._waiting, self._parked_blocks, room, self._take_blocks)
+        if record is not None:
+            self._start(record, now_s)
+        return record
 
     def _start(self, record: LegRecord, now_s: float) -> None:
         """Begins to read a leg, and offers it if that pays."""
@@ -300,11 +269,11 @@ class PrefillScheduler:
         record.computed = record.cached_tokens = len(cached) * self._pool.block_size
         return True
 
-    def _slice(self, record: LegRecord, budget: int) -> SequenceSlice:
-        """Puts the leg's next chunk, at most `budget` tokens, into the plan that is being made."""
+    def _slice(self, record: LegRecord, tokens: int) -> SequenceSlice:
+        """Puts the leg's next `tokens` tokens into the plan that is being made."""
         token_ids = record.leg.token_ids
-        end = len(token_ids) if self._whole_prompts else min(record.computed + budget, len(token_ids))
-        record.slice_tokens = end - record.computed
+        end = record.computed + tokens
+        record.slice_tokens = tokens
         self._in_flight.append(record)
         samples = self._requests(record) if end == len(token_ids) else ()
         return SequenceSlice(token_ids[record.computed : end], record.computed, record.table, samples)

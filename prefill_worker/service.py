@@ -108,6 +108,10 @@ class PrefillWorker(Worker[PrefillOutcome]):
         found = self._source.communicators()
         return CommunicatorNumbers(found.open, found.bytes, found.abandoned, found.wedged)
 
+    def wedged(self) -> str | None:
+        """As for every worker; and when blocks of hand-offs may never come back."""
+        return self._source.wedged()
+
     def register(self, server: grpc.aio.Server) -> None:
         """Adds HandoffService."""
         worker_pb2_grpc.add_HandoffServiceServicer_to_server(HandoffServicer(self._source), server)

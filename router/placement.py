@@ -36,6 +36,23 @@ class Windows:
     prefill_tokens: int
     decode_legs: int
 
+    def let_read(self, load: WorkerLoad, tokens: int) -> bool:
+        """Whether a prompt of so many tokens may be sent there."""
+        return not load.prefilling_legs or load.prefilling_tokens + tokens <= self.prefill_tokens
+
+    def let_fetch(self, load: WorkerLoad) -> bool:
+        """Whether a leg that is read may be sent there."""
+        return load.fetching_legs < max(1, self.decode_legs)
+
+    def let_fetch_early(self, load: WorkerLoad) -> bool:
+        """Whether a leg that is still being read may be sent there."""
+        return load.fetching_legs + load.prefetching_legs < max(1, self.decode_legs)
+
+
+def decode_blocks(tokens: int, sequences: int, block_size: int) -> int:
+    """Blocks that a leg needs to begin decoding."""
+    return tokens // block_size + sequences
+
 
 class Placement:
     """Owns the order of the waiting legs and the estimate of each worker's load.
@@ -100,7 +117,7 @@ class Placement:
         views = [
             view
             for load in self._serving(Role.DECODE)
-            if load.fetching_legs + load.prefetching_legs < max(1, self._windows.decode_legs)
+            if self._windows.let_fetch_early(load)
             and (view := load.view()).free_blocks >= blocks + view.batch
         ]
         if not views or len(self._decode):
@@ -142,11 +159,7 @@ class Placement:
             return None
         leg = self._waiting[leg_id]
         tokens = len(leg.token_ids)
-        views = [
-            load.view()
-            for load in self._serving(Role.PREFILL)
-            if not load.prefilling_legs or load.prefilling_tokens + tokens <= self._windows.prefill_tokens
-        ]
+        views = [load.view() for load in self._serving(Role.PREFILL) if self._windows.let_read(load, tokens)]
         if not views:
             return None
         views = list(without_avoided(views, leg.avoid))
@@ -163,11 +176,7 @@ class Placement:
         if leg_id is None:
             return None
         leg = self._waiting[leg_id]
-        views = [
-            load.view()
-            for load in self._serving(Role.DECODE)
-            if load.fetching_legs < max(1, self._windows.decode_legs)
-        ]
+        views = [load.view() for load in self._serving(Role.DECODE) if self._windows.let_fetch(load)]
         if not views:
             return None
         blocks = self._decode_blocks(leg)
@@ -187,8 +196,7 @@ class Placement:
         return tuple([self._waiting[leg_id] for queue in queues for leg_id in queue.items()])
 
     def _decode_blocks(self, leg: WaitingLeg) -> int:
-        """Blocks that a leg needs to begin decoding."""
-        return len(leg.token_ids) // self._block_size + leg.sequences
+        return decode_blocks(len(leg.token_ids), leg.sequences, self._block_size)
 
     def _choose_decode(self, leg: WaitingLeg, blocks: int, views: Sequence[WorkerView]) -> WorkerKey:
         views = without_avoided(views, leg.avoid)

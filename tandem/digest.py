@@ -12,6 +12,9 @@ PROTOCOL_VERSION = 1
 
 KV_LAYOUT = "block-major/layers,2,block,kv_heads,head_dim"
 
+CODED_LAYOUT = "layer by layer"
+"""How codecs write blocks; changes with every incompatible change of theirs."""
+
 KV_ROWS = {"int8": ("head_dim int8", "float32 scale")}
 """What a row of K or V of one head is, where it is not head_dim numbers of the KV dtype."""
 
@@ -43,7 +46,7 @@ def compatibility_digest(
         "protocol": PROTOCOL_VERSION,
     }
     if codec != "identity":
-        facts["codec"] = [codec, _content(codec_thresholds)]
+        facts["codec"] = [codec, CODED_LAYOUT, _content(codec_thresholds)]
     if stored_as is not None:
         facts["stored_as"] = [stored_as, *KV_ROWS.get(stored_as, ())]
     if weights_dtype is not None:

@@ -48,10 +48,17 @@ class NcclConfig:
 
 @dataclass(frozen=True, slots=True)
 class KvSelectionConfig:
-    """Which of its KV a decode worker reads: `policy` full or quest; quest reads `pages` blocks a KV head."""
+    """Which of its KV a decode worker reads or keeps: `policy` full, quest or morph.
+
+    quest reads `pages` blocks a KV head. morph keeps KV of at most `budget_tokens` tokens a sequence, those
+    that the last `window_tokens` attend to most; `fusion` sum or max makes one score of their attention.
+    """
 
     policy: str
     pages: int = 64
+    budget_tokens: int = 1024
+    window_tokens: int = 16
+    fusion: str = "sum"
 
 
 @dataclass(frozen=True, slots=True)

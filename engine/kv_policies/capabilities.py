@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.kv_policies.bounded_kv import KvBudget
 from tandem.worker_config import WorkerConfig
 
 INT8 = "int8"
 QUEST = "quest"
+MORPH = "morph"
 FULL = "full"
 
 
@@ -23,14 +25,17 @@ class KvSettings:
 
 @dataclass(frozen=True, slots=True)
 class KvCapability:
-    """What a `setting` runs with; None for `kv_dtypes` or `codecs` means any."""
+    """What a `setting` runs with; None for `kv_dtypes` or `codecs` means any.
+
+    `no_guesses` says why it does not go with speculative decoding; None: it does.
+    """
 
     setting: str
     chosen: Callable[[KvSettings], bool]
     kv_dtypes: frozenset[str] | None
     codecs: frozenset[str] | None
     gpu: bool
-    speculation: bool
+    no_guesses: str | None = None
 
     def lacks(self, settings: KvSettings) -> str | None:
         """Why it cannot run with these settings, as one sentence; None when it can."""
@@ -42,11 +47,8 @@ class KvCapability:
         if self.codecs is not None and settings.codec not in self.codecs:
             allowed = ", ".join(sorted(self.codecs))
             return f"{self.setting} does not go through codec {settings.codec}; allowed: {allowed}"
-        if not self.speculation and settings.speculates:
-            return (
-                f"{self.setting} does not go with speculative decoding: guesses are verified with all of "
-                "the KV, so they would change tokens"
-            )
+        if self.no_guesses is not None and settings.speculates:
+            return f"{self.setting} does not go with speculative decoding: {self.no_guesses}"
         return None
 
 
@@ -57,7 +59,6 @@ CAPABILITIES = (
         kv_dtypes=None,
         codecs=frozenset({"identity"}),
         gpu=False,
-        speculation=True,
     ),
     KvCapability(
         setting="kv_selection quest",
@@ -65,7 +66,15 @@ CAPABILITIES = (
         kv_dtypes=frozenset({"float32", INT8}),
         codecs=None,
         gpu=False,
-        speculation=False,
+        no_guesses="guesses are verified with all of the KV, so they would change tokens",
+    ),
+    KvCapability(
+        setting="kv_selection morph",
+        chosen=lambda settings: settings.selection == MORPH,
+        kv_dtypes=frozenset({"float32", INT8}),
+        codecs=None,
+        gpu=False,
+        no_guesses="KV is dropped by the attention of tokens that are fed one by one",
     ),
 )
 """All of KV in the weights' own type goes with everything and has no row."""
@@ -88,3 +97,11 @@ def kv_settings(config: WorkerConfig) -> KvSettings:
         codec=config.codec,
         speculates=config.speculative is not None,
     )
+
+
+def kv_budget(config: WorkerConfig) -> KvBudget | None:
+    """How many tokens of a sequence may have KV; None for all."""
+    selection = config.kv_selection
+    if selection is None or selection.policy != MORPH:
+        return None
+    return KvBudget(selection.budget_tokens, selection.window_tokens)

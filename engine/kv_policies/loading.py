@@ -8,16 +8,20 @@ import torch
 from engine.attention import AttentionBackend
 from engine.contract import StepRunner
 from engine.kv_cache import KvCache
-from engine.kv_policies.capabilities import FULL, INT8, QUEST, kv_fault, kv_settings
-from engine.kv_policies.page_attention import PageAttention
+from engine.kv_policies.capabilities import FULL, INT8, MORPH, QUEST, kv_budget, kv_fault, kv_settings
+from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_runner import PageRunner
 from engine.model_config import ModelConfig
+from engine.native.team import Team, team_of_torch
 from tandem.errors import ConfigError
 from tandem.worker import Role
 from tandem.worker_config import KvSelectionConfig, WorkerConfig
 
-POLICIES = (FULL, QUEST)
+POLICIES = (FULL, QUEST, MORPH)
 """What kv_selection may name."""
+
+FUSIONS = ("sum", "max")
+"""How morph makes one score of the attention of several tokens."""
 
 LEAST_PAGES = 2
 """The newest block, and one that Quest chooses."""
@@ -53,6 +57,13 @@ def _check_selection(selection: KvSelectionConfig, role: Role) -> None:
         raise ConfigError(f"kv_selection {selection.policy!r} is unknown; allowed: {', '.join(POLICIES)}.")
     if selection.pages < LEAST_PAGES:
         raise ConfigError(f"kv_selection needs {LEAST_PAGES} pages or more, not {selection.pages}.")
+    if selection.window_tokens < 1 or selection.budget_tokens < 2 * selection.window_tokens:
+        raise ConfigError(
+            "kv_selection needs a budget of two windows or more, not "
+            f"{selection.budget_tokens} tokens with a window of {selection.window_tokens}."
+        )
+    if selection.fusion not in FUSIONS:
+        raise ConfigError(f"fusion {selection.fusion!r} is unknown; allowed: {', '.join(FUSIONS)}.")
 
 
 def open_kv(
@@ -63,13 +74,37 @@ def open_kv(
 ) -> KvParts:
     """The pool and its attention; `dtype` is the weights', `full` attends without a policy.
 
-    The caller closes the pool. Raises ModelError when it cannot be had.
+    The caller closes the pool. Raises ModelError when it cannot be had, ConfigError for a policy that this
+    model or this build of torch cannot have.
     """
     stored = torch.int8 if config.kv_dtype == INT8 else dtype
+    reading = _reading(config, model)
+    team = None if reading is None else _team(config.threads)
     cache = KvCache(model, config.pool_blocks, config.block_size, stored, torch.device("cpu"))
-    selection = config.kv_selection
+    if reading is None or team is None:
+        return KvParts(cache, full(cache))
+    return KvParts(cache, PageAttention(cache, model, team, reading))
+
+
+def _reading(config: WorkerConfig, model: ModelConfig) -> Reading | None:
+    """None without a policy."""
+    selection, budget = config.kv_selection, kv_budget(config)
     if selection is not None and selection.policy == QUEST:
-        return KvParts(cache, PageAttention(cache, model, selection.pages))
-    if stored == torch.int8:
-        return KvParts(cache, PageAttention(cache, model))
-    return KvParts(cache, full(cache))
+        return Reading(pages=selection.pages)
+    if selection is not None and budget is not None:
+        if any(window is not None for window in model.windows):
+            raise ConfigError(
+                "kv_selection morph does not go with a model whose layers see a window of tokens only: where "
+                "KV was dropped, slots do not say how far back a token is."
+            )
+        return Reading(budget=budget, largest=selection.fusion == "max")
+    return Reading() if config.kv_dtype == INT8 else None
+
+
+def _team(threads: int) -> Team:
+    team = team_of_torch(threads)
+    if team is None:
+        raise ConfigError(
+            "kv_dtype int8 and kv_selection need a torch whose threads have GOMP's entry points."
+        )
+    return team

@@ -1,4 +1,4 @@
-"""Edge: attention over float32 or eight-bit pages on the CPU, over all of them or those that Quest chooses.
+"""Edge: attention over float32 or eight-bit pages on the CPU: over all, those that Quest chooses, or watched.
 
 Sequences that feed one token are attended by compiled loops that touch chosen pages only; longer spans see
 all their pages, as prefill does in Quest (Tang et al. 2024, section 3.3). A token always sees K and V as they
@@ -16,79 +16,115 @@ from torch import Tensor
 
 from engine.attention import Span, hidden_keys
 from engine.kv_cache import KvCache
-from engine.kv_policies import kernels
-from engine.kv_policies.page_bounds import FULL_LAYERS, PageBounds
+from engine.kv_policies.bounded_kv import KvBudget
+from engine.kv_policies.page_bounds import PageBounds
 from engine.kv_policies.paged_rows import PagedRows, Places
+from engine.kv_policies.recent_attention import RecentAttention
 from engine.linear import onednn_for
 from engine.model_config import ModelConfig
+from engine.native.kernels.pages import POOL_FIELDS, SEQUENCE_FIELDS, attend_pages
+from engine.native.team import Team
+from engine.step import StepPlan
 from engine.tiled_attention import SHORTEST_SPAN, attend_tiles, plan_tiles
-from tandem.ids import BlockId
 
 Indices = NDArray[np.int64]
+
+_ALONE_NUMBERS = 16384
+"""With fewer numbers of K and V to read, handing half of them to another thread takes longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How tokens read KV: all pages where nothing is said.
+
+    `pages` a K/V head in layers from FULL_LAYERS on, at least 1 (Quest). With a `budget` what they attend to
+    is taken down (MorphKV); `largest` says how, see RecentAttention.
+    """
+
+    pages: int | None = None
+    budget: KvBudget | None = None
+    largest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Singles:
-    """Sequences that feed one token each."""
+    """Sequences that feed one token each, as the kernel wants them; the arrays keep the addresses valid."""
 
-    rows: Tensor
-    """Their rows in the batch, int64 [sequences]."""
-    table: Indices
-    """[sequences, blocks]; beyond a sequence's own blocks 0."""
-    last_seen: Indices
-    """Position of each one's token, [sequences]."""
-
-    def first_seen(self, window: int | None) -> Indices:
-        """The first position that each token sees, [sequences]."""
-        if window is None:
-            return np.zeros_like(self.last_seen)
-        return np.maximum(self.last_seen - window + 1, 0)
+    fields: Indices
+    """[sequences, SEQUENCE_FIELDS]"""
+    tables: Indices
+    """Their block tables, one after the other."""
+    scores: tuple[Tensor, ...]
+    """Of those that are watched."""
+    reads: int
+    """Tokens of all, those before them included."""
 
 
 class PageAttention:
     """AttentionBackend over a KvCache of float32 or int8 in host memory."""
 
-    def __init__(self, cache: KvCache, config: ModelConfig, pages: int | None = None) -> None:
-        """`pages` a KV head reads for a token in layers from FULL_LAYERS on, at least 1; None for all."""
-        self._rows = PagedRows(cache, config)
-        self._config = config
-        self._pages = pages
-        self._bounds = None if pages is None else PageBounds(self._rows, cache.num_blocks)
-        self._onednn = onednn_for(torch.empty(0))
-        self._compile()
-
-    def begin_step(
-        self, landed: Sequence[tuple[BlockId, int]], copies: Sequence[tuple[BlockId, BlockId]]
+    def __init__(
+        self, cache: KvCache, config: ModelConfig, team: Team, reading: Reading | None = None
     ) -> None:
-        """Hears of blocks that others wrote (block, tokens), and of copies (source, target) to come."""
+        """`reading` None: a token reads all pages. `team`'s threads run the loops."""
+        reading = reading or Reading()
+        self._rows = PagedRows(cache, config, team)
+        self._config = config
+        self._attend = team.kernel(attend_pages, POOL_FIELDS + 14)
+        self._pages = reading.pages
+        self._bounds = None if reading.pages is None else PageBounds(self._rows, cache.num_blocks, team)
+        self._recent = None
+        if reading.budget is not None:
+            self._recent = RecentAttention(self._rows, team, reading.budget, reading.largest)
+        self._onednn = onednn_for(torch.empty(0))
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Hears of blocks that others wrote and of copies to come, and drops what the plan drops."""
         if self._bounds is not None:
-            self._bounds.begin_step(landed, copies)
+            self._bounds.begin_step(plan.landed, plan.copies)
+        if self._recent is not None:
+            self._recent.begin_step(plan.drops)
 
     def prepare(self, spans: Sequence[Span]) -> "PageBatchAttention":
         """See AttentionBackend."""
         size = self._rows.shape[1]
         blocks = [span.block_table[at // size] for span in spans for at in _slots(span)]
         offsets = [at % size for span in spans for at in _slots(span)]
-        places = np.array(blocks, np.int64), np.array(offsets, np.int64)
+        places = Places(np.array(blocks, np.int64), np.array(offsets, np.int64))
         singles = [span for span in spans if span.tokens == 1]
         longer = tuple(span for span in spans if span.tokens > 1)
-        return PageBatchAttention(self, places, _singles(singles, size) if singles else None, longer)
+        return PageBatchAttention(self, places, self._singles(singles) if singles else None, longer)
 
     def store(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
         """Writes K and V of a batch, and keeps the bounds of their blocks."""
-        self._rows.write(layer, places, keys, values)
-        if self._bounds is not None:
-            self._bounds.extend(layer, places)
+        bounds = None if self._bounds is None else self._bounds.of_layer(layer)
+        self._rows.write(layer, places, keys, values, bounds)
 
-    def attend_singles(self, layer: int, singles: _Singles, queries: Tensor) -> Tensor:
-        """queries [sequences, heads, head_dim] to float32 [sequences, heads * head_dim]."""
-        window = self._config.windows[layer]
-        seen = singles.first_seen(window), singles.last_seen
-        own = queries.float().contiguous().numpy()
-        pages, counts = self._choose(layer, singles, own, seen)
-        attended = np.empty(own.shape, np.float32)
-        kernels.attend_pages(*self._rows.pool_view, layer, own, singles.table, *seen, pages, counts, attended)
-        return torch.from_numpy(attended).flatten(1)
+    def attend_singles(self, layer: int, singles: _Singles, queries: Tensor, attended: Tensor) -> None:
+        """Writes the rows of some sequences in `attended` [tokens, heads * head_dim].
+
+        queries [tokens, heads, head_dim], the heads of a token contiguous; both float32.
+        """
+        bounds = None if self._bounds is None else self._bounds.of_layer(layer)
+        numbers = 2 * singles.reads * self._config.kv_heads * self._config.head_dim
+        run = self._attend.alone if numbers < _ALONE_NUMBERS else self._attend
+        run(
+            *self._rows.pool_arguments,
+            layer,
+            len(singles.fields),
+            singles.fields.ctypes.data,
+            singles.tables.ctypes.data,
+            queries.data_ptr(),
+            queries.stride(0),
+            attended.data_ptr(),
+            attended.stride(0),
+            self._config.windows[layer] or 0,
+            0 if bounds is None else bounds.data_ptr(),
+            0 if bounds is None else bounds.shape[0],
+            self._pages or 0,
+            self._config.heads // self._config.kv_heads,
+            int(self._recent is not None and self._recent.largest),
+        )
 
     def attend_span(self, layer: int, span: Span, queries: Tensor) -> Tensor:
         """queries [tokens, heads, head_dim] to [tokens, heads * head_dim]."""
@@ -111,29 +147,24 @@ class PageAttention:
         )  # [1, heads, tokens, head_dim]
         return attended.squeeze(0).transpose(0, 1).reshape(span.tokens, -1)
 
-    def _compile(self) -> None:
-        """Runs every loop on nothing, so that the first step need not wait for the compiler."""
-        none = np.empty(0, np.int64)
-        nothing = torch.empty((0, self._config.kv_heads, self._config.head_dim))
-        self._rows.write(0, (none, none), nothing, nothing)
-        if self._bounds is not None:
-            self._bounds.extend(FULL_LAYERS, (none, none))
-        singles = _Singles(torch.empty(0, dtype=torch.int64), none.reshape(0, 0), none)
-        self.attend_singles(self._config.layers - 1, singles, nothing)
-
-    def _choose(
-        self, layer: int, singles: _Singles, queries: NDArray[np.float32], seen: tuple[Indices, Indices]
-    ) -> tuple[Indices, Indices]:
-        """Pages [sequences, kv_heads, pages] and how many of them count; -1 stands for all that are seen."""
-        sequences, kv_heads = len(queries), self._config.kv_heads
-        counts = np.full((sequences, kv_heads), -1, np.int64)
-        pages = np.empty((sequences, kv_heads, self._pages or 0), np.int64)
-        if self._bounds is not None and layer >= FULL_LAYERS:
-            bounds = self._bounds.bounds
-            kernels.choose_pages(
-                self._rows.shape, layer, queries, bounds, singles.table, *seen, pages, counts
-            )
-        return pages, counts
+    def _singles(self, spans: Sequence[Span]) -> _Singles:
+        size = self._rows.shape[1]
+        used = [span.start // size + 1 for span in spans]
+        tables = np.array(
+            [block for span, blocks in zip(spans, used, strict=True) for block in span.block_table[:blocks]],
+            np.int64,
+        )
+        fields = np.zeros((len(spans), SEQUENCE_FIELDS), np.int64)
+        fields[:, 0] = [span.first_row for span in spans]
+        fields[:, 1] = [span.start for span in spans]
+        fields[1:, 2] = np.cumsum(used)[:-1]
+        watched: list[Tensor] = []
+        for place, span in enumerate(spans):
+            if self._recent is not None and span.bounded is not None and span.bounded.watched:
+                scores = self._recent.scores(span.bounded.key, span.start + 1)
+                fields[place, 3:] = scores.data_ptr(), scores.shape[2]
+                watched.append(scores)
+        return _Singles(fields, tables, tuple(watched), int(fields[:, 1].sum()) + len(spans))
 
 
 class PageBatchAttention:
@@ -150,27 +181,15 @@ class PageBatchAttention:
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See BatchAttention."""
         self._attention.store(layer, self._places, keys, values)
-        attended = torch.empty_like(queries, memory_format=torch.contiguous_format).flatten(1)
+        exact = queries.float()
+        attended = torch.empty((queries.shape[0], queries.shape[1] * queries.shape[2]), dtype=torch.float32)
         if self._singles is not None:
-            rows = self._singles.rows
-            attended[rows] = self._attention.attend_singles(layer, self._singles, queries[rows]).to(
-                attended.dtype
-            )
+            self._attention.attend_singles(layer, self._singles, exact, attended)
         for span in self._longer:
             own = slice(span.first_row, span.first_row + span.tokens)
-            attended[own] = self._attention.attend_span(layer, span, queries[own]).to(attended.dtype)
-        return attended
+            attended[own] = self._attention.attend_span(layer, span, exact[own])
+        return attended.to(queries.dtype)
 
 
 def _slots(span: Span) -> range:
     return range(span.start, span.start + span.tokens)
-
-
-def _singles(spans: Sequence[Span], size: int) -> _Singles:
-    last_seen = np.array([span.start for span in spans], np.int64)
-    table = np.zeros((len(spans), int(last_seen.max()) // size + 1), np.int64)
-    for place, span in enumerate(spans):
-        own = span.start // size + 1
-        table[place, :own] = span.block_table[:own]
-    rows = torch.tensor([span.first_row for span in spans], dtype=torch.int64)
-    return _Singles(rows, table, last_seen)

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-from engine.kv_policies import kernels
 from engine.kv_policies.paged_rows import PagedRows, Places
+from engine.native.kernels.pages import POOL_FIELDS, read_bounds
+from engine.native.team import Team
 from tandem.ids import BlockId
 
 FULL_LAYERS = 2
@@ -19,17 +21,16 @@ class PageBounds:
     Keys that are written again later (guesses that did not hold) loosen them until the block starts anew.
     """
 
-    def __init__(self, rows: PagedRows, num_blocks: int) -> None:
+    def __init__(self, rows: PagedRows, num_blocks: int, team: Team) -> None:
         layers, _, kv_heads, _, head_dim = rows.shape
         self._rows = rows
-        self._layers = layers
-        self.bounds: NDArray[np.float32] = np.zeros((num_blocks, layers, kv_heads, 2, head_dim), np.float32)
-        """[num_blocks, layers, kv_heads, 2 (least, greatest), head_dim]"""
+        self._read = team.kernel(read_bounds, POOL_FIELDS + 6)
+        self.bounds: Tensor = torch.zeros((num_blocks, layers, kv_heads, 2, head_dim), dtype=torch.float32)
+        """[num_blocks, layers, kv_heads, 2 (least, greatest), head_dim]; PagedRows.write extends it."""
 
-    def extend(self, layer: int, places: Places) -> None:
-        """Takes in the keys of one layer that were just written, in the order of their offsets."""
-        if layer >= FULL_LAYERS:
-            kernels.extend_bounds(*self._rows.pool_view, layer, layer + 1, *places, self.bounds)
+    def of_layer(self, layer: int) -> Tensor | None:
+        """The bounds of all layers, or None in a layer that sees all pages."""
+        return self.bounds if layer >= FULL_LAYERS else None
 
     def begin_step(
         self, landed: Sequence[tuple[BlockId, int]], copies: Sequence[tuple[BlockId, BlockId]]
@@ -38,7 +39,13 @@ class PageBounds:
         if landed:
             blocks = np.repeat([block for block, _ in landed], [tokens for _, tokens in landed])
             offsets = np.concatenate([np.arange(tokens) for _, tokens in landed])
-            places = blocks.astype(np.int64), offsets.astype(np.int64)
-            kernels.extend_bounds(*self._rows.pool_view, FULL_LAYERS, self._layers, *places, self.bounds)
+            places = Places(blocks.astype(np.int64), offsets.astype(np.int64))
+            self._read(
+                *self._rows.pool_arguments,
+                FULL_LAYERS,
+                *places.arguments,
+                self.bounds.data_ptr(),
+                self.bounds.shape[0],
+            )
         for source, target in copies:
             self.bounds[target] = self.bounds[source]

@@ -1,4 +1,4 @@
-"""Edge: a step runner whose attention hears which blocks others wrote, and which are copied."""
+"""Edge: a step runner whose attention hears what else than its tokens changes the pool."""
 
 import time
 from dataclasses import replace
@@ -19,6 +19,6 @@ class PageRunner:
     def run(self, plan: StepPlan, on_layers: LayerListener | None = None) -> StepResult:
         """See StepRunner; the time includes the preparation."""
         began_s = time.perf_counter()
-        self._attention.begin_step(plan.landed, plan.copies)
+        self._attention.begin_step(plan)
         result = self._runner.run(plan, on_layers)
         return replace(result, compute_s=time.perf_counter() - began_s)

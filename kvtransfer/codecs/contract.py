@@ -1,7 +1,7 @@
 """Edge: what a wire codec promises: blocks in, a fixed number of bytes out, and back with a bounded error.
 
-The encoded size of a block is fixed, so that encoded blocks lie in a pool of their own that every transport
-moves as it moves any pool.
+The encoded size of a layer of a block is fixed, and layers are written one after the other, none needing
+another. So encoded blocks lie in a pool of their own that every transport moves as it moves any pool.
 """
 
 from dataclasses import dataclass
@@ -39,9 +39,14 @@ class BlockShape:
         return prod(self.dimensions) * self.dtype.itemsize
 
     @property
+    def layer_groups(self) -> int:
+        """Scale groups of a layer of a block: one for K or V of each head."""
+        return 2 * self.kv_heads
+
+    @property
     def groups(self) -> int:
-        """Scale groups of a block: one a layer, K or V, and head."""
-        return self.layers * 2 * self.kv_heads
+        """Scale groups of a block."""
+        return self.layers * self.layer_groups
 
     @property
     def group_elements(self) -> int:
@@ -63,28 +68,37 @@ class Codec(Protocol):
         ...
 
     @property
+    def layer_bytes(self) -> int:
+        """Bytes of one encoded layer of a block."""
+        ...
+
+    @property
     def encoded_bytes(self) -> int:
-        """Bytes of an encoded block."""
+        """Bytes of an encoded block: layer_bytes for each of its layers."""
         ...
 
-    def encode(self, blocks: Tensor, out: Tensor) -> None:
-        """Writes blocks [n, layers, 2, block_size, kv_heads, head_dim] into uint8 out [n, encoded_bytes]."""
+    def encode(self, blocks: Tensor, out: Tensor, first_layer: int = 0) -> None:
+        """Writes the k layers from `first_layer` on into `out`, uint8 [n, k * layer_bytes], contiguous.
+
+        `blocks` are these layers of n blocks: [n, k, 2, block_size, kv_heads, head_dim].
+        """
         ...
 
-    def decode(self, encoded: Tensor, out: Tensor) -> None:
-        """Writes what `encode` wrote, uint8 [n, encoded_bytes], back into blocks `out`."""
+    def decode(self, encoded: Tensor, out: Tensor, first_layer: int = 0) -> None:
+        """Writes what `encode` wrote of the same layers back into their blocks `out`."""
         ...
 
 
 def grouped(blocks: Tensor, shape: BlockShape) -> Tensor:
-    """Blocks as float32 [n, groups, group_elements]: a group is one layer's K or V of one head."""
+    """k layers of blocks as float32 [n, k * layer_groups, group_elements]: one group for K or V of a head."""
     apart = blocks.permute(0, 1, 2, 4, 3, 5)
-    return apart.reshape(blocks.shape[0], shape.groups, shape.group_elements).float()
+    groups = blocks.shape[1] * shape.layer_groups
+    return apart.reshape(blocks.shape[0], groups, shape.group_elements).float()
 
 
 def ungroup(groups: Tensor, shape: BlockShape, out: Tensor) -> None:
-    """The inverse of `grouped`, into blocks of the shape's own type."""
-    apart = groups.view(groups.shape[0], shape.layers, 2, shape.kv_heads, shape.block_size, shape.head_dim)
+    """The inverse of `grouped`, into layers of blocks of the shape's own type."""
+    apart = groups.view(*out.shape[:3], shape.kv_heads, shape.block_size, shape.head_dim)
     out.copy_(apart.permute(0, 1, 2, 4, 3, 5))
 
 

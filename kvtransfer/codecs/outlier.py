@@ -37,38 +37,46 @@ class OutlierCodec:
         self._map_end = _SCALE_BYTES + shape.group_elements // 8
         self._outliers_end = self._map_end + self._capacity * 2
         self._group_bytes = self._outliers_end + shape.group_elements // 2
-        self.encoded_bytes = self._group_bytes * shape.groups
+        self.layer_bytes = self._group_bytes * shape.layer_groups
+        self.encoded_bytes = shape.layers * self.layer_bytes
 
-    def encode(self, blocks: Tensor, out: Tensor) -> None:
+    def encode(self, blocks: Tensor, out: Tensor, first_layer: int = 0) -> None:
         """See Codec; numbers must be finite, outliers within the range of float16."""
         groups = grouped(blocks, self._shape)
-        is_outlier, places = self._outliers(groups)
+        limits = self._limits(first_layer, blocks.shape[1])
+        is_outlier, places = self._outliers(groups, limits)
         outliers = groups.gather(2, places).clamp_(-_LARGEST_HALF, _LARGEST_HALF).half()
-        codes, scales = self._middle(groups.masked_fill(is_outlier, 0.0))
-        parts = out.view(out.shape[0], self._shape.groups, self._group_bytes)
+        codes, scales = _middle(groups.masked_fill(is_outlier, 0.0), limits)
+        parts = out.view(*groups.shape[:2], self._group_bytes)
         parts[..., :_SCALE_BYTES].copy_(scales.view(torch.uint8))
         parts[..., _SCALE_BYTES : self._map_end].copy_(_pack_bits(is_outlier))
         parts[..., self._map_end : self._outliers_end].copy_(outliers.view(torch.uint8))
         parts[..., self._outliers_end :].copy_(codes[..., 0::2] | (codes[..., 1::2] << 4))
 
-    def decode(self, encoded: Tensor, out: Tensor) -> None:
+    def decode(self, encoded: Tensor, out: Tensor, first_layer: int = 0) -> None:
         """See Codec."""
-        parts = encoded.view(encoded.shape[0], self._shape.groups, self._group_bytes)
+        limits = self._limits(first_layer, out.shape[1])
+        parts = encoded.view(out.shape[0], len(limits), self._group_bytes)
         scales = parts[..., :_SCALE_BYTES].contiguous().view(torch.float32)
         is_outlier = _unpack_bits(parts[..., _SCALE_BYTES : self._map_end])
         outliers = parts[..., self._map_end : self._outliers_end].contiguous().view(torch.float16).float()
         packed = parts[..., self._outliers_end :]
         codes = torch.stack([packed & 15, packed >> 4], dim=3).flatten(2)
-        middle = self._unshift(codes, scales)
+        middle = _unshift(codes, scales, limits)
         rank = is_outlier.cumsum(2).sub_(1).clamp_(0, self._capacity - 1)
         ungroup(torch.where(is_outlier, outliers.gather(2, rank), middle), self._shape, out)
 
-    def _outliers(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+    def _limits(self, first_layer: int, layers: int) -> Tensor:
+        """The thresholds of the groups of some layers, float32 [layers * layer_groups, 4]."""
+        size = self._shape.layer_groups
+        return self._thresholds[first_layer * size : (first_layer + layers) * size]
+
+    def _outliers(self, groups: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         """Which numbers are kept in 16 bits, and the places of `capacity` candidates in ascending order.
 
         The kept ones come first among the places, so that the i-th set bit is the i-th outlier.
         """
-        low, inner_low, inner_high, high = self._thresholds[:, :, None].unbind(1)
+        low, inner_low, inner_high, high = limits[:, :, None].unbind(1)
         outer = torch.maximum(groups - high, low - groups)
         inner = torch.minimum(inner_high - groups, groups - inner_low)
         # An outer number left in the middle costs more than an inner one: outer ones are taken first.
@@ -80,22 +88,23 @@ class OutlierCodec:
         is_outlier.scatter_(2, places, torch.ones_like(places, dtype=torch.bool))
         return is_outlier[..., :elements], places.clamp_(max=elements - 1)
 
-    def _middle(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Four-bit codes, uint8 [n, groups, elements], and scales [n, groups, 2] of the two sides."""
-        inner_low, inner_high = self._thresholds[:, 1, None], self._thresholds[:, 2, None]
-        above, below = (groups - inner_high).clamp_(min=0), (inner_low - groups).clamp_(min=0)
-        scales = torch.stack([above.amax(dim=2), below.amax(dim=2)], dim=2) / _STEPS
-        negative = groups < 0
-        scale = torch.where(negative, scales[..., 1:], scales[..., :1])
-        steps = torch.where(negative, below, above).div_(scale).nan_to_num_(0.0).round_().clamp_(0, _STEPS)
-        return steps.to(torch.uint8) | (negative.to(torch.uint8) << 3), scales
 
-    def _unshift(self, codes: Tensor, scales: Tensor) -> Tensor:
-        inner_low, inner_high = self._thresholds[:, 1, None], self._thresholds[:, 2, None]
-        steps, negative = (codes & 7).float(), (codes >> 3).bool()
-        return torch.where(
-            negative, inner_low - steps * scales[..., 1:], inner_high + steps * scales[..., :1]
-        )
+def _middle(groups: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Four-bit codes, uint8 [n, groups, elements], and scales [n, groups, 2] of the two sides."""
+    inner_low, inner_high = limits[:, 1, None], limits[:, 2, None]
+    above, below = (groups - inner_high).clamp_(min=0), (inner_low - groups).clamp_(min=0)
+    scales = torch.stack([above.amax(dim=2), below.amax(dim=2)], dim=2) / _STEPS
+    negative = groups < 0
+    scale = torch.where(negative, scales[..., 1:], scales[..., :1])
+    steps = torch.where(negative, below, above).div_(scale).nan_to_num_(0.0).round_().clamp_(0, _STEPS)
+    return steps.to(torch.uint8) | (negative.to(torch.uint8) << 3), scales
+
+
+def _unshift(codes: Tensor, scales: Tensor, limits: Tensor) -> Tensor:
+    """The inverse of _middle, float32 [n, groups, elements]."""
+    inner_low, inner_high = limits[:, 1, None], limits[:, 2, None]
+    steps, negative = (codes & 7).float(), (codes >> 3).bool()
+    return torch.where(negative, inner_low - steps * scales[..., 1:], inner_high + steps * scales[..., :1])
 
 
 def _pack_bits(flags: Tensor) -> Tensor:

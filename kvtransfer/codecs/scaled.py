@@ -14,7 +14,10 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class ScaledCodec:
-    """Symmetric: number = stored x scale; the scale lets the largest of a group be the largest storable."""
+    """Symmetric: number = stored x scale; the scale lets the largest of a group be the largest storable.
+
+    An encoded layer is: the scales of its groups, their numbers.
+    """
 
     parameters = ""
 
@@ -24,27 +27,32 @@ class ScaledCodec:
         self._shape = shape
         self._stored = stored
         self._largest = largest
-        self._scales_bytes = shape.groups * _SCALE_BYTES
-        self.encoded_bytes = self._scales_bytes + shape.groups * shape.group_elements
+        self._scales_bytes = shape.layer_groups * _SCALE_BYTES
+        self.layer_bytes = self._scales_bytes + shape.layer_groups * shape.group_elements
+        self.encoded_bytes = shape.layers * self.layer_bytes
 
-    def encode(self, blocks: Tensor, out: Tensor) -> None:
+    def encode(self, blocks: Tensor, out: Tensor, first_layer: int = 0) -> None:
         """See Codec; numbers that are not finite are beyond its contract."""
         groups = grouped(blocks, self._shape)
         scales = (groups.abs().amax(dim=2) / self._largest).clamp_(min=_SMALLEST_SCALE)
         scaled = groups.div_(scales.unsqueeze(2)).clamp_(-self._largest, self._largest)
         if not self._stored.is_floating_point:
             scaled.round_()
-        out[:, : self._scales_bytes].copy_(scales.view(torch.uint8))
-        out[:, self._scales_bytes :].copy_(
-            scaled.to(self._stored).view(blocks.shape[0], -1).view(torch.uint8)
+        count, layers = blocks.shape[:2]
+        parts = out.view(count, layers, self.layer_bytes)
+        parts[..., : self._scales_bytes].copy_(scales.view(count, layers, -1).view(torch.uint8))
+        parts[..., self._scales_bytes :].copy_(
+            scaled.to(self._stored).view(count, layers, -1).view(torch.uint8)
         )
 
-    def decode(self, encoded: Tensor, out: Tensor) -> None:
+    def decode(self, encoded: Tensor, out: Tensor, first_layer: int = 0) -> None:
         """See Codec."""
-        scales = encoded[:, : self._scales_bytes].contiguous().view(torch.float32)
-        stored = encoded[:, self._scales_bytes :].contiguous().view(self._stored)
-        groups = stored.view(encoded.shape[0], self._shape.groups, -1).float()
-        ungroup(groups.mul_(scales.unsqueeze(2)), self._shape, out)
+        count, layers = out.shape[:2]
+        parts = encoded.view(count, layers, self.layer_bytes)
+        scales = parts[..., : self._scales_bytes].contiguous().view(torch.float32)
+        stored = parts[..., self._scales_bytes :].contiguous().view(self._stored)
+        groups = stored.view(count, layers * self._shape.layer_groups, -1).float()
+        ungroup(groups.mul_(scales.view(count, -1, 1)), self._shape, out)
 
 
 def fp8_codec(shape: BlockShape) -> ScaledCodec:

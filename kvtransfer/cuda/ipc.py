@@ -28,7 +28,8 @@ from kvtransfer.device import Device, DevicePool, Lane, Mark, PieceCopy, Pieces
 from kvtransfer.listener import LinkListener
 from kvtransfer.nccl.pack_plan import Chunk, chunks
 from kvtransfer.tcp import framing
-from kvtransfer.threads import outlast, run_to_end, timed
+from kvtransfer.threads import outlast, run_to_end, timed, to_its_end
+from kvtransfer.turns import Turns
 from kvtransfer.watch import Watch, outwait, wait_for
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
@@ -93,13 +94,7 @@ class CudaIpcSource:
         self._kit.open_device(pool.device_index)
         shared = self._kit.open_sharing(pool.device_index).share(pool.address)
         link = f"tandem-kv-ipc-{secrets.token_hex(16)}"
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(b"\0" + link.encode())
-            listener.listen(64)
-        except OSError:
-            listener.close()
-            raise
+        listener = links.listening_as(link)
         self._address = IpcAddress(link, shared.handle, shared.offset_bytes, pool.num_blocks).encode()
         self._listener.start(listener, on_link_lost, on_refused)
 
@@ -108,6 +103,10 @@ class CudaIpcSource:
         if self._address is not None:
             self._listener.admit(sink, ticket)
         return self._address
+
+    def forget(self, sink: PeerId) -> None:
+        """See SourceTransport."""
+        self._listener.forget(sink)
 
     async def send(
         self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
@@ -125,8 +124,7 @@ class CudaIpcSource:
         if not accepted:
             self._listener.refuse(TransferFault.REFUSED)
         else:
-            # Nothing follows on the link: the first bytes, or its end, end it.
-            await loop.sock_recv(connection, 1)
+            await self._listener.until_end(connection)
 
 
 @dataclass(slots=True, eq=False)
@@ -162,7 +160,7 @@ class CudaIpcSink:
         self._kit = kit
         self._opened: tuple[Device, MemorySharing, DevicePool] | None = None
         self._mappings: dict[PeerId, _Mapping] = {}
-        self._joining: dict[PeerId, asyncio.Lock] = {}
+        self._joining: Turns[PeerId] = Turns()
         # One thread: a lane takes work from one at a time, and one copy fills the device's memory bus.
         self._executor = ThreadPoolExecutor(1, "kv-cuda-ipc")
 
@@ -172,7 +170,7 @@ class CudaIpcSink:
             message = f"The source's blocks have {block_bytes} bytes, ours {self._memory.block_bytes}."
             raise TransferError(TransferFault.LENGTH, message)
         told = IpcAddress.parse(address)
-        async with self._joining.setdefault(source, asyncio.Lock()):
+        async with self._joining.of(source):
             known = self._mappings.get(source)
             if known is not None and known.told == told and not known.lost:
                 return
@@ -209,7 +207,6 @@ class CudaIpcSink:
     async def disconnect(self, source: PeerId) -> None:
         """Stops copying from a source, waits until it stopped, and unmaps."""
         await self._part_from(source)
-        self._joining.pop(source, None)
 
     async def close(self) -> None:
         """Unmaps everything and ends the thread."""
@@ -227,26 +224,31 @@ class CudaIpcSink:
         try:
             await run_to_end(self._executor, lambda: made.append(_mapped(device, sharing, told, link)))
         except BaseException:
-            for unwanted in made:
-                await run_to_end(self._executor, partial(_unmapped, device, sharing, unwanted.base))
-            link.close()
+            try:
+                for unwanted in made:
+                    await run_to_end(self._executor, partial(_unmapped, device, sharing, unwanted.base))
+            finally:
+                link.close()
             raise
         mapping = self._mappings[source] = made[0]
         mapping.watching = asyncio.create_task(_watch_link(mapping))
 
     async def _part_from(self, source: PeerId) -> None:
-        """Unmaps before the link ends, which tells the source that nobody reads any more."""
         mapping = self._mappings.pop(source, None)
-        if mapping is None or self._opened is None:
-            return
+        if mapping is not None and self._opened is not None:
+            await to_its_end(self._unmap(mapping, *self._opened[:2]))
+
+    async def _unmap(self, mapping: _Mapping, device: Device, sharing: MemorySharing) -> None:
+        """Unmaps before the link ends, which tells the source that nobody reads any more."""
         mapping.stop()
         for ended in tuple(mapping.watches.values()):
             await outlast(ended)
-        device, sharing, _ = self._opened
-        await run_to_end(self._executor, partial(_unmapped, device, sharing, mapping.base))
-        links.cut(mapping.link)
-        if mapping.watching is not None:
-            await outlast(mapping.watching)
+        try:
+            await run_to_end(self._executor, partial(_unmapped, device, sharing, mapping.base))
+        finally:
+            links.cut(mapping.link)
+            if mapping.watching is not None:
+                await outlast(mapping.watching)
 
     def _open(self) -> tuple[Device, MemorySharing, DevicePool]:
         """Opens the device at first use. Raises TransferError (UNSUPPORTED), saying why, without one."""

@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 
 from kvtransfer.contract import HandoffKey, HeadRange, PullGrant, Transfer
-from kvtransfer.handoffs.wire import STATE_FROM_WIRE, grant_from_wire, heads_to_wire
+from kvtransfer.handoffs.wire import grant_from_wire, heads_to_wire, state_from_wire
 from kvtransfer.handoffs.words import HandoffState
 from tandem import grpc_edge
 from tandem.errors import TransferError, TransferFault
@@ -131,21 +131,21 @@ class HandoffClient:
         answer = await _called(
             "Commit", lambda: self._stub.Commit(request, timeout=timeout_s, metadata=self._metadata)
         )
-        return CommitStatus(STATE_FROM_WIRE[answer.state], tuple(answer.mismatched))
+        return CommitStatus(state_from_wire(answer.state), tuple(answer.mismatched))
 
     async def abort(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
         """The source's state after it was told that we gave up."""
         answer = await _called(
             "Abort", lambda: self._stub.Abort(self._ref(key), timeout=timeout_s, metadata=self._metadata)
         )
-        return STATE_FROM_WIRE[answer.state]
+        return state_from_wire(answer.state)
 
     async def query(self, key: HandoffKey, timeout_s: float) -> HandoffState | None:
         """The source's state."""
         answer = await _called(
             "Query", lambda: self._stub.Query(self._ref(key), timeout=timeout_s, metadata=self._metadata)
         )
-        return STATE_FROM_WIRE[answer.state]
+        return state_from_wire(answer.state)
 
     async def close(self) -> None:
         """Ends the channel and the calls on it."""

@@ -1,13 +1,13 @@
 """Edge: what has landed of one piece at the sink, and its checksum; fed by the transport's threads."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
 
 from kvtransfer.checksums import XXH3, piece_checksum
 from kvtransfer.contract import PullGrant
-from kvtransfer.hashing import Hasher
+from kvtransfer.hashing import Hasher, Sums
 from kvtransfer.threads import run_to_end
 from tandem.ids import BlockId
 
@@ -20,6 +20,7 @@ class Landing:
         self._targets = targets
         self._hasher = hasher
         self._sums: list[int | None] = [None] * len(targets)
+        self._some: Sums | None = None
         # One byte a block: several threads may tell of theirs at once.
         self._here = bytearray(len(targets))
 
@@ -34,7 +35,10 @@ class Landing:
         if xxh3 is not None and self._hasher is not None and self._hasher.name == XXH3:
             self._sums[these] = xxh3
         elif self._hasher is not None:
-            self._sums[these] = self._hash(self._hasher, range(first, first + count), lambda: False)
+            if self._some is None:
+                # Two threads may both make it; either will do.
+                self._some = self._hasher.over(self._targets, self._grant.part_offset, self._grant.part_bytes)
+            self._sums[these] = self._some(first, count)
         self._here[these] = b"\x01" * count
 
     async def checksum(self, executor: Executor) -> int:
@@ -51,12 +55,13 @@ class Landing:
         return work() if missing <= hasher.inline_bytes else await run_to_end(executor, work, stop.set)
 
     def _finish(self, hasher: Hasher, stop: threading.Event) -> int:
+        told = [known for known in self._sums if known is not None]
+        if len(told) == len(self._sums):
+            return piece_checksum(told)
         unknown = [index for index, known in enumerate(self._sums) if known is None]
-        found = dict(zip(unknown, self._hash(hasher, unknown, stop.is_set), strict=True))
+        blocks = [self._targets[index] for index in unknown]
+        sums = hasher.sums(blocks, self._grant.part_offset, self._grant.part_bytes, stop.is_set)
+        found = dict(zip(unknown, sums, strict=True))
         return piece_checksum(
             [found[index] if known is None else known for index, known in enumerate(self._sums)]
         )
-
-    def _hash(self, hasher: Hasher, indices: Sequence[int], stopped: Callable[[], bool]) -> tuple[int, ...]:
-        blocks = [self._targets[index] for index in indices]
-        return hasher.sums(blocks, self._grant.part_offset, self._grant.part_bytes, stopped)

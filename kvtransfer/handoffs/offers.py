@@ -102,7 +102,7 @@ class OfferBook:
         self._ended: Counter[ReleaseReason] = Counter()
         self.refused: Counter[TransferFault] = Counter()
 
-    def add(self, key: HandoffKey, blocks: Sequence[BlockId], ready: KvReady, now_s: float) -> None:
+    def add(self, key: HandoffKey, blocks: Sequence[BlockId], ready: KvReady, now_s: float) -> Offer:
         """A new offer supersedes an earlier epoch. Raises ProtocolError for an epoch that is not newer."""
         known = self._epochs.get(key.leg_id)
         if known is not None:
@@ -110,8 +110,9 @@ class OfferBook:
                 raise ProtocolError(f"Epoch {key.epoch} of a leg was offered after epoch {known}.")
             self.end(HandoffKey(key.leg_id, known), SourceInput.SUPERSEDE, now_s)
         self._epochs[key.leg_id] = key.epoch
-        self._offers[key] = Offer(SourceHandoff(key, self._times, now_s), tuple(blocks), ready)
+        offer = self._offers[key] = Offer(SourceHandoff(key, self._times, now_s), tuple(blocks), ready)
         self._offered += 1
+        return offer
 
     def get(self, key: HandoffKey) -> Offer | None:
         """The offer, also for a while after it ended."""

@@ -11,6 +11,9 @@ from kvtransfer.handoffs.tickets import TICKET_BYTES, TicketBook
 from kvtransfer.host import host_id
 from tandem.errors import TransferError, TransferFault
 
+QUIET_S = 60.0
+"""A sink that lost a link and asked for nothing since is taken for gone after this time."""
+
 _log = structlog.get_logger("tandem.kvtransfer")
 
 
@@ -56,16 +59,20 @@ class SourcePairs:
         self._host_id = host_id()
         self._tickets = TicketBook()
         self._checksums: dict[PeerId, str] = {}
+        self._quiet_since: dict[PeerId, float] = {}
 
     def connect(self, who: Introduction) -> Agreement:
-        """Admits a sink. Raises TransferError (UNSUPPORTED) when the two have no way in common."""
+        """Admits a sink, and drops its older lives.
+
+        Raises TransferError (UNSUPPORTED) when the two have no way in common.
+        """
         if who.heads != self._config.heads:
             message = f"The sink holds KV heads {who.heads}, this source {self._config.heads}."
             raise TransferError(TransferFault.UNSUPPORTED, message)
         checksum = self._checksum(who.checksums)
         ticket = self._tickets.ticket_of(who.sink) or secrets.token_bytes(TICKET_BYTES)
         endpoints, reasons = [], {}
-        for name in who.transports:
+        for name in dict.fromkeys(who.transports):
             address = self._reach(name, who, ticket)
             if address.reason:
                 reasons[name] = address.reason
@@ -74,6 +81,8 @@ class SourcePairs:
         if not endpoints:
             why = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
             raise TransferError(TransferFault.UNSUPPORTED, f"No transport in common: {why or 'none asked'}.")
+        for older in self._tickets.older_lives(who.sink):
+            self.drop(older)
         self._tickets.admit(who.sink, ticket)
         self._checksums = {peer: kept for peer, kept in self._checksums.items() if self.knows(peer)}
         self._checksums[who.sink] = checksum
@@ -93,6 +102,31 @@ class SourcePairs:
         """Forgets a sink; idempotent."""
         self._tickets.drop(sink)
         self._checksums.pop(sink, None)
+        self._close_to(sink)
+
+    def link_lost(self, sink: PeerId, now_s: float) -> None:
+        """One of its links ended: it is gone, unless it is heard of within QUIET_S."""
+        if self.knows(sink):
+            self._quiet_since.setdefault(sink, now_s)
+
+    def heard_of(self, sink: PeerId) -> None:
+        """It asked for something: it lives."""
+        self._quiet_since.pop(sink, None)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `tick` has something to do; None when all are heard of."""
+        return min(self._quiet_since.values()) + QUIET_S if self._quiet_since else None
+
+    def tick(self, now_s: float) -> None:
+        """Lets no new link in of a sink that is gone. One that lives all the same is told to connect anew."""
+        for sink in [sink for sink, since_s in self._quiet_since.items() if now_s >= since_s + QUIET_S]:
+            self._close_to(sink)
+
+    def _close_to(self, sink: PeerId) -> None:
+        self._quiet_since.pop(sink, None)
+        for transport in self._transports.values():
+            transport.forget(sink)
 
     def _checksum(self, offered: Sequence[str]) -> str:
         if not self._own_checksums and not offered:

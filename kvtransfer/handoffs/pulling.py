@@ -63,15 +63,23 @@ class PullTools:
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
 
+OnPiece = Callable[[BlockRange], object]
+"""Is told on the event loop of a piece that landed; what it holds is right only if its pull succeeds."""
+
+
 @dataclass(frozen=True, slots=True)
 class PullOrder:
-    """What one pull wants: `block_range` into `targets`; `deadline_s` on the sink's clock."""
+    """What one pull wants: `block_range` into `targets`; `deadline_s` on the sink's clock.
+
+    `on_piece` is told of each piece when it has landed, once more if it was wrong and was moved again.
+    """
 
     source: KnownSource
     block_range: BlockRange
     targets: tuple[BlockId, ...]
     priority: int
     deadline_s: float
+    on_piece: OnPiece
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +274,7 @@ class Pulling:
             self._road = road
             self._held[grant.transfer.number] = _Held(part, road, checksum)
             tools.roads.worked(self._order.source.peer, road)
+            self._order.on_piece(part)
 
     async def _receive(
         self, grant: PullGrant, road: str, targets: tuple[BlockId, ...], landing: Landing
@@ -339,6 +348,9 @@ class Pulling:
                 break
             machine.status(status.state, tools.clock())
             machine.tick(tools.clock())
+            if not machine.state.terminal:
+                # The source still holds it, which a commit of now ends or finds wanting: asked in vain.
+                await asyncio.sleep(RETRY_PAUSE_S)
         self._costs.commit_s += tools.clock() - began_s
         if machine.state.terminal and not machine.may_use:
             raise failure

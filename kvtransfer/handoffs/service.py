@@ -1,6 +1,6 @@
 """Edge: HandoffService over a HandoffSource: messages in, refusals with a named fault out."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -17,7 +17,7 @@ from kvtransfer.handoffs.wire import (
     peer_from_wire,
     transfer_from_wire,
 )
-from tandem.errors import ProtocolError, TransferError
+from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.v1 import worker_pb2 as pb
 from tandem.v1.worker_pb2_grpc import HandoffServiceServicer
 from tandem.wire import address_to_wire
@@ -82,7 +82,7 @@ class HandoffServicer(HandoffServiceServicer):
                 key_from_wire(ref), peer_from_wire(ref.sink), request.last_number, landed
             )
         except ProtocolError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"refused: {error}")
+            await self._refuse(context, error)
         return pb.HandoffStatus(state=STATE_TO_WIRE[answer.state], mismatched=answer.mismatched)
 
     async def Abort(self, request: pb.HandoffRef, context: _Context) -> pb.HandoffStatus:
@@ -90,12 +90,17 @@ class HandoffServicer(HandoffServiceServicer):
         try:
             state = self._source.abort(key_from_wire(request), peer_from_wire(request.sink))
         except ProtocolError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"refused: {error}")
+            await self._refuse(context, error)
         return pb.HandoffStatus(state=STATE_TO_WIRE[state])
 
     async def Query(self, request: pb.HandoffRef, context: _Context) -> pb.HandoffStatus:
         """Says where a hand-off stands."""
         return pb.HandoffStatus(state=STATE_TO_WIRE[self._source.query(key_from_wire(request))])
+
+    async def _refuse(self, context: _Context, error: ProtocolError) -> NoReturn:
+        """What a sink asks for out of turn is counted as what it asks for wrongly."""
+        self._source.count_refusal(TransferFault.REFUSED)
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{TransferFault.REFUSED.value}: {error}")
 
 
 def _named(error: TransferError) -> str:

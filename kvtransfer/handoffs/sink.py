@@ -19,13 +19,14 @@ from kvtransfer.contract import (
 )
 from kvtransfer.handoffs.client import HandoffClient
 from kvtransfer.handoffs.priority import PriorityGate
-from kvtransfer.handoffs.pulling import Pulling, PullOrder, PullTools
+from kvtransfer.handoffs.pulling import OnPiece, Pulling, PullOrder, PullTools
 from kvtransfer.handoffs.roads import Roads
 from kvtransfer.handoffs.sink_protocol import SinkHandoff
 from kvtransfer.handoffs.sources import KnownSources
 from kvtransfer.handoffs.words import HandoffState, SinkTimes
 from kvtransfer.hashing import hashers
 from kvtransfer.nccl.communicator import CommunicatorCounts, counts_of
+from kvtransfer.threads import to_its_end
 from kvtransfer.transports import sink_transports
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation, WorkerId
@@ -111,6 +112,20 @@ class HandoffSink:
         returned, their content means nothing. A pull is tried once for a key: after a failure the source has
         freed it.
         """
+        wanted = block_range, target_blocks
+        return await self._pull(key, source, *wanted, priority, remaining_s, lambda _part: None)
+
+    async def _pull(
+        self,
+        key: HandoffKey,
+        source: WorkerRecord,
+        block_range: BlockRange,
+        target_blocks: Sequence[BlockId],
+        priority: int,
+        remaining_s: float,
+        on_piece: OnPiece,
+    ) -> PullReport:
+        """As `pull`, telling of each piece."""
         if len(target_blocks) != block_range.num_blocks:
             message = f"{len(target_blocks)} target blocks were given for {block_range.num_blocks}."
             raise TransferError(TransferFault.LENGTH, message)
@@ -123,7 +138,7 @@ class HandoffSink:
             async with running.bound:
                 self._running.add(running)
                 known = await self._sources.get(source)
-                order = PullOrder(known, block_range, tuple(target_blocks), priority, deadline_s)
+                order = PullOrder(known, block_range, tuple(target_blocks), priority, deadline_s, on_piece)
                 return await Pulling(self._tools, machine, order).run()
         except TimeoutError as error:
             if running.ended_by:
@@ -147,6 +162,10 @@ class HandoffSink:
         await self._source_gone(PeerId(worker_id, incarnation))
 
     async def _source_gone(self, peer: PeerId) -> None:
+        """All of it, also when the pull that noticed is cancelled: half of it nobody would do later."""
+        await to_its_end(self._part_from(peer))
+
+    async def _part_from(self, peer: PeerId) -> None:
         """Unmaps and disconnects too: a mapping would keep the dead process's pool in memory."""
         self._end([running for running in self._running if running.peer == peer], "The source is lost.")
         self._roads.forget(peer)

@@ -11,13 +11,13 @@ from functools import partial
 
 import structlog
 
+from kvtransfer.checksums import XXH3
 from kvtransfer.contract import (
     BlockMemory,
     HandoffKey,
     KvReady,
     PeerId,
     SourceTransport,
-    Transfer,
     TransferConfig,
     TransferObserver,
 )
@@ -33,6 +33,7 @@ from kvtransfer.handoffs.offers import (
 from kvtransfer.handoffs.pairing import Agreement, Introduction, SourcePairs
 from kvtransfer.handoffs.piece_sums import PieceSums
 from kvtransfer.handoffs.pieces import complete, grown, layer_span, next_piece
+from kvtransfer.handoffs.sends import Sends
 from kvtransfer.handoffs.source_protocol import SourceInput
 from kvtransfer.handoffs.words import HandoffState, ReleaseReason, SourceTimes
 from kvtransfer.hashing import hashers
@@ -84,9 +85,11 @@ class HandoffSource:
         self._transports = {transport.name: transport for transport in made}
         self._hashers = hashers(memory) if config.checksum else {}
         self._pairs = SourcePairs(config, self._transports, tuple(self._hashers))
-        self._sums = PieceSums(self._read_ended)
-        self._sends: set[asyncio.Task[bool]] = set()
+        # A device hashes in a launch, and takes no core from what sends: there it can wait for the pull.
+        self._sums = PieceSums(self._read_ended, self._hashers.get(XXH3), memory)
+        self._sends = Sends(clock, self._settle)
         self._timers: asyncio.Task[None] | None = None
+        self._broken: str | None = None
         self._changed = asyncio.Event()
         self._grown = asyncio.Event()
 
@@ -121,9 +124,7 @@ class HandoffSource:
             except TimeoutError:
                 _log.warning("closed while sinks held leases")
             self._timers.cancel()
-            for task in self._sends:
-                task.cancel()
-            await asyncio.gather(self._timers, *self._sends, return_exceptions=True)
+            await asyncio.gather(self._timers, self._sends.close(), return_exceptions=True)
             self._timers = None
         for transport in self._transports.values():
             await transport.close()
@@ -138,7 +139,7 @@ class HandoffSource:
         offered before.
         """
         whole = KvReady(len(blocks), self._layers)
-        self._book.add(key, blocks, whole if ready is None else ready, self._clock())
+        self._sums.offered(self._book.add(key, blocks, whole if ready is None else ready, self._clock()))
         self._changed.set()
 
     def advance(self, key: HandoffKey, ready: KvReady) -> None:
@@ -151,6 +152,7 @@ class HandoffSource:
             return
         offer.ready = grown(offer.ready, ready)
         offer.machine.grew(self._clock())
+        self._sums.offered(offer)
         self._announce()
 
     def withdraw(self, leg_id: LegId) -> None:
@@ -176,12 +178,17 @@ class HandoffSource:
         """For metrics and the watchdog."""
         return counts_of(self._transports.values())
 
+    def wedged(self) -> str | None:
+        """Why blocks may never come back unless the process is started anew; None while all is well."""
+        return self._broken or self.communicators().wedged
+
     def connect(self, who: Introduction) -> Agreement:
         """How the sink can pull from here.
 
         Raises TransferError: DIGEST when the two don't fit, UNSUPPORTED without a way in common.
         """
         self._check_digest(who.digest)
+        self._pairs.heard_of(who.sink)
         try:
             return self._pairs.connect(who)
         except TransferError as error:
@@ -229,7 +236,7 @@ class HandoffSource:
             if hasher is not None:
                 wrong = await self._sums.mismatched(offer, landed, hasher)
             if wrong:
-                self._count_refusal(TransferFault.CHECKSUM)
+                self.count_refusal(TransferFault.CHECKSUM)
         offer.machine.commit(sink, number, not wrong, self._clock())
         return CommitAnswer(self._settle(offer), wrong)
 
@@ -246,10 +253,17 @@ class HandoffSource:
         offer = self._book.get(key)
         return None if offer is None else offer.machine.state
 
+    def count_refusal(self, fault: TransferFault) -> None:
+        """A sink's request was refused; for metrics."""
+        self._book.refused[fault] += 1
+        if self._observer is not None:
+            self._observer.refused(fault)
+
     def _find(self, ask: PullAsk) -> Offer:
         self._check_digest(ask.digest)
         if not self._pairs.knows(ask.sink):
             raise self._refusal(TransferFault.DISCONNECTED, "The sink did not connect to this incarnation.")
+        self._pairs.heard_of(ask.sink)
         key = ask.transfer.key
         newest = self._book.newest_epoch(key.leg_id)
         if newest is not None and key.epoch < newest:
@@ -300,7 +314,7 @@ class HandoffSource:
         if hasher is not None:
             self._sums.begin(offer, number, piece, hasher)
         if not moves.direct:
-            self._send(offer, ask, moves, piece)
+            self._sends.begin(offer, ask, moves, piece)
 
     async def _wait_for_more(self, offer: Offer, ask: PullAsk) -> None:
         """Until something of the range is ready, the sink has lost the lease, or the time is over."""
@@ -314,30 +328,21 @@ class HandoffSource:
         except TimeoutError:
             return
 
-    def _send(self, offer: Offer, ask: PullAsk, transport: SourceTransport, piece: Piece) -> None:
-        number = ask.transfer.number
-        offer.machine.send_started(number, self._clock())
-        task = asyncio.create_task(_sent(transport, ask, piece))
-        offer.stop_sending = task.cancel
-        self._sends.add(task)
-        # A callback and not a `finally`: a task that is cancelled before its first step runs neither.
-        task.add_done_callback(partial(self._send_ended, offer, number))
-
-    def _send_ended(self, offer: Offer, number: int, task: asyncio.Task[bool]) -> None:
-        self._sends.discard(task)
-        succeeded = not task.cancelled() and task.exception() is None and task.result()
-        offer.machine.send_ended(number, succeeded, self._clock())
-        self._settle(offer)
-
     def _read_ended(self, offer: Offer) -> None:
         offer.machine.read_ended()
         self._settle(offer)
 
     def _released(self, key: HandoffKey, reason: ReleaseReason) -> None:
         self._sums.forget(key)
-        self._on_released(key, reason)
+        try:
+            self._on_released(key, reason)
+        except Exception:
+            self._give_up("The owner of the blocks could not take them back.")
+            raise
 
     def _link_lost(self, transport: str, sink: PeerId) -> None:
+        self._pairs.link_lost(sink, self._clock())
+        self._changed.set()
         for offer in self._book.held_by(sink):
             if offer.transport == transport:
                 offer.machine.link_lost(self._clock())
@@ -363,14 +368,22 @@ class HandoffSource:
         try:
             while True:
                 self._book.tick(self._clock())
-                deadline_s = self._book.next_deadline_s
+                self._pairs.tick(self._clock())
+                known = (self._book.next_deadline_s, self._pairs.next_deadline_s)
+                deadlines_s = [deadline_s for deadline_s in known if deadline_s is not None]
                 self._changed.clear()
+                left_s = min(deadlines_s) - self._clock() if deadlines_s else None
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(None if deadline_s is None else deadline_s - self._clock()):
+                    async with asyncio.timeout(left_s):
                         await self._changed.wait()
         except Exception:
-            _log.critical("the timers of the source failed: leases do not end", exc_info=True)
+            self._give_up("The timers of the source failed: leases do not end.")
             raise
+
+    def _give_up(self, why: str) -> None:
+        """In a handler of an error that leaves blocks with nobody: who asks `wedged` ends the process."""
+        self._broken = self._broken or why
+        _log.critical("hand-offs cannot go on", reason=why, exc_info=True)
 
     def _check_digest(self, digest: str) -> None:
         if digest != self.me.digest:
@@ -378,25 +391,9 @@ class HandoffSource:
             raise self._refusal(TransferFault.DIGEST, message)
 
     def _refusal(self, fault: TransferFault, message: str) -> TransferError:
-        self._count_refusal(fault)
+        self.count_refusal(fault)
         return TransferError(fault, message)
 
     def _not_to_be_had(self, offer: Offer) -> TransferError:
-        state = offer.machine.state.value
-        return self._refusal(TransferFault.REFUSED, f"The hand-off is {state} and not to be had.")
-
-    def _count_refusal(self, fault: TransferFault) -> None:
-        self._book.refused[fault] += 1
-        if self._observer is not None:
-            self._observer.refused(fault)
-
-
-async def _sent(transport: SourceTransport, ask: PullAsk, piece: Piece) -> bool:
-    """Whether all blocks were given."""
-    granted = Transfer(ask.transfer.key, ask.transfer.number, piece.block_range)
-    try:
-        await transport.send(ask.sink, granted, piece.blocks, piece.part_offset, piece.part_bytes)
-    except TransferError as error:
-        _log.info("send failed", leg=ask.transfer.key.leg_id, fault=error.fault.value, error=str(error))
-        return False
-    return True
+        message = f"The hand-off is {offer.machine.state.value} and not to be had."
+        return self._refusal(TransferFault.REFUSED, message)

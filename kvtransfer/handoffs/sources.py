@@ -1,6 +1,5 @@
 """Edge: the sources that a sink knows: one channel for each life of a worker, agreed upon once."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from kvtransfer.contract import PeerId, TransferConfig
 from kvtransfer.handoffs.client import HandoffClient
 from kvtransfer.handoffs.pairing import Endpoint
 from kvtransfer.host import host_id
+from kvtransfer.turns import Turns
 from tandem.errors import TransferError, TransferFault
 from tandem.worker import WorkerRecord
 
@@ -57,7 +57,7 @@ class KnownSources:
         self._checksums = tuple(checksums)
         self._host_id = host_id()
         self._known: dict[PeerId, KnownSource] = {}
-        self._locks: dict[PeerId, asyncio.Lock] = {}
+        self._connecting: Turns[PeerId] = Turns()
 
     async def get(self, source: WorkerRecord) -> KnownSource:
         """The connected source. Raises TransferError when it cannot be reached or does not fit."""
@@ -65,24 +65,18 @@ class KnownSources:
         known = self._known.get(peer)
         if known is not None:
             return known
-        # Held across an await on purpose: it makes the others wait for the one connection, bounded by it.
-        async with self._locks.setdefault(peer, asyncio.Lock()):
+        async with self._connecting.of(peer):
             known = self._known.get(peer)
             if known is None:
                 known = await self._connect(peer, source)
                 self._known[peer] = known
-        older = [
-            other
-            for other in self._known
-            if other.worker_id == peer.worker_id and other.incarnation < peer.incarnation
-        ]
-        for other in older:
+        for other in [other for other in self._known if other.older_life_of(peer)]:
             await self._on_older_life(other)
         return known
 
     async def renew(self, source: KnownSource) -> KnownSource:
         """Asks a connected source for its addresses anew. Raises TransferError when it cannot be asked."""
-        async with self._locks.setdefault(source.peer, asyncio.Lock()):
+        async with self._connecting.of(source.peer):
             fresh = await self._agree(source.peer, source.client)
             if source.peer in self._known:
                 self._known[source.peer] = fresh
@@ -103,9 +97,6 @@ class KnownSources:
     async def forget(self, peer: PeerId) -> None:
         """Closes the channel to a source; the next pull connects anew. Idempotent."""
         known = self._known.pop(peer, None)
-        lock = self._locks.get(peer)
-        if lock is not None and not lock.locked():
-            del self._locks[peer]
         if known is not None:
             await known.client.close()
 

@@ -7,6 +7,9 @@ from kvtransfer.contract import PeerId
 TICKET_BYTES = 32
 """Bytes of a ticket, drawn at random for each pair."""
 
+MAX_TICKETS = 1024
+"""Sinks that are known at one time; each new one beyond replaces the one that was admitted longest ago."""
+
 
 class TicketBook:
     """The tickets that are honoured; an older life of a worker loses its ticket to a newer one."""
@@ -15,15 +18,16 @@ class TicketBook:
         self._tickets: dict[PeerId, bytes] = {}
 
     def admit(self, peer: PeerId, ticket: bytes) -> None:
-        """Honours a ticket from now on."""
-        older = [
-            known
-            for known in self._tickets
-            if known.worker_id == peer.worker_id and known.incarnation < peer.incarnation
-        ]
-        for known in older:
-            del self._tickets[known]
+        """Honours a ticket from now on; a sink that is admitted again counts as new."""
+        for known in (*self.older_lives(peer), peer):
+            self._tickets.pop(known, None)
+        if len(self._tickets) >= MAX_TICKETS:
+            del self._tickets[next(iter(self._tickets))]
         self._tickets[peer] = ticket
+
+    def older_lives(self, peer: PeerId) -> list[PeerId]:
+        """The sinks that a life of a worker replaces."""
+        return [known for known in self._tickets if known.older_life_of(peer)]
 
     def ticket_of(self, peer: PeerId) -> bytes | None:
         """The ticket of a sink; None when it has none (any more)."""

@@ -1,5 +1,7 @@
 """Pure: the hand-off's words as messages of worker.proto, and back."""
 
+import math
+from collections.abc import Mapping
 from typing import Final
 
 from kvtransfer.contract import BlockRange, HandoffKey, HeadRange, PeerId, PullGrant, Transfer
@@ -17,7 +19,14 @@ STATE_TO_WIRE: Final = {
     HandoffState.COMMITTED: pb.HANDOFF_STATE_COMMITTED,
     HandoffState.ABORTED: pb.HANDOFF_STATE_ABORTED,
 }
-STATE_FROM_WIRE: Final = {wire: state for state, wire in STATE_TO_WIRE.items()}
+_STATE_FROM_WIRE: Final[Mapping[int, HandoffState | None]] = {
+    wire: state for state, wire in STATE_TO_WIRE.items()
+}
+
+
+def state_from_wire(state: int) -> HandoffState | None:
+    """What a source says of a hand-off; None when it knows nothing of it, or says what we do not know."""
+    return _STATE_FROM_WIRE.get(state)
 
 
 def peer_from_wire(address: pb.WorkerAddress) -> PeerId:
@@ -52,7 +61,11 @@ def describe_piece(piece: Piece, response: pb.PullResponse) -> None:
 
 
 def grant_from_wire(asked: Transfer, answer: pb.PullResponse, asked_s: float) -> PullGrant:
-    """The grant of a pull that was sent at `asked_s` on our clock; nothing in it is checked yet."""
+    """The grant of a pull that was sent at `asked_s` on our clock; a lease that is no number has ended.
+
+    Nothing else in it is checked yet.
+    """
+    lease_s = answer.lease_s if math.isfinite(answer.lease_s) else 0.0
     blocks = tuple(BlockId(block) for block in answer.source_blocks)
     part = BlockRange(answer.first_block, len(blocks), answer.first_layer, answer.num_layers)
     return PullGrant(
@@ -61,5 +74,5 @@ def grant_from_wire(asked: Transfer, answer: pb.PullResponse, asked_s: float) ->
         answer.part_offset,
         answer.part_bytes,
         answer.length_bytes,
-        asked_s + answer.lease_s,
+        asked_s + lease_s,
     )

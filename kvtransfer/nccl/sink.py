@@ -24,7 +24,8 @@ from kvtransfer.nccl.pairs import CommunicatorShelf
 from kvtransfer.nccl.threaded_communicator import NcclKit, PairCommunicator, Rank
 from kvtransfer.tcp import framing
 from kvtransfer.tcp.framing import Header, HeaderKind
-from kvtransfer.threads import outlast
+from kvtransfer.threads import outlast, to_its_end
+from kvtransfer.turns import Turns
 from kvtransfer.watch import Watch
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
@@ -65,7 +66,7 @@ class NcclSink:
         self._kit = kit
         self._opened: tuple[NcclBinding, Device, DevicePool] | None = None
         self._pairs: dict[PeerId, _Pair] = {}
-        self._joining: dict[PeerId, asyncio.Lock] = {}
+        self._joining: Turns[PeerId] = Turns()
         self._shelf = CommunicatorShelf(kit.limits)
 
     async def connect(self, source: PeerId, address: str, ticket: bytes, block_bytes: int) -> None:
@@ -78,7 +79,7 @@ class NcclSink:
             message = f"The source's blocks have {block_bytes} bytes, ours {self._memory.block_bytes}."
             raise TransferError(TransferFault.LENGTH, message)
         told = NcclAddress.parse(address)
-        async with self._joining.setdefault(source, asyncio.Lock()):
+        async with self._joining.of(source):
             pair = self._pairs.get(source)
             if pair is not None and not pair.usable and pair.address.epoch >= told.epoch:
                 raise TransferError(TransferFault.STALE_EPOCH, "The communicator of this address is over.")
@@ -116,7 +117,6 @@ class NcclSink:
     async def disconnect(self, source: PeerId) -> None:
         """Ends what runs with a source and forgets it."""
         await self._part_from(source)
-        self._joining.pop(source, None)
 
     def counts(self) -> CommunicatorCounts:
         """For metrics and the watchdog."""
@@ -150,12 +150,8 @@ class NcclSink:
 
     async def _part_from(self, source: PeerId) -> None:
         pair = self._pairs.pop(source, None)
-        if pair is None:
-            return
-        pair.communicator.end()
-        await pair.communicator.ended()
-        if pair.watching is not None:
-            await outlast(pair.watching)
+        if pair is not None:
+            await to_its_end(_ended(pair))
 
     async def _ask(self, pair: _Pair, grant: PullGrant) -> None:
         """Returns when the source begins to send. Raises TransferError; unless REFUSED the pair is over."""
@@ -187,6 +183,14 @@ class NcclSink:
             except OSError as error:
                 raise TransferError(TransferFault.UNSUPPORTED, str(error)) from error
         return self._opened
+
+
+async def _ended(pair: _Pair) -> None:
+    """Ends its communicator, and with it its link."""
+    pair.communicator.end()
+    await pair.communicator.ended()
+    if pair.watching is not None:
+        await outlast(pair.watching)
 
 
 async def _watch_link(pair: _Pair, within_s: float) -> None:

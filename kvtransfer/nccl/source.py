@@ -25,7 +25,7 @@ from kvtransfer.nccl.communicator import CommunicatorCounts
 from kvtransfer.nccl.moves import Part, send_part
 from kvtransfer.nccl.pairs import CommunicatorShelf
 from kvtransfer.nccl.threaded_communicator import NcclKit, PairCommunicator, Rank
-from kvtransfer.posts import Post, PostBox, ended_with
+from kvtransfer.posts import Post, PostBox, refusal
 from kvtransfer.tcp import framing
 from kvtransfer.tcp.framing import Header, HeaderKind
 from kvtransfer.threads import outlast
@@ -69,14 +69,13 @@ class NcclSource:
         self._pairs: dict[PeerId, _Pair] = {}
         self._shelf = CommunicatorShelf(kit.limits)
         self._epochs = itertools.count(1)
-        self._box = PostBox()
+        self._box = PostBox(whole=True)
 
     async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
         """Raises OSError, saying why, where there is no CuPy with NCCL or the pool is not on a GPU."""
         pool = DevicePool.of(self._memory)
         self._opened = self._kit.load_binding(), self._kit.open_device(pool.device_index), pool
-        family = socket.AF_INET6 if ":" in self._config.bind_host else socket.AF_INET
-        listener = socket.create_server((self._config.bind_host, 0), family=family, backlog=64)
+        listener = links.listening_on(self._config.bind_host)
         self._port = listener.getsockname()[1]
         self._listener.start(listener, on_link_lost, on_refused)
 
@@ -93,6 +92,13 @@ class NcclSource:
                 return None
         self._listener.admit(sink, ticket)
         return pair.address.encode()
+
+    def forget(self, sink: PeerId) -> None:
+        """See SourceTransport; ends its communicator, too."""
+        self._listener.forget(sink)
+        pair = self._pairs.pop(sink, None)
+        if pair is not None:
+            pair.communicator.end()
 
     async def send(
         self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
@@ -118,9 +124,8 @@ class NcclSource:
         host = self._config.advertise_host
         address = NcclAddress(host, port, next(self._epochs), slot_bytes, unique_id)
         communicator = PairCommunicator(Rank(unique_id, RANK), binding, device, self._kit.limits, slot_bytes)
-        older = [known for known in self._pairs if known.worker_id == sink.worker_id and known != sink]
-        for known in older:
-            self._pairs.pop(known).communicator.end()
+        for known in [known for known in self._pairs if known.older_life_of(sink)]:
+            self.forget(known)
         pair = self._pairs[sink] = _Pair(address, communicator)
         return pair
 
@@ -154,9 +159,13 @@ class NcclSource:
                     _log.info("link ended", sink=sink.worker_id, error=str(task.exception()))
 
     async def _read_asks(self, connection: socket.socket, asks: asyncio.Queue[Header]) -> None:
-        """Until the link ends (OSError) or the sink says what makes no sense (TransferError)."""
+        """Until the link ends (OSError), or the sink says what makes no sense or too much (TransferError)."""
         while True:
-            asks.put_nowait(await self._listener.read_ask(connection, self._config.connect_timeout_s))
+            asked = await self._listener.read_ask(connection, self._config.connect_timeout_s)
+            if asks.full():
+                self._listener.refuse(TransferFault.REFUSED)
+                raise TransferError(TransferFault.REFUSED, f"A sink waits for {MAX_ASKS} answers.")
+            asks.put_nowait(asked)
 
     async def _answer(self, connection: socket.socket, sink: PeerId, pair: _Pair) -> None:
         """Opens the communicator and serves requests until one fails."""
@@ -167,60 +176,47 @@ class NcclSource:
         while True:
             asked = await pair.asks.get()
             post = await self._box.meet(sink, asked.transfer)
-            if post is None or not _fits(asked, post) or not await self._served(connection, pair, post):
-                await nccl_link.write_header(connection, self._refusal(asked, post))
+            if post is None or not await self._served(connection, pair, post, asked):
+                refused = refusal(asked, post)
+                self._listener.refuse(refused.fault)
+                await nccl_link.write_header(connection, refused)
 
-    def _refusal(self, asked: Header, post: Post | None) -> Header:
-        fault = _fault_of(asked, post)
-        self._listener.refuse(fault)
-        return Header(HeaderKind.REFUSED, asked.transfer, 0, fault=fault)
-
-    async def _served(self, connection: socket.socket, pair: _Pair, post: Post) -> bool:
-        """Whether the sink was told that bytes come; raises when the pair is over.
+    async def _served(self, connection: socket.socket, pair: _Pair, post: Post, asked: Header) -> bool:
+        """Whether the sink was told, or half told, that its bytes come; raises when the pair is over.
 
         A transfer that is given up after its bytes are on their way leaves the pair as it was.
         """
-        giving = asyncio.create_task(self._give(connection, pair, post))
-        if not post.take(giving.cancel):
+        told = asyncio.Event()
+        giving = asyncio.create_task(self._give(connection, pair, post, told))
+        share = post.take(asked, giving.cancel)
+        if share is None:
             giving.cancel()
             return False
-        error: BaseException | None = None
+        error: TransferError | None = TransferError(TransferFault.DISCONNECTED, "The transfer was stopped.")
         try:
             await giving
-        except asyncio.CancelledError as failure:
-            error = failure
+            error = None
+        except asyncio.CancelledError:
             task = asyncio.current_task()
             if pair.communicator.state.over or (task is not None and task.cancelling()):
                 raise
-        except BaseException as failure:
+        except TransferError as failure:
             error = failure
             raise
         finally:
-            post.ended.set_result(ended_with(error))
-        return post.announced
+            post.share_ended(share, error)
+        return told.is_set()
 
-    async def _give(self, connection: socket.socket, pair: _Pair, post: Post) -> None:
+    async def _give(self, connection: socket.socket, pair: _Pair, post: Post, told: asyncio.Event) -> None:
         if self._opened is None:
             raise TransferError(TransferFault.DISCONNECTED, "The source is closed.")
         self._shelf.used(pair.communicator)
         part = Part(self._opened[2], post.blocks, post.part_offset, post.part_bytes)
         header = Header(HeaderKind.BYTES, post.transfer, len(post.blocks) * post.part_bytes)
-        post.announced = True
+        told.set()
         try:
             await nccl_link.write_header(connection, header)
         except BaseException:
             pair.communicator.end()
             raise
         await pair.communicator.run(partial(send_part, part=part), Watch())
-
-
-def _fault_of(asked: Header, post: Post | None) -> TransferFault:
-    if post is None:
-        return framing.fault_of_ask(asked, None, 0, 1)
-    return framing.fault_of_ask(asked, post.transfer, len(post.blocks), post.part_bytes)
-
-
-def _fits(asked: Header, post: Post) -> bool:
-    """Whether a request is for exactly what was granted."""
-    length_bytes = len(post.blocks) * post.part_bytes
-    return asked.transfer == post.transfer and (asked.length_bytes, asked.offset_bytes) == (length_bytes, 0)

@@ -10,7 +10,6 @@ import mmap
 import os
 import secrets
 import socket
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,11 @@ from typing import Final
 
 from kvtransfer.block_copy import Parts, Span, copy_parts, shares_of
 from kvtransfer.contract import BlockMemory, OnLanded, OnRefused, PeerId, PullGrant, Transfer, TransferConfig
+from kvtransfer.links import listening_as, same_user
 from kvtransfer.listener import LinkListener, is_quiet
 from kvtransfer.native_rows import Sums
 from kvtransfer.tcp import framing
-from kvtransfer.threads import contained, outlast, run_beside, run_to_end, timed
+from kvtransfer.threads import contained, outlast, run_beside, run_to_end, timed, to_its_end
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -35,8 +35,6 @@ SHARED_BYTES: Final = 8 * 1024 * 1024
 
 INLINE_BYTES: Final = 1024 * 1024
 """Up to so many bytes are copied on the event loop: a tenth of a millisecond, less than a thread costs."""
-
-_CREDENTIALS = struct.Struct("3i")
 
 
 class ShmSource:
@@ -59,14 +57,7 @@ class ShmSource:
             raise OSError("The KV pool is not in shared memory.")
         # Opened anew so that sinks get a descriptor through which they cannot write.
         self._read_only = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(b"\0" + self._address.encode())
-            listener.listen(64)
-        except OSError:
-            listener.close()
-            raise
-        self._listener.start(listener, on_link_lost, on_refused)
+        self._listener.start(listening_as(self._address), on_link_lost, on_refused)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """Name of the abstract socket; None when the pool is not shared."""
@@ -74,6 +65,10 @@ class ShmSource:
             return None
         self._listener.admit(sink, ticket)
         return self._address
+
+    def forget(self, sink: PeerId) -> None:
+        """See SourceTransport."""
+        self._listener.forget(sink)
 
     async def send(
         self, sink: PeerId, transfer: Transfer, blocks: Sequence[BlockId], part_offset: int, part_bytes: int
@@ -89,16 +84,13 @@ class ShmSource:
 
     async def _serve(self, connection: socket.socket, sink: PeerId) -> None:
         loop = asyncio.get_running_loop()
-        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, user, _ = _CREDENTIALS.unpack(raw)
-        if user != os.geteuid() or self._read_only is None:
+        if not same_user(connection) or self._read_only is None:
             self._listener.refuse(TransferFault.REFUSED)
             await loop.sock_sendall(connection, framing.encode_welcome(accepted=False))
             return
         # A fresh connection's buffer is empty, so these few bytes never block.
         socket.send_fds(connection, [framing.encode_welcome(accepted=True)], [self._read_only])
-        # Nothing follows on the link: the first bytes, or its end, end it.
-        await loop.sock_recv(connection, 1)
+        await self._listener.until_end(connection)
 
 
 @dataclass(slots=True)
@@ -198,12 +190,8 @@ class ShmSink:
     async def disconnect(self, source: PeerId) -> None:
         """Stops copying from a source, waits until it stopped, and unmaps."""
         mapping = self._mappings.pop(source, None)
-        if mapping is None:
-            return
-        mapping.stop.set()
-        for reader in tuple(mapping.readers):
-            await outlast(reader)
-        mapping.close()
+        if mapping is not None:
+            await to_its_end(_unmapped(mapping))
 
     async def close(self) -> None:
         """Unmaps everything and ends the threads."""
@@ -217,6 +205,14 @@ class ShmSink:
             raise TransferError(TransferFault.DISCONNECTED, "The copy was stopped.")
         if self._clock() >= grant.lease_until_s:
             raise TransferError(TransferFault.LEASE, "The lease ended before all blocks were copied.")
+
+
+async def _unmapped(mapping: _Mapping) -> None:
+    """Once nobody copies from it any more."""
+    mapping.stop.set()
+    for reader in tuple(mapping.readers):
+        await outlast(reader)
+    mapping.close()
 
 
 class _Attaching:

@@ -141,10 +141,11 @@ def check_header(header: Header, expected: Transfer, length_bytes: int, offset_b
         raise TransferError(TransferFault.LENGTH, message)
 
 
-def fault_of_ask(asked: Header, granted: Transfer | None, num_blocks: int, part_bytes: int) -> TransferFault:
+def fault_of_ask(asked: Header, granted: Transfer | None, fits: bool) -> TransferFault:
     """Why a source refuses a request.
 
-    `granted` is the transfer of its number, None when there is none, of `num_blocks` parts of `part_bytes`.
+    `granted` is the transfer of its number, None when there is none; `fits` whether the bytes that are asked
+    for are such as it has.
     """
     if granted is None or asked.transfer.key.leg_id != granted.key.leg_id:
         return TransferFault.REFUSED
@@ -152,11 +153,9 @@ def fault_of_ask(asked: Header, granted: Transfer | None, num_blocks: int, part_
         return TransferFault.STALE_EPOCH
     if asked.transfer.key != granted.key:
         return TransferFault.REFUSED
-    within = asked.offset_bytes + asked.length_bytes <= num_blocks * part_bytes
-    whole = asked.offset_bytes % part_bytes == asked.length_bytes % part_bytes == 0
     same = asked.transfer.block_range == granted.block_range
     # What fits and is not given after all is over, or given already.
-    return TransferFault.REFUSED if same and whole and within else TransferFault.LENGTH
+    return TransferFault.REFUSED if same and fits else TransferFault.LENGTH
 
 
 def _named(code: int) -> TransferFault:

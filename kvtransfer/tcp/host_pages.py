@@ -6,12 +6,12 @@ wire; only the device's own copies touch the pool, and none is under way when a 
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from kvtransfer.block_copy import batches
+from kvtransfer.block_copy import Parts, batches
 from kvtransfer.contract import BlockMemory, DeviceBlockMemory
 from kvtransfer.device import Device, DevicePool, Lane, Mark, PieceCopy, Pieces, Pinned
 from kvtransfer.nccl.pack_plan import Chunk, chunks
@@ -27,13 +27,16 @@ MOST_PAIRS: Final = 8
 WAIT_S: Final = 0.02
 """Pause between two looks at whether a transfer that waits for slots should go on."""
 
-LANDED_BYTES: Final = 1024 * 1024
-"""Bytes after which blocks in host memory are told of: they are in the CPU's cache still."""
+GIVEN_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of a pool in host memory that are sent at once: few calls, yet a lease is looked at often enough."""
+
+LANDED_BYTES: Final = 256 * 1024
+"""Bytes after which blocks in host memory are told of: they are in the core's own cache still."""
 
 QUIET_S: Final = 1.0
 """Bound of copies that are under way when a transfer ends; they wait for no peer."""
 
-Views = Iterable[memoryview]
+Views = Sequence[memoryview]
 Taking = Generator[tuple[int, int, Views], None, None]
 
 
@@ -72,17 +75,21 @@ class MappedPages:
         self._memory = memory
 
     def giving(self, part: Part, check: Callable[[], None]) -> Generator[Views, None, None]:
-        """See HostPages; all at once."""
-        yield self._views(part, 0, len(part.blocks))
+        """See HostPages; made as they are sent: the sink has the first ones by the time of the last."""
+        for _, _, views in self._steps(part, GIVEN_BYTES):
+            yield views
 
     def taking(self, part: Part, check: Callable[[], None]) -> Taking:
         """See HostPages."""
-        for first, count in batches(len(part.blocks), part.size_bytes, LANDED_BYTES):
-            yield first, count, self._views(part, first, count)
+        return self._steps(part, LANDED_BYTES)
 
-    def _views(self, part: Part, first: int, count: int) -> Views:
-        window = slice(part.offset_bytes, part.offset_bytes + part.size_bytes)
-        return (self._memory.view(block)[window] for block in part.blocks[first : first + count])
+    def _steps(self, part: Part, most_bytes: int) -> Taking:
+        memory, size = self._memory, part.size_bytes
+        pool = memory.window(0, memory.num_blocks * memory.block_bytes)
+        parts = Parts(part.blocks, memory.block_bytes, part.offset_bytes, size)
+        begins = parts.begins(len(pool)).tolist()
+        for first, count in batches(len(begins), size, most_bytes):
+            yield first, count, [pool[begin : begin + size] for begin in begins[first : first + count]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from kvtransfer.tcp import framing, vectors
 from kvtransfer.tcp.framing import Header, HeaderKind
 from kvtransfer.tcp.host_pages import HostPages, Part, pages_of
 from kvtransfer.tcp.tls import Tunnels
-from kvtransfer.threads import outlast, run_beside, run_to_end, timed
+from kvtransfer.threads import outlast, run_beside, run_to_end, timed, to_its_end
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 
@@ -70,7 +70,7 @@ class _Line:
         host, _, port = self._address.rpartition(":")
         try:
             made = socket.create_connection((host.strip("[]"), int(port)), self._timeout_s)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             self._fail(f"The source's port cannot be reached: {error}.", error)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tunnels is not None:
@@ -213,6 +213,10 @@ class TcpSink:
         large = grant.length_bytes >= STREAMED_BYTES and grant.part_bytes >= STREAMED_PART_BYTES
         shares = shares_of(len(target), STREAMS if large else 1)
         lines = [pair.idle.pop() if pair.idle else self._new_line(pair) for _ in shares]
+        works = [
+            partial(self._fetch, line, grant, target, share, on_landed)
+            for line, share in zip(lines, shares, strict=True)
+        ]
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         pair.active.update(dict.fromkeys(lines, ended))
 
@@ -220,16 +224,10 @@ class TcpSink:
             for line in lines:
                 line.stop()
 
-        def fetch() -> None:
-            works = [
-                partial(self._fetch, line, grant, target, share, on_landed)
-                for line, share in zip(lines, shares, strict=True)
-            ]
-            run_beside(self._helpers, works, stop)
-
         succeeded = False
         try:
-            copy_s = await run_to_end(self._executor, partial(timed, fetch, self._clock), stop)
+            beside = partial(run_beside, self._helpers, works, stop)
+            copy_s = await run_to_end(self._executor, partial(timed, beside, self._clock), stop)
             succeeded = True
         finally:
             ended.set_result(None)
@@ -244,13 +242,8 @@ class TcpSink:
     async def disconnect(self, source: PeerId) -> None:
         """Stops what runs with a source, waits until it stopped, and closes its connections."""
         pair = self._pairs.pop(source, None)
-        if pair is None:
-            return
-        for line, ended in tuple(pair.active.items()):
-            line.stop()
-            await outlast(ended)
-        while pair.idle:
-            pair.idle.pop().close()
+        if pair is not None:
+            await to_its_end(_closed(pair))
 
     async def close(self) -> None:
         """Closes all connections and ends the threads."""
@@ -295,6 +288,17 @@ class TcpSink:
             pair.idle.append(line)
         else:
             line.close()
+
+
+async def _closed(pair: _Pair) -> None:
+    """Stops what runs, waits until it stopped (a transfer closes its own lines), and closes the others."""
+    running = tuple(pair.active.items())
+    for line, _ in running:
+        line.stop()
+    for _, ended in running:
+        await outlast(ended)
+    while pair.idle:
+        pair.idle.pop().close()
 
 
 def _drop_unusable(pair: _Pair) -> None:

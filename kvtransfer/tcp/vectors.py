@@ -2,16 +2,13 @@
 
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from tandem.errors import TransferError, TransferFault
 
 MAX_VECTORS: Final = 512
 """Buffers in one system call; Linux takes 1,024."""
-
-BATCH_BYTES: Final = 8 * 1024 * 1024
-"""Bytes in one system call: few calls, yet lease and cancellation are looked at often enough."""
 
 
 def prepare(connection: socket.socket, stall_s: float) -> None:
@@ -23,8 +20,8 @@ def prepare(connection: socket.socket, stall_s: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
 
 
-def gather_send(connection: socket.socket, buffers: Iterable[memoryview], check: Callable[[], None]) -> None:
-    """Sends all buffers, of bytes, in order; `check` is called between system calls and may raise.
+def gather_send(connection: socket.socket, buffers: Sequence[memoryview], check: Callable[[], None]) -> None:
+    """Sends all buffers, of bytes, in order; `check` is called before each system call and may raise.
 
     Raises TransferError: TIMEOUT when nothing moved for the socket's bound, DISCONNECTED when it broke.
     """
@@ -32,14 +29,14 @@ def gather_send(connection: socket.socket, buffers: Iterable[memoryview], check:
 
 
 def scatter_receive(
-    connection: socket.socket, buffers: Iterable[memoryview], check: Callable[[], None]
+    connection: socket.socket, buffers: Sequence[memoryview], check: Callable[[], None]
 ) -> None:
-    """Fills all buffers, of bytes, in order; `check` is called between system calls and may raise.
+    """Fills all buffers, of bytes, in order; `check` is called before each system call and may raise.
 
     Raises TransferError: TIMEOUT when nothing came for the socket's bound, TRUNCATED when the stream ended.
     """
 
-    def receive(batch: list[memoryview]) -> int:
+    def receive(batch: Sequence[memoryview]) -> int:
         count, _, flags, _ = connection.recvmsg_into(batch, 0, socket.MSG_WAITALL)
         if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
             raise TransferError(TransferFault.TRUNCATED, "The data connection cut a message.")
@@ -49,13 +46,13 @@ def scatter_receive(
 
 
 def _drain(
-    buffers: Iterable[memoryview],
-    move: Callable[[list[memoryview]], int],
+    buffers: Sequence[memoryview],
+    move: Callable[[Sequence[memoryview]], int],
     check: Callable[[], None],
     stalled: str,
 ) -> None:
-    for batch in _batches(buffers):
-        left = batch
+    for begin in range(0, len(buffers), MAX_VECTORS):
+        left = _after(buffers[begin : begin + MAX_VECTORS], 0)
         while left:
             check()
             try:
@@ -70,24 +67,8 @@ def _drain(
             left = _after(left, moved)
 
 
-def _batches(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """Groups of non-empty buffers within MAX_VECTORS and (but for one large buffer) BATCH_BYTES."""
-    batch: list[memoryview] = []
-    size = 0
-    for buffer in buffers:
-        length = len(buffer)
-        if batch and (len(batch) == MAX_VECTORS or size + length > BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        if length:
-            batch.append(buffer)
-            size += length
-    if batch:
-        yield batch
-
-
-def _after(buffers: list[memoryview], moved: int) -> list[memoryview]:
-    """What is left of the buffers once `moved` bytes are gone."""
+def _after(buffers: Sequence[memoryview], moved: int) -> Sequence[memoryview]:
+    """What is left of the buffers once `moved` bytes are gone; nothing when the rest is empty."""
     for index, buffer in enumerate(buffers):
         if moved < len(buffer):
             return [buffer[moved:], *buffers[index + 1 :]]

@@ -81,7 +81,12 @@ class SimulatedCandidate:
         slo = self.slo
         planned = SloClass(_CLASS, slo.ttft_s, slo.tpot_s, slo.longest_gap_s)
         return Setup(
-            tuple(workers), RouterRules((planned,)), self._problem.workers.transfer(), allowance=allowance
+            tuple(workers),
+            RouterRules((planned,)),
+            self._problem.workers.transfer(),
+            allowance=allowance,
+            early=self._problem.workers.early(),
+            hops=self._problem.workers.hops(),
         )
 
     def _specs(self, role: SimRole, kind: WorkerKind, count: int, node: str) -> Iterator[WorkerSpec]:

@@ -130,13 +130,33 @@ class SearchSection(Section):
     processes: Annotated[int, Field(ge=0, le=256)] = 0
 
 
+Hop = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+
+
+class HopsSection(Section):
+    """What messages take, in seconds: of a request between its client and the router, there and back; one way
+    from the router to a worker; one way from a worker to the router.
+    """
+
+    front_door_s: Hop = 0.0
+    to_worker_s: Hop = 0.0
+    to_router_s: Hop = 0.0
+
+
 class FleetFile(Section):
-    """What plan.yaml and sim.yaml share: a model, and hardware that it runs on."""
+    """What plan.yaml and sim.yaml share: a model, and hardware that it runs on.
+
+    `hand_over_s` is what a hand-off takes beside its bytes, `ask_s` what each piece takes that moves before
+    the last one. KV of prompts of `overlap_min_tokens` or more moves while they are read; null: of none.
+    """
 
     model: str | ModelSection
     hardware: tuple[NodesSection, ...] = Field(min_length=1, max_length=16)
     network_gbps: Annotated[float, Field(gt=0, le=100_000)] = 25.0
     hand_over_s: Annotated[float, Field(ge=0, le=60)] = 0.0
+    ask_s: Hop = 0.0
+    hops: HopsSection = HopsSection()
+    overlap_min_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = None
     memory_use: Annotated[float, Field(gt=0, le=1)] = 0.9
     block_size: Literal[8, 16, 32, 64, 128] = 16
 

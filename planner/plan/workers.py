@@ -8,9 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from planner.latency import LatencyModel, TransferModel
+from planner.latency import LatencyModel
 from planner.placements.placement import WorkerKind
 from planner.plan.file import FleetFile, LatencySection, NodesSection
+from planner.simulation.setup import EarlyFetch, Hops
 from planner.step_times.correction import CorrectedRoofline
 from planner.step_times.distserve_fit import DistServeFit, FitCoefficients, read_fits
 from planner.step_times.hardware import Device, device_named
@@ -65,7 +66,19 @@ class PlannedWorkers:
         """Memory of one device."""
         return float(self._nodes[device].memory or self._devices[device].memory_bytes)
 
-    def transfer(self) -> TransferModel:
+    def early(self) -> EarlyFetch | None:
+        """KV that moves while prompts are read, as far as the file wants it."""
+        least = self._plan.overlap_min_tokens
+        if least is None:
+            return None
+        layer_bytes = self.model.kv_bytes_per_token * self._plan.block_size / self.model.layers
+        return EarlyFetch(least, self.model.layers, round(layer_bytes), self.transfer())
+
+    def hops(self) -> Hops:
+        """What messages take."""
+        return Hops(**self._plan.hops.model_dump())
+
+    def transfer(self) -> LinkTransfer:
         """KV moves at the slowest device's link inside a node, at the network's rate between nodes.
 
         Inside a node, what the profiles of all devices measured is taken for it where they did.
@@ -76,6 +89,7 @@ class PlannedWorkers:
             self._inside(),
             link_of_rate(self._plan.network_gbps * 1e9 / 8, _LINK_LATENCY_S),
             self._plan.hand_over_s,
+            self._plan.ask_s,
         )
 
     def _inside(self) -> LinkTable:

@@ -55,6 +55,8 @@ def setup_of(file: SimFile, folder: Path, keep_timeline: bool = False) -> Setup:
         faults,
         drive=Drive(file.drive),
         keep_timeline=keep_timeline,
+        early=workers.early(),
+        hops=workers.hops(),
     )
 
 

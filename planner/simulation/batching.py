@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.leg_bounds import check_pool, check_queue
 from engine.length_sums import LengthSums
 from planner.latency import PromptPart
-from tandem.errors import Overloaded, PromptTooLong
 from tandem.ids import LegId
 
 
@@ -28,6 +28,11 @@ class Limits:
     token_budget: int
     max_batch: int
     max_waiting: int
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that the pool holds."""
+        return self.pool_blocks * self.block_size
 
 
 @dataclass(slots=True, eq=False)
@@ -140,9 +145,8 @@ class Colocated:
 
     def add(self, leg_id: LegId, tokens: int, left: int) -> None:
         """See BatchPolicy."""
-        check_fits(tokens + left, self._limits)
-        if len(self._waiting) >= self._limits.max_waiting:
-            raise Overloaded(f"{self._limits.max_waiting} legs wait already", 1.0)
+        check_pool(tokens + left, self._limits.pool_tokens)
+        check_queue(len(self._waiting), self._limits.max_waiting)
         self._numbers += 1
         job = self._jobs[leg_id] = Job(leg_id, tokens, left, self._numbers)
         self._waiting.append(job)
@@ -275,10 +279,3 @@ class Colocated:
                 return self._ends[0]
             heapq.heappop(self._ends)
         return None
-
-
-def check_fits(tokens: int, limits: Limits) -> None:
-    """Raises PromptTooLong for a sequence that the whole pool could not hold."""
-    capacity = limits.pool_blocks * limits.block_size
-    if tokens > capacity:
-        raise PromptTooLong(f"{tokens} tokens are more than the {capacity} that this worker's pool holds")

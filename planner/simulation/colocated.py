@@ -9,8 +9,8 @@ from planner.simulation.batching import Batch, BatchPolicy, Colocated, Limits
 from planner.simulation.events import NEWS, STEP_BEGIN, STEP_END, EventQueue
 from planner.simulation.gap_log import GapLog
 from planner.simulation.mlfq import SkipJoinQueues
-from planner.simulation.router import LiveRequest, SimulatedRouter
 from planner.simulation.setup import WorkerSpec
+from planner.simulation.site import LiveRequest, News
 from planner.simulation.steps import Writing
 from planner.simulation.utilisation import Utilisation
 from router.leg import Leg
@@ -35,7 +35,7 @@ class ColocatedSite:
     """One life of a colocated worker."""
 
     def __init__(
-        self, key: WorkerKey, spec: WorkerSpec, events: EventQueue, router: SimulatedRouter, used: Utilisation
+        self, key: WorkerKey, spec: WorkerSpec, events: EventQueue, router: News, used: Utilisation
     ) -> None:
         """Raises ConfigError for an unknown policy."""
         if spec.policy not in POLICIES:
@@ -82,6 +82,10 @@ class ColocatedSite:
             self._known[leg.leg_id] = known
             self._shorten()
             self._kick()
+
+    def prefetch(self, live: LiveRequest, leg: Leg, source: WorkerKey, epoch: int) -> None:
+        """Raises ProtocolError: no KV is handed over to a colocated worker."""
+        raise ProtocolError("A colocated worker was asked to fetch KV.")
 
     def start_decode(self, live: LiveRequest, leg: Leg, source: WorkerKey) -> None:
         """Raises ProtocolError: no KV is handed over to a colocated worker."""

@@ -6,8 +6,8 @@ from engine.blocks import BlockPool
 from engine.leg import DroppedLeg, DropReason
 from planner.simulation.events import NEWS, EventQueue
 from planner.simulation.pull import Pull, Pulls
-from planner.simulation.router import LiveRequest, SimulatedRouter
 from planner.simulation.setup import WorkerSpec
+from planner.simulation.site import LiveRequest, News
 from planner.simulation.steps import DecodeSteps
 from planner.simulation.utilisation import Utilisation
 from router.leg import Leg
@@ -27,7 +27,7 @@ class DecodeSite:
         key: WorkerKey,
         spec: WorkerSpec,
         events: EventQueue,
-        router: SimulatedRouter,
+        router: News,
         pulls: Pulls,
         context_tokens: int,
         used: Utilisation,
@@ -44,7 +44,8 @@ class DecodeSite:
         self._events = events
         self._router = router
         self._pulls = pulls
-        self._sources: dict[LegId, WorkerKey] = {}
+        self._sources: dict[LegId, tuple[WorkerKey, int]] = {}
+        self._landed_early: set[LegId] = set()
         self._steps = DecodeSteps(
             self._scheduler,
             spec.latency,
@@ -54,6 +55,7 @@ class DecodeSite:
             stepwise,
             self._tell_tokens,
             self._stepped,
+            self._end_lost,
         )
 
     @property
@@ -71,33 +73,43 @@ class DecodeSite:
         raise ProtocolError("A decode worker was given a prompt.")
 
     def start_decode(self, live: LiveRequest, leg: Leg, source: WorkerKey) -> None:
-        """Queues a leg for its pull, or drops it."""
-        session = live.session
-        prompt_tokens = len(session.request.token_ids)
-        known = len(leg.token_ids) - prompt_tokens
-        decode = DecodeLeg(
-            leg.leg_id,
-            leg.token_ids,
-            prompt_tokens,
-            (SampleStart(0, tuple(session.samples[0].tokens[known:])),),
-            session.request.sampling,
-            session.request.priority,
-            session.rules.deadline_s,
-        )
+        """Queues a leg for its pull, or drops it; one that is fetched early goes on."""
+        leg_id, known = leg.leg_id, len(leg.token_ids) - len(live.session.request.token_ids)
+        decode = _decode_leg(live, leg, tuple(live.session.samples[0].tokens[known:]))
+        early = self._scheduler.fetched_early(leg_id)
+        self._steps.sync()
         try:
-            self._scheduler.add(decode, self._events.now_s)
+            if early:
+                self._go_on(decode)
+            else:
+                self._scheduler.add(decode, self._events.now_s)
         except Overloaded as error:
-            self._drop(leg.leg_id, DropReason.OVERLOADED, str(error))
+            self._drop(leg_id, DropReason.OVERLOADED, str(error))
         except TandemError as error:
-            self._drop(leg.leg_id, DropReason.TOO_LARGE, str(error))
+            self.cancel(leg_id)
+            self._drop(leg_id, DropReason.TOO_LARGE, str(error))
         else:
-            self._sources[leg.leg_id] = source
-            self._steps.sync()
+            if not early:
+                self._sources[leg_id] = (source, leg.epoch)
+            self._pull_what_fits()
+
+    def prefetch(self, live: LiveRequest, leg: Leg, source: WorkerKey, epoch: int) -> None:
+        """Queues the pull of a leg that is still being read, or says by an event that it does not."""
+        self._steps.sync()
+        try:
+            if self.draining:
+                raise Overloaded("The worker drains.", 1.0)
+            self._scheduler.prefetch(_decode_leg(live, leg, ()), self._events.now_s)
+        except TandemError:
+            self._events.at(self._events.now_s, NEWS, self._tell_lost, leg.leg_id)
+        else:
+            self._sources[leg.leg_id] = (source, epoch)
             self._pull_what_fits()
 
     def cancel(self, leg_id: LegId) -> None:
         """Stops a leg: its blocks come back within one step."""
         self._steps.sync()
+        self._landed_early.discard(leg_id)
         if self._scheduler.cancel(leg_id):
             self._pulls.cancel(leg_id)
             return
@@ -112,18 +124,23 @@ class DecodeSite:
         self._steps.tell(leg_id)
 
     def pull_ended(self, pull: Pull, landed: bool) -> None:
-        """A pull is over: its leg joins the batch, or is dropped."""
+        """A pull is over: its leg joins the batch once it is started, or is dropped."""
         leg_id = pull.leg_id
         self._sources.pop(leg_id, None)
         self._steps.sync()
-        if not landed:
-            self._scheduler.failed(leg_id)
-            self._drop(leg_id, DropReason.HANDOFF_FAILED, "The pull failed.")
-        else:
+        early, wanted = self._scheduler.fetched_early(leg_id), self._scheduler.holds(leg_id)
+        if landed:
             self._steps.shorten()
             if self._scheduler.landed(leg_id, self._events.now_s):
-                self._steps.joined(leg_id)
-                self._router.landed(self.key, leg_id, "simulated", 0)
+                self._joined(leg_id)
+            elif early:
+                self._landed_early.add(leg_id)
+        else:
+            self._scheduler.failed(leg_id)
+            if early:
+                self._tell_lost(leg_id)
+            elif wanted:
+                self._drop(leg_id, DropReason.HANDOFF_FAILED, "The pull failed.")
         self._pull_what_fits()
         self._steps.kick()
 
@@ -154,10 +171,30 @@ class DecodeSite:
         reservations = self._scheduler.reserve(self._events.now_s)
         for reservation in reservations:
             leg = self._scheduler.leg(reservation.leg_id)
-            source = self._sources[reservation.leg_id]
-            self._pulls.begin(self, reservation, source, self.spec.block_size, leg.deadline_s)
+            self._pulls.begin(self, reservation, self._sources[reservation.leg_id], leg.deadline_s)
         if reservations:
             self._steps.shorten_if_short()
+
+    def _go_on(self, leg: DecodeLeg) -> None:
+        """Starts a leg that is fetched early; when its KV is here it joins at once."""
+        self._steps.shorten()
+        if self._scheduler.start(leg):
+            self._landed_early.remove(leg.leg_id)
+            self._joined(leg.leg_id)
+            self._steps.kick()
+
+    def _joined(self, leg_id: LegId) -> None:
+        self._steps.joined(leg_id)
+        self._router.landed(self.key, leg_id, "simulated", 0)
+
+    def _end_lost(self) -> None:
+        """Ends the early fetches that the scheduler gave up."""
+        for lost in self._scheduler.take_lost():
+            self._landed_early.discard(lost.leg_id)
+            if lost.pulling:
+                self._pulls.cancel(lost.leg_id)
+            self._sources.pop(lost.leg_id, None)
+            self._tell_lost(lost.leg_id)
 
     def _tell_tokens(
         self, leg_id: LegId, upto: int, finish: FinishReason | None, pace: Pace | None, last_s: float
@@ -170,6 +207,7 @@ class DecodeSite:
         for drop in outcome.dropped:
             self._steps.forget(drop.leg_id)
             self._router.dropped(self.key, drop.leg_id, drop.reason, drop.message)
+        self._end_lost()
         self._pull_what_fits()
 
     def _drop(self, leg_id: LegId, reason: DropReason, message: str) -> None:
@@ -178,3 +216,21 @@ class DecodeSite:
     def _tell_drop(self, drop: DroppedLeg) -> None:
         if self.alive:
             self._router.dropped(self.key, drop.leg_id, drop.reason, drop.message)
+
+    def _tell_lost(self, leg_id: LegId) -> None:
+        if self.alive:
+            self._router.prefetch_lost(self.key, leg_id)
+
+
+def _decode_leg(live: LiveRequest, leg: Leg, tokens: tuple[int, ...]) -> DecodeLeg:
+    """What the worker is told of a leg; `tokens` are those of its sample that the prompt does not hold."""
+    request = live.session.request
+    return DecodeLeg(
+        leg.leg_id,
+        leg.token_ids,
+        len(request.token_ids),
+        (SampleStart(0, tokens),),
+        request.sampling,
+        request.priority,
+        live.session.rules.deadline_s,
+    )

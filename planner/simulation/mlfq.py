@@ -8,9 +8,9 @@ theirs and are read again (FastServe swaps them to host memory instead).
 
 from collections.abc import Sequence
 
+from engine.leg_bounds import check_pool, check_queue
 from planner.latency import PromptPart
-from planner.simulation.batching import Batch, Drawn, Job, Limits, check_fits
-from tandem.errors import Overloaded
+from planner.simulation.batching import Batch, Drawn, Job, Limits
 from tandem.ids import LegId
 
 FIRST_QUANTUM_TOKENS = 64
@@ -52,9 +52,8 @@ class SkipJoinQueues:
 
     def add(self, leg_id: LegId, tokens: int, left: int) -> None:
         """See BatchPolicy."""
-        check_fits(tokens + left, self._limits)
-        if len(self._jobs) >= self._limits.max_waiting:
-            raise Overloaded(f"{self._limits.max_waiting} legs are here already", 1.0)
+        check_pool(tokens + left, self._limits.pool_tokens)
+        check_queue(len(self._jobs), self._limits.max_waiting)
         self._numbers += 1
         self._jobs[leg_id] = Job(leg_id, tokens, left, self._numbers)
         level = 0

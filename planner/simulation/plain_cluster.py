@@ -8,7 +8,8 @@ tests/planner/test_plain.py holds both to the same records, byte for byte.
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from planner.simulation.events import NEWS, EventQueue
 from planner.simulation.plain_decode import PlainDecode
@@ -20,6 +21,7 @@ from planner.simulation.utilisation import Utilisation
 from planner.workloads.workload import SimRequest
 from router.admission import Admission, fit_context
 from router.dispatch import POLICIES, DecodeNeed, DispatchPolicy, PrefillNeed
+from router.placement import Windows, decode_blocks
 from router.prefix_index import PrefixIndex
 from router.timeline import Pace, SampleTimes, Timeline
 from router.worker_key import WorkerKey
@@ -35,7 +37,8 @@ def may_be_plain(setup: Setup) -> bool:
     roles = {spec.role for spec in setup.workers}
     cached = any(spec.prefix_cache for spec in setup.workers)
     disaggregated = roles == {SimRole.PREFILL, SimRole.DECODE}
-    return disaggregated and setup.drive is Drive.AUTO and not (cached or setup.faults)
+    whole = setup.early is None
+    return disaggregated and whole and setup.drive is Drive.AUTO and not (cached or setup.faults)
 
 
 class PlainCluster:
@@ -45,8 +48,11 @@ class PlainCluster:
         if setup.router.dispatch not in POLICIES:
             raise ConfigError(f"dispatch must be one of {', '.join(sorted(POLICIES))}.")
         self._rules = setup.router
+        self._windows = Windows(setup.router.prefill_window_tokens, setup.router.decode_window_legs)
         self._times = setup.times
         self._transfer = setup.transfer
+        self._hops = setup.hops
+        self._far = bool(setup.hops.to_worker_s or setup.hops.to_router_s)
         self._requests = iter(requests)
         self._events = EventQueue()
         self.records = Records(setup.router.slo_classes, setup.allowance)
@@ -87,9 +93,10 @@ class PlainCluster:
         asked = None if self.records.overdrawn else next(self._requests, None)
         if asked is None:
             return
-        if asked.at_s < self._events.now_s:
+        at_door_s = asked.at_s + self._hops.front_door_s
+        if at_door_s < self._events.now_s:
             raise InvalidRequest(f"Request {asked.number} comes before an earlier one.", "workload")
-        self._events.at(asked.at_s, NEWS, self._arrive, asked)
+        self._events.at(at_door_s, NEWS, self._arrive, asked)
 
     def _arrive(self, asked: SimRequest) -> None:
         self._next_arrival()
@@ -107,22 +114,19 @@ class PlainCluster:
             return
         self._under_way += 1
         self._made += 1
-        timeline = Timeline(now_s, [SampleTimes()])
+        timeline = Timeline(asked.at_s, [SampleTimes()])
         leg_id = LegId(str(self._made))
-        self._waiting.append(PlainRequest(asked, leg_id, timeline, now_s + self._rules.request_timeout_s))
+        deadline_s = asked.at_s + self._rules.request_timeout_s
+        self._waiting.append(PlainRequest(asked, asked.prompt_tokens, leg_id, timeline, deadline_s))
         self._pump()
 
     def _pump(self) -> None:
         """Sends waiting requests to workers as long as there is room."""
-        window = self._rules.prefill_window_tokens
         while self._waiting and self._admission.may_start:
             request = self._waiting[0]
-            tokens = request.asked.prompt_tokens
-            views = []
-            for site in self._prefills.values():
-                load = site.load
-                if not load.prefilling_legs or load.prefilling_tokens + tokens <= window:
-                    views.append(load.view())
+            tokens = request.tokens
+            let_read = self._windows.let_read
+            views = [site.load.view() for site in self._prefills.values() if let_read(site.load, tokens)]
             if not views:
                 break
             key = views[0].key
@@ -133,25 +137,40 @@ class PlainCluster:
             site.load.prefill_sent(request.leg_id, tokens)
             self._admission.started()
             request.timeline.prefill_sent(key.worker_id, self._events.now_s)
-            site.add(request)
+            self._hop(self._hops.to_worker_s, site.add, request)
         self._pump_decode()
 
     def _pump_decode(self) -> None:
-        window = max(1, self._rules.decode_window_legs)
         while self._offered:
-            views = [site.load.view() for site in self._decodes.values() if site.load.fetching_legs < window]
+            let_fetch = self._windows.let_fetch
+            views = [site.load.view() for site in self._decodes.values() if let_fetch(site.load)]
             if not views:
                 return
             request = heapq.heappop(self._offered)[2]
-            blocks = request.asked.prompt_tokens // self._block_size + 1
+            blocks = decode_blocks(request.tokens, 1, self._block_size)
             key = views[0].key
             if len(views) > 1:
                 key = self._policy.decode(DecodeNeed(blocks, 1, ()), views)
             site = self._decodes[key]
             site.load.decode_sent(request.leg_id, blocks, 1)
-            site.add(request)
+            self._hop(self._hops.to_worker_s, site.add, request)
+
+    def _hop(self, takes_s: float, heard: Callable[[Any], None], message: Any) -> None:
+        """A message between the router and a worker; at once when hops take no time."""
+        if self._far:
+            self._events.at(self._events.now_s + takes_s, NEWS, heard, message)
+        else:
+            heard(message)
 
     def _prompts_read(self, site: PlainPrefill, read: list[PlainRequest]) -> None:
+        for request in read:
+            if request.asked.output_tokens > 1:
+                request.offered_s = self._events.now_s
+                self._parked_at[request.leg_id] = site
+        self._hop(self._hops.to_router_s, self._first_tokens, (site, read))
+
+    def _first_tokens(self, told: tuple[PlainPrefill, list[PlainRequest]]) -> None:
+        site, read = told
         now_s = self._events.now_s
         for request in read:
             request.timeline.emitted(0, 1, now_s)
@@ -160,8 +179,6 @@ class PlainCluster:
         for request in read:
             if request.asked.output_tokens > 1:
                 site.load.forget(request.leg_id)
-                request.offered_s = now_s
-                self._parked_at[request.leg_id] = site
                 self._offers += 1
                 heapq.heappush(self._offered, (request.deadline_s, self._offers, request))
                 self._pump()
@@ -179,12 +196,22 @@ class PlainCluster:
         puller, request = moved
         self._parked_at.pop(request.leg_id).release(request)
         puller.landed(request)
+        self._hop(self._hops.to_router_s, self._landed, (puller, request))
+        puller.after_landing()
+
+    def _landed(self, landed: tuple[PlainDecode, PlainRequest]) -> None:
+        puller, request = landed
         request.timeline.landed(puller.spec.worker_id, "simulated", 0, self._events.now_s)
         puller.load.landed(request.leg_id)
         self._pump_decode()
-        puller.after_landing()
 
     def _written(self, site: PlainDecode, request: PlainRequest, pace: Pace) -> None:
+        if self._far:
+            pace = Pace(pace.first_s + self._hops.to_router_s, pace.longest_gap_s)
+        self._hop(self._hops.to_router_s, self._last_tokens, (site, request, pace))
+
+    def _last_tokens(self, told: tuple[PlainDecode, PlainRequest, Pace]) -> None:
+        site, request, pace = told
         request.timeline.emitted(0, request.asked.output_tokens - 1, self._events.now_s, pace)
         self._close(site.load, request)
 

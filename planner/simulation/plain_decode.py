@@ -1,17 +1,20 @@
-"""Pure: a decode worker of the plain course: DecodeScheduler's rules, blocks counted instead of named."""
+"""Pure: a decode worker of the plain course: the live rule of room, blocks counted instead of named."""
 
 import heapq
 from collections import deque
 from collections.abc import Callable
 
+from decode_worker.room import RoomRules
+from engine.leg_bounds import check_pool, check_queue
 from engine.length_sums import LengthSums
 from planner.simulation.events import STEP_BEGIN, STEP_END, EventQueue
-from planner.simulation.gap_log import GapLog
 from planner.simulation.plain_request import NotPlainError, PlainRequest
+from planner.simulation.run_clock import RunClock
 from planner.simulation.setup import WorkerSpec
 from planner.simulation.utilisation import Utilisation
 from router.timeline import Pace
 from router.worker_load import ReportedLoad, WorkerLoad
+from tandem.errors import TandemError
 
 
 class PlainDecode:
@@ -36,6 +39,7 @@ class PlainDecode:
         self._pull = pull
         self._on_written = on_written
         self._size = spec.block_size
+        self._room = RoomRules(spec.max_batch)
         self._free = spec.pool_blocks
         self._waiting: deque[PlainRequest] = deque()
         self._pulling = 0
@@ -43,28 +47,20 @@ class PlainDecode:
         self._sums = LengthSums(spec.block_size)
         self._ends: list[tuple[int, int, PlainRequest]] = []
         self._numbers = 0
-        self._gaps = GapLog()
+        self._clock = RunClock(spec.latency)
         self._busy = False
         self._beginning: list[PlainRequest] = []
         self._runs = 0
-        self._run_batch = 0
-        self._run_context = 0
         self._run_steps = 0
-        self._ends_after = 0
-        self._taken = 0
-        # The step of the run whose end was asked for last, and that end.
-        self._ahead = 0
-        self._ahead_s = 0.0
-        self._start_s = 0.0
-        self._last_end_s = 0.0
 
     def add(self, request: PlainRequest) -> None:
         """Queues a leg for its pull. Raises NotPlainError when the worker would refuse it."""
         spec = self.spec
-        if request.asked.prompt_tokens + 1 > spec.pool_blocks * self._size:
-            raise NotPlainError
-        if len(self._waiting) >= spec.max_waiting:
-            raise NotPlainError
+        try:
+            check_pool(request.tokens + 1, spec.pool_blocks * self._size)
+            check_queue(len(self._waiting), spec.max_waiting)
+        except TandemError as error:
+            raise NotPlainError from error
         self._numbers += 1
         request.number = self._numbers
         self._waiting.append(request)
@@ -73,8 +69,7 @@ class PlainDecode:
     def landed(self, request: PlainRequest) -> None:
         """Its KV is here: it joins the batch at the next step."""
         self._sync()
-        if self._run_batch and self._ends_after > self._taken + 1:
-            self._end_after(self._taken + 1)
+        self._shorten()
         self._pulling -= 1
         self._joining.append(request)
 
@@ -84,8 +79,8 @@ class PlainDecode:
         self.kick()
 
     def kick(self) -> None:
-        """Begins a step, once all news of this instant is heard, if none is under way."""
-        if not self._busy:
+        """Begins a step, once all news of this instant is heard, if there is one to begin."""
+        if not self._busy and (self._joining or self._sums.count):
             self._busy = True
             self._events.at(self._events.now_s, STEP_BEGIN, self._begin, None)
 
@@ -104,9 +99,9 @@ class PlainDecode:
         while self._waiting:
             request = self._waiting[0]
             ahead = self._sums.count + len(self._joining) + self._pulling
-            if ahead >= self.spec.max_batch:
+            needed = self._room.blocks_needed(request.blocks, 1, ahead)
+            if needed is None:
                 break
-            needed = request.blocks + (ahead + 1 if ahead else 0)
             # As long as blocks abound, nobody needs to know how far the run in flight has come.
             if needed + self._most_growth() > self._free:
                 self._sync()
@@ -117,15 +112,20 @@ class PlainDecode:
             self._free -= request.blocks
             self._pulling += 1
             self._pull(self, request)
-        if taken and self._run_batch:
-            left = self._run_steps - self._taken
-            short = self._sums.growth(left) > self._free + self._sums.growth_next()
-            if short and self._ends_after > self._taken + 1:
-                self._end_after(self._taken + 1)
+        if taken and self._clock.batch:
+            left = self._run_steps - self._clock.taken
+            if self._sums.growth(left) > self._free + self._sums.growth_next():
+                self._shorten()
+
+    def _shorten(self) -> None:
+        """The run in flight ends with the step in flight, because the batch is to change."""
+        clock = self._clock
+        if clock.batch and clock.ends_after > clock.taken + 1:
+            self._end_after(clock.taken + 1)
 
     def _most_growth(self) -> int:
         """No fewer blocks than the run in flight may still need."""
-        return (self._run_steps // self._size + 1) * self._run_batch
+        return (self._run_steps // self._size + 1) * self._clock.batch
 
     def _begin(self, _: None) -> None:
         for request in self._joining:
@@ -142,45 +142,38 @@ class PlainDecode:
         if steps == 0:
             raise NotPlainError
         self._free -= self._sums.growth_next()
-        self._start_s = self._events.now_s
-        self._taken = self._ahead = 0
-        self._run_batch, self._run_context, self._run_steps = (
-            self._sums.count,
-            self._sums.context_tokens,
-            steps,
-        )
+        self._run_steps = steps
+        self._clock.begin(self._events.now_s, self._sums.count, self._sums.context_tokens)
         self._end_after(steps)
 
     def _end_after(self, steps: int) -> None:
         self._runs += 1
-        self._ends_after = steps
-        end_s = self._ahead_s if steps == self._ahead else self._end_of(steps)
-        self._events.at(end_s, STEP_END, self._run_ended, self._runs)
+        self._events.at(self._clock.end_after(steps), STEP_END, self._run_ended, self._runs)
 
     def _run_ended(self, run: int) -> None:
-        if run == self._runs and self._run_batch:
-            self._finish(self._ends_after)
+        if run == self._runs and self._clock.batch:
+            self._finish(self._clock.ends_after)
 
     def _sync(self) -> None:
         """Counts the steps of the run in flight that are over."""
-        if not self._run_batch:
+        if not self._clock.batch:
             return
-        taken, end_s = self._taken_by_now()
-        if taken == self._taken:
+        taken, end_s = self._clock.taken_by_now(self._events.now_s)
+        if taken == self._clock.taken:
             return
         if end_s == self._events.now_s:
             self._finish(taken)
-            return
-        self._note(taken, end_s)
+        else:
+            self._note(taken, end_s)
 
     def _finish(self, taken: int) -> None:
         """The run is over after so many steps, the last of which ends now."""
-        whole = taken == self._ends_after
-        now_s = self._events.now_s
+        clock, now_s = self._clock, self._events.now_s
+        whole = taken == clock.ends_after
         self._note(taken, now_s)
         self._free += self._sums.growth_next()
-        self._used.step(self._start_s, now_s - self._start_s, 0, self._run_batch, taken)
-        self._run_batch = 0
+        self._used.step(clock.start_s, now_s - clock.start_s, 0, clock.batch, taken)
+        clock.batch = 0
         self._busy = False
         ended: list[PlainRequest] = []
         while self._ends and self._ends[0][0] == self._sums.clock:
@@ -188,10 +181,9 @@ class PlainDecode:
         for request in ended:
             self._leave(request)
         for request in ended:
-            pace = Pace(request.first_s, self._gaps.longest_s(request.first_step + 1))
-            self._on_written(self, request, pace)
+            self._on_written(self, request, clock.pace(request.first_step, request.first_s))
         if not self._sums.count and not self._joining:
-            self._gaps.clear()
+            clock.forget_gaps()
         if whole:
             self._pull_what_fits()
         self.kick()
@@ -203,40 +195,10 @@ class PlainDecode:
 
     def _note(self, taken: int, end_s: float) -> None:
         """Steps of the run up to the `taken`th, which ended then, are over; the next one has its blocks."""
-        clock, batch = self._sums.clock, self._run_batch
-        if self._taken == 0 and (self._beginning or self._start_s > self._last_end_s):
-            first_s = end_s if taken == 1 else self._end_of(1)
-            self._gaps.note(clock + 1, first_s - self._last_end_s)
+        first_step, steps = self._clock.steps + 1, taken - self._clock.taken
+        first_s = self._clock.note(taken, end_s, bool(self._beginning))
+        if first_s is not None:
             for request in self._beginning:
-                request.first_step, request.first_s = clock + 1, first_s
-        steps = taken - self._taken
+                request.first_step, request.first_s = first_step, first_s
         self._free -= self._sums.growth(steps + 1) - self._sums.growth_next()
         self._sums.take(steps)
-        longest_s = end_s - max(self._last_end_s, self._start_s)
-        if steps > 1:
-            context = self._run_context + (taken - 1) * batch
-            longest_s = self.spec.latency.decode_run_s(batch, context, 1)
-        self._gaps.note(self._sums.clock, longest_s)
-        self._taken = taken
-        self._last_end_s = end_s
-
-    def _end_of(self, step: int) -> float:
-        return self._start_s + self.spec.latency.decode_run_s(self._run_batch, self._run_context, step)
-
-    def _taken_by_now(self) -> tuple[int, float]:
-        """Steps of the run that are over, and when the last of them ended."""
-        now_s = self._events.now_s
-        guess = self.spec.latency.decode_steps_within(
-            self._run_batch, self._run_context, now_s - self._start_s
-        )
-        taken = max(self._taken, min(guess, self._ends_after - 1))
-        end_s = self._end_of(taken)
-        while taken > self._taken and end_s > now_s:
-            taken -= 1
-            end_s = self._end_of(taken)
-        while taken + 1 < self._ends_after:
-            self._ahead, self._ahead_s = taken + 1, self._end_of(taken + 1)
-            if self._ahead_s > now_s:
-                break
-            taken, end_s = self._ahead, self._ahead_s
-        return taken, end_s

@@ -1,16 +1,16 @@
-"""Pure: a prefill worker of the plain course: PrefillScheduler's rules, blocks counted instead of named."""
+"""Pure: a prefill worker of the plain course: the live rules of reading, blocks counted instead of named."""
 
 from collections.abc import Callable
 
+from engine.leg_bounds import check_pool, check_queue
 from planner.latency import PromptPart, StepShape
 from planner.simulation.events import NEWS, STEP_BEGIN, STEP_END, EventQueue
 from planner.simulation.plain_request import NotPlainError, PlainRequest
 from planner.simulation.setup import WorkerSpec
 from planner.simulation.utilisation import Utilisation
+from prefill_worker.reading_order import ReadingRules
 from router.worker_load import ReportedLoad, WorkerLoad
-
-MAX_PARKED_FRACTION = 0.9
-MAX_PASSED_BY = 8
+from tandem.errors import TandemError
 
 Outcome = Callable[["PlainPrefill", list[PlainRequest]], None]
 """Told the requests whose prompts are read, in order."""
@@ -24,6 +24,7 @@ class PlainPrefill:
     ) -> None:
         self.spec = spec
         self.load = load
+        self._rules = ReadingRules.of_pool(spec.pool_blocks, spec.token_budget, spec.whole_prompts)
         self._events = events
         self._used = used
         self._on_read = on_read
@@ -36,9 +37,12 @@ class PlainPrefill:
     def add(self, request: PlainRequest) -> None:
         """Queues a prompt. Raises NotPlainError when the worker would refuse it."""
         size = self.spec.block_size
-        request.blocks = -(-request.asked.prompt_tokens // size)
-        if request.blocks > self.spec.pool_blocks or len(self._waiting) >= self.spec.max_waiting:
-            raise NotPlainError
+        request.blocks = -(-request.tokens // size)
+        try:
+            check_pool(request.tokens, self.spec.pool_blocks * size)
+            check_queue(len(self._waiting), self.spec.max_waiting)
+        except TandemError as error:
+            raise NotPlainError from error
         self._waiting.append(request)
         self.kick()
 
@@ -49,8 +53,8 @@ class PlainPrefill:
         self.kick()
 
     def kick(self) -> None:
-        """Begins a step, once all news of this instant is heard, if none is under way."""
-        if not self._busy:
+        """Begins a step, once all news of this instant is heard, if there is one to begin."""
+        if not self._busy and (self._waiting or self._running):
             self._busy = True
             self._events.at(self._events.now_s, STEP_BEGIN, self._begin, None)
 
@@ -58,7 +62,7 @@ class PlainPrefill:
         """What its load message says."""
         ahead = [*self._waiting, *self._running]
         return ReportedLoad(
-            waiting_prefill_tokens=sum([r.asked.prompt_tokens - r.computed for r in ahead]),
+            waiting_prefill_tokens=sum([request.tokens - request.computed for request in ahead]),
             waiting_legs=len(self._waiting),
             running_sequences=len(self._running),
             total_blocks=self.spec.pool_blocks,
@@ -66,38 +70,23 @@ class PlainPrefill:
         )
 
     def _begin(self, _: None) -> None:
-        budget = self.spec.token_budget
-        flying: list[PlainRequest] = []
-        parts: list[PromptPart] = []
-        waiting_runs = iter(self._running.copy())
-        while budget > 0:
-            room = budget if flying and self.spec.whole_prompts else None
-            request = next(waiting_runs, None) or self._start_next(room)
-            if request is None:
-                break
-            tokens = request.asked.prompt_tokens - request.computed
-            if not self.spec.whole_prompts:
-                tokens = min(budget, tokens)
-            request.slice_tokens = tokens
-            budget -= tokens
-            parts.append(PromptPart(tokens, request.computed))
-            flying.append(request)
+        flying = self._rules.fill_step(self._running.copy(), self._start_next)
         if not flying:
             self._busy = False
             return
-        shape = StepShape(tuple(parts))
+        shape = StepShape(tuple([PromptPart(tokens, request.computed) for request, tokens in flying]))
         took_s = self.spec.latency.stage_s(shape)
         lag_s = self.spec.latency.step_s(shape) - took_s
         now_s = self._events.now_s
-        self._used.step(now_s, took_s, self.spec.token_budget - budget, 0)
+        self._used.step(now_s, took_s, sum([tokens for _, tokens in flying]), 0)
         self._events.at(now_s + took_s, STEP_END, self._ended, (flying, lag_s))
 
-    def _ended(self, ended: tuple[list[PlainRequest], float]) -> None:
+    def _ended(self, ended: tuple[list[tuple[PlainRequest, int]], float]) -> None:
         flying, lag_s = ended
         read: list[PlainRequest] = []
-        for request in flying:
-            request.computed += request.slice_tokens
-            if request.computed == request.asked.prompt_tokens:
+        for request, tokens in flying:
+            request.computed += tokens
+            if request.computed == request.tokens:
                 self._running.remove(request)
                 read.append(request)
                 if request.asked.output_tokens == 1:
@@ -116,19 +105,14 @@ class PlainPrefill:
             self._on_read(self, read)
 
     def _start_next(self, room: int | None) -> PlainRequest | None:
-        """The first waiting prompt whose blocks can be had, unless one ahead was passed by too often."""
-        if self._parked_blocks > MAX_PARKED_FRACTION * self.spec.pool_blocks:
-            return None
-        for place, request in enumerate(self._waiting):
-            if room is not None and request.asked.prompt_tokens > room:
-                return None
-            if request.blocks <= self._free:
-                for ahead in self._waiting[:place]:
-                    ahead.passed_by += 1
-                self._free -= request.blocks
-                del self._waiting[place]
-                self._running.append(request)
-                return request
-            if request.passed_by >= MAX_PASSED_BY or place + 1 > MAX_PASSED_BY:
-                return None
-        return None
+        request = self._rules.next_to_start(self._waiting, self._parked_blocks, room, self._take_blocks)
+        if request is not None:
+            self._waiting.remove(request)
+            self._running.append(request)
+        return request
+
+    def _take_blocks(self, request: PlainRequest) -> bool:
+        if request.blocks > self._free:
+            return False
+        self._free -= request.blocks
+        return True

@@ -13,16 +13,17 @@ class NotPlainError(Exception):
 
 @dataclass(slots=True, eq=False)
 class PlainRequest:
-    """`number` is its place among those at its worker; the clocks and steps are its decode worker's."""
+    """`tokens` are those of its prompt, of which `computed` are read. `number` is its place among those at
+    its worker; the clocks and steps are its decode worker's.
+    """
 
     asked: SimRequest
+    tokens: int
     leg_id: LegId
     timeline: Timeline
     deadline_s: float
-    started: bool = False
     number: int = 0
     computed: int = 0
-    slice_tokens: int = 0
     passed_by: int = 0
     blocks: int = 0
     offered_s: float = 0.0

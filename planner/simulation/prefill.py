@@ -1,36 +1,27 @@
 """Pure: a simulated prefill worker: the live scheduler and hand-off sources, steps timed by a model."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from decode_worker.grown_tokens import TOKEN
 from engine.blocks import BlockPool
 from engine.leg import DroppedLeg, DropReason
 from engine.step import SampledToken, StepPlan, StepResult
-from kvtransfer.contract import HandoffKey
+from kvtransfer.contract import HandoffKey, KvReady
 from kvtransfer.handoffs.source_protocol import SourceHandoff, SourceInput
 from kvtransfer.handoffs.words import ReleaseReason, SourceTimes
 from planner.latency import PromptPart, StepShape, total_tokens
 from planner.simulation.events import NEWS, STEP_BEGIN, STEP_END, EventQueue
-from planner.simulation.router import LiveRequest, SimulatedRouter
-from planner.simulation.setup import WorkerSpec
+from planner.simulation.offer import Offer
+from planner.simulation.setup import EarlyFetch, WorkerSpec
+from planner.simulation.site import LiveRequest, News
 from planner.simulation.utilisation import Utilisation
-from prefill_worker.prefill_leg import PrefillLeg, PrefillOutcome
+from prefill_worker.prefill_leg import OfferedLeg, PrefillLeg, PrefillOutcome
 from prefill_worker.scheduler import PrefillScheduler
 from router.leg import Leg
 from router.worker_key import WorkerKey
 from router.worker_load import ReportedLoad
 from tandem.errors import Overloaded, ProtocolError, TandemError
 from tandem.ids import LegId
-
-OFFER_EPOCH = 1
-
-
-@dataclass(slots=True, eq=False)
-class Offer:
-    """A leg's parked KV."""
-
-    source: SourceHandoff
-    tokens: int
 
 
 class PrefillSite:
@@ -41,11 +32,14 @@ class PrefillSite:
         key: WorkerKey,
         spec: WorkerSpec,
         events: EventQueue,
-        router: SimulatedRouter,
+        router: News,
         times: SourceTimes,
         context_tokens: int,
         used: Utilisation,
+        early: EarlyFetch | None,
+        on_grown: Callable[[LegId], None],
     ) -> None:
+        """`on_grown` is told when more of an offer is ready, or will be as the step goes on."""
         self.key = key
         self.spec = spec
         self.alive = True
@@ -59,10 +53,13 @@ class PrefillSite:
             context_tokens=context_tokens,
             eos_ids=(),
             whole_prompts=spec.whole_prompts,
+            overlap_min_tokens=None if early is None else early.min_tokens,
         )
+        self._on_grown = on_grown
         self._events = events
         self._router = router
         self._times = times
+        self._layers = 1 if early is None else early.layers
         self._used = used
         self._busy = False
 
@@ -91,6 +88,10 @@ class PrefillSite:
             self._drop(leg.leg_id, DropReason.TOO_LARGE, str(error))
         self.kick()
 
+    def prefetch(self, live: LiveRequest, leg: Leg, source: WorkerKey, epoch: int) -> None:
+        """Raises ProtocolError: a prefill worker fetches no KV."""
+        raise ProtocolError("A prefill worker was asked to fetch KV.")
+
     def start_decode(self, live: LiveRequest, leg: Leg, source: WorkerKey) -> None:
         """Raises ProtocolError: a prefill worker takes no such leg."""
         raise ProtocolError("A prefill worker was given a leg to decode.")
@@ -98,9 +99,13 @@ class PrefillSite:
     def cancel(self, leg_id: LegId) -> None:
         """Stops a leg: its blocks come back within one step, or at the fence when a pull is under way."""
         if self._scheduler.cancel(leg_id):
-            offer = self.offers[leg_id]
-            offer.source.end(SourceInput.WITHDRAW, self._events.now_s)
-            self.settle(leg_id)
+            offer = self.offers.get(leg_id)
+            if offer is None:
+                # Read, and not offered yet: the last stage of a pipeline still has it.
+                self._scheduler.release(leg_id)
+            else:
+                offer.source.end(SourceInput.WITHDRAW, self._events.now_s)
+                self.settle(leg_id)
         self.kick()
 
     def kick(self) -> None:
@@ -110,7 +115,10 @@ class PrefillSite:
             self._events.at(self._events.now_s, STEP_BEGIN, self._begin_step, None)
 
     def settle(self, leg_id: LegId) -> None:
-        """Frees a parked leg whose hand-off says so, else looks again at its next deadline."""
+        """Frees the blocks of an offer whose hand-off says so, else looks again at its next deadline.
+
+        A leg that is still being read goes on.
+        """
         offer = self.offers.get(leg_id)
         if offer is None:
             return
@@ -121,13 +129,15 @@ class PrefillSite:
         del self.offers[leg_id]
         committed = offer.source.reason is ReleaseReason.COMMITTED
         self._scheduler.release(leg_id, committed)
-        if not committed:
+        if not committed and not self._scheduler.holds(leg_id):
             self._router.dropped(self.key, leg_id, DropReason.OFFER_EXPIRED, "The offer ended.")
         self.kick()
 
     def watch(self, leg_id: LegId) -> None:
-        """Looks at the hand-off when its next deadline has come."""
-        self._events.at(self.offers[leg_id].source.next_deadline_s, NEWS, self._offer_due, leg_id)
+        """Looks at the hand-off when its next deadline has come; unknown ones are ignored."""
+        offer = self.offers.get(leg_id)
+        if offer is not None:
+            self._events.at(offer.source.next_deadline_s, NEWS, self._offer_due, leg_id)
 
     def load(self) -> ReportedLoad:
         """What its load message says."""
@@ -163,9 +173,14 @@ class PrefillSite:
         if plan is None:
             self._busy = False
             return
+        for opened in self._scheduler.take_opened():
+            self._offer(opened)
         shape = StepShape(tuple([PromptPart(len(part.token_ids), part.start) for part in plan.slices]))
         took_s = self.spec.latency.stage_s(shape)
         lag_s = self.spec.latency.step_s(shape) - took_s
+        for finishing in self._scheduler.finishing():
+            self.offers[finishing.leg_id].last_step = (self._events.now_s, took_s + lag_s)
+            self._on_grown(finishing.leg_id)
         self._used.step(self._events.now_s, took_s, total_tokens(shape.prompts), 0)
         self._events.at(self._events.now_s + took_s, STEP_END, self._step_ended, (plan, took_s, lag_s))
 
@@ -208,19 +223,44 @@ class PrefillSite:
             self._router.tokens(self.key, token.leg_id, token.output_index + 1, token.finish, None, now_s)
         for drop in outcome.dropped:
             self._router.dropped(self.key, drop.leg_id, drop.reason, drop.message)
+        for grown in outcome.grown:
+            offer = self.offers.get(grown.leg_id)
+            if offer is not None:
+                offer.grow(grown.ready_blocks, offer.ready.layers, now_s)
+                self._on_grown(grown.leg_id)
         for offered in outcome.offered:
-            if not self._scheduler.holds(offered.leg_id):
-                continue
-            source = SourceHandoff(HandoffKey(offered.leg_id, OFFER_EPOCH), self._times, now_s)
-            self.offers[offered.leg_id] = Offer(source, offered.kv_tokens)
-            self._events.at(source.next_deadline_s, NEWS, self._offer_due, offered.leg_id)
-            self._router.offered(self.key, offered.leg_id, OFFER_EPOCH, offered.cached_tokens)
+            self._offer(offered)
+
+    def _offer(self, offered: OfferedLeg) -> None:
+        """Lets the KV be pulled, as far as it is there, and tells the router."""
+        leg_id, now_s = offered.leg_id, self._events.now_s
+        if offered.stands:
+            offer = self.offers.get(leg_id)
+            if offer is not None:
+                offer.whole(now_s)
+                self._on_grown(leg_id)
+        elif not self._scheduler.holds(leg_id):
+            return
+        else:
+            source = SourceHandoff(HandoffKey(leg_id, offered.epoch), self._times, now_s)
+            blocks = len(offered.blocks)
+            layers = 0 if offered.growing else self._layers
+            ready = KvReady(offered.ready_blocks, layers)
+            self.offers[leg_id] = Offer(source, offered.kv_tokens, blocks, self._layers, ready)
+            self._events.at(source.next_deadline_s, NEWS, self._offer_due, leg_id)
+        if offered.growing:
+            self._router.growing(self.key, leg_id, offered.epoch)
+        else:
+            self._router.offered(self.key, leg_id, offered.epoch, offered.cached_tokens)
 
     def _offer_due(self, leg_id: LegId) -> None:
         offer = self.offers.get(leg_id)
-        if offer is not None and self.alive:
-            offer.source.tick(self._events.now_s)
-            self.settle(leg_id)
+        if offer is None or not self.alive:
+            return
+        offer.source.tick(self._events.now_s)
+        self.settle(leg_id)
+        if leg_id in self.offers and not offer.source.state.terminal:
+            self.watch(leg_id)
 
     def _drop(self, leg_id: LegId, reason: DropReason, message: str) -> None:
         self._events.at(self._events.now_s, NEWS, self._tell_drop, DroppedLeg(leg_id, reason, message))

@@ -1,17 +1,21 @@
 """Pure: the simulated pulls of KV: both live hand-off protocols, moves timed by a model, failures as told."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from decode_worker.decode_leg import Reservation
-from kvtransfer.contract import HandoffKey, PeerId
+from kvtransfer.contract import BlockRange, HandoffKey, KvReady, PeerId
+from kvtransfer.handoffs.pieces import complete, next_piece, remainder
 from kvtransfer.handoffs.sink_protocol import SinkHandoff
 from kvtransfer.handoffs.words import HandoffState, SinkTimes
 from planner.latency import TransferModel
 from planner.simulation.events import NEWS, EventQueue
-from planner.simulation.prefill import OFFER_EPOCH, Offer, PrefillSite
+from planner.simulation.offer import Offer
+from planner.simulation.prefill import PrefillSite
+from planner.simulation.setup import EarlyFetch, WorkerSpec
 from router.worker_key import WorkerKey
 from tandem.ids import LegId, WorkerId
 
@@ -36,7 +40,10 @@ class Puller(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Pull:
-    """One pull under way; `number` counts its attempts, over all pulls."""
+    """One pull under way; `number` counts what is asked for, over all pulls.
+
+    `whole` is all that is wanted, `wanted` what is left of it, `piece` what moves now.
+    """
 
     puller: Puller
     reservation: Reservation
@@ -44,9 +51,12 @@ class Pull:
     source: PrefillSite | None
     offer: Offer | None
     sink: SinkHandoff
-    tokens: int
+    whole: BlockRange
+    wanted: BlockRange
+    piece: BlockRange | None = None
     number: int = 0
-    attempts: int = 0
+    failures: int = 0
+    waiting: bool = False
     sending: bool = False
     over: bool = False
 
@@ -65,7 +75,12 @@ class Pulls:
         transfer: TransferModel,
         sources: Callable[[WorkerKey], PrefillSite | None],
         attempts: int,
+        lease_s: float,
+        early: EarlyFetch | None,
     ) -> None:
+        """A pull that fails is tried over `attempts` transports; a lease lasts `lease_s`."""
+        self._lease_s = lease_s
+        self._early = early
         self._events = events
         self._transfer = transfer
         self._sources = sources
@@ -85,20 +100,27 @@ class Pulls:
         self,
         puller: Puller,
         reservation: Reservation,
-        source_key: WorkerKey,
-        block_size: int,
+        offered_by: tuple[WorkerKey, int],
         deadline_s: float,
     ) -> None:
-        """Asks the source for the reserved blocks and moves them; the puller hears how it ended."""
+        """Asks who made the offer, with its epoch, for the reserved blocks; the puller hears of the end."""
+        source_key, epoch = offered_by
+        key = HandoffKey(reservation.leg_id, epoch)
         source = self._sources(source_key)
-        offer = None if source is None else source.offers.get(reservation.leg_id)
-        sink = SinkHandoff(HandoffKey(reservation.leg_id, OFFER_EPOCH), SinkTimes(), deadline_s)
-        tokens = len(reservation.target_blocks) * block_size
-        if offer is not None:
-            tokens = min(tokens, max(0, offer.tokens - reservation.first_block * block_size))
-        pull = Pull(puller, reservation, source_key, source, offer, sink, tokens)
-        self._under_way[reservation.leg_id] = pull
+        offer = None if source is None else source.offers.get(key.leg_id)
+        if offer is not None and offer.source.key != key:
+            offer = None
+        whole = BlockRange(reservation.first_block, len(reservation.target_blocks))
+        sink = SinkHandoff(key, SinkTimes(), deadline_s)
+        pull = Pull(puller, reservation, source_key, source, offer, sink, whole, whole)
+        self._under_way[key.leg_id] = pull
         self._attempt(pull)
+
+    def grew(self, leg_id: LegId) -> None:
+        """More of a growing offer is ready, or will be as a step goes on."""
+        pull = self._under_way.get(leg_id)
+        if pull is not None and pull.waiting:
+            self._attempt(pull)
 
     def cancel(self, leg_id: LegId) -> None:
         """The puller's side gives up; it hears of the end at once."""
@@ -110,7 +132,7 @@ class Pulls:
     def fail_one(self, worker: WorkerId) -> None:
         """The worker's oldest pull fails now, or its next one when none is under way."""
         for pull in self._under_way.values():
-            if pull.puller.key.worker_id == worker:
+            if pull.puller.key.worker_id == worker and pull.sink.state is HandoffState.MOVING:
                 self._move_failed(pull)
                 return
         self._to_fail[worker] += 1
@@ -133,11 +155,10 @@ class Pulls:
                 pull.source.watch(pull.leg_id)
 
     def _attempt(self, pull: Pull) -> None:
-        """One pull over one transport, timed from the asking to the commit."""
+        """Asks for what is left, and moves the first piece of it that is ready."""
         now_s = self._events.now_s
         self._numbers += 1
-        pull.attempts += 1
-        pull.number = self._numbers
+        pull.number, pull.piece, pull.waiting = self._numbers, None, False
         pull.sink.ask(pull.number, now_s)
         source, offer = pull.source, pull.offer
         if source is None or offer is None or not source.alive:
@@ -149,13 +170,65 @@ class Pulls:
             pull.sink.refused(pull.number)
             self._events.at(now_s, NEWS, self._lost, pull)
             return
+        pull.piece = self._ready_piece(pull, offer, offer.ready)
+        if pull.piece is None:
+            pull.sink.not_ready(pull.number)
+            pull.waiting = True
+            self._wait(pull, offer)
+            return
         lease_until_s = now_s + offer.source.lease_left_s(now_s)
         pull.sink.granted(pull.number, lease_until_s)
         offer.source.send_started(pull.number, now_s)
         pull.sending = True
         pull.sink.move_started()
-        took_s = self._transfer.transfer_s(pull.tokens, pull.puller.node == source.spec.node)
+        took_s = self._moving_s(pull, pull.piece, offer, source.spec)
         self._events.at(min(now_s + took_s, lease_until_s), NEWS, self._moved, (pull, pull.number))
+
+    def _ready_piece(self, pull: Pull, offer: Offer, ready: KvReady) -> BlockRange | None:
+        """What the source grants; what is whole before anything moved moves in one go."""
+        if self._early is None or (offer.complete and pull.wanted == pull.whole):
+            return pull.wanted
+        if complete(ready, offer.blocks, offer.layers):
+            ready = KvReady(offer.blocks, offer.layers)
+        return next_piece(pull.wanted, ready, offer.layers, self._early.layer_bytes)
+
+    def _moving_s(self, pull: Pull, piece: BlockRange, offer: Offer, source: WorkerSpec) -> float:
+        same_node = pull.puller.node == source.node
+        if self._early is None or piece == pull.whole:
+            first = piece.first_block * source.block_size
+            tokens = min(piece.num_blocks * source.block_size, max(0, offer.tokens - first))
+            return self._transfer.transfer_s(tokens, same_node)
+        layers = piece.num_layers or offer.layers - piece.first_layer
+        last = remainder(pull.wanted, piece, offer.layers) is None
+        num_bytes = piece.num_blocks * layers * self._early.layer_bytes
+        return self._early.model.piece_s(num_bytes, last, same_node)
+
+    def _wait(self, pull: Pull, offer: Offer) -> None:
+        """Until enough layers are ready, or half of the lease is used up; `grew` may come first."""
+        due_s, enough = self._events.now_s + self._lease_s / 2, 0
+        if offer.last_step is not None:
+            each = range(offer.ready.layers + 1, offer.layers)
+            enough = each.start + bisect_left(
+                each,
+                True,
+                key=lambda layers: (
+                    self._ready_piece(pull, offer, KvReady(offer.ready.blocks, layers)) is not None
+                ),
+            )
+            ready_s = offer.layers_at_s(enough)
+            if enough == offer.layers or ready_s is None or ready_s > due_s:
+                enough = 0
+            else:
+                due_s = ready_s
+        self._events.at(due_s, NEWS, self._waited, (pull, pull.number, enough))
+
+    def _waited(self, waited: tuple[Pull, int, int]) -> None:
+        pull, number, layers = waited
+        if pull.over or not pull.waiting or number != pull.number or pull.offer is None:
+            return
+        if layers:
+            pull.offer.grow(pull.offer.ready.blocks, layers, self._events.now_s)
+        self._attempt(pull)
 
     def _moved(self, moved: tuple[Pull, int]) -> None:
         pull, number = moved
@@ -170,9 +243,14 @@ class Pulls:
         if not pull.sink.moved(now_s):
             self._give_up(pull)
             return
-        pull.sink.held(last=True, now_s=now_s)
-        source = pull.offer.source
+        rest = None if pull.piece is None else remainder(pull.wanted, pull.piece, pull.offer.layers)
+        pull.sink.held(last=rest is None, now_s=now_s)
         self._send_ended(pull, True)
+        if rest is not None:
+            pull.wanted = rest
+            self._attempt(pull)
+            return
+        source = pull.offer.source
         source.commit(PeerId(*pull.puller.key), number, same=True, now_s=now_s)
         pull.sink.status(source.state, now_s)
         self._over(pull)
@@ -187,7 +265,8 @@ class Pulls:
         self.failed += 1
         pull.sink.move_failed()
         self._send_ended(pull, False)
-        if pull.attempts < self._attempts:
+        pull.failures += 1
+        if pull.failures < self._attempts:
             self._attempt(pull)
             return
         pull.sink.cancel()

@@ -2,18 +2,16 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from decode_worker.grown_tokens import TOKEN
 from engine.blocks import CacheDelta
 from engine.leg import DropReason
 from planner.simulation.events import NEWS, EventQueue
 from planner.simulation.setup import RouterRules
+from planner.simulation.site import LiveRequest, Site
 from planner.workloads.workload import SimRequest
 from router.admission import Admission, fit_context
-from router.commands import Cancel, Command, PlaceDecode, PlacePrefill
-from router.leg import Leg
+from router.commands import Cancel, Command, PlaceDecode, PlacePrefetch, SendDecode
 from router.placement import Placement, WaitingLeg, Windows
 from router.request import GenerationRequest
 from router.session import Session, SessionRules
@@ -26,36 +24,6 @@ from tandem.sampling import FinishReason, SamplingParams
 from tandem.worker import Role
 
 _PARAMS_KEPT = 4096
-
-
-class Site(Protocol):
-    """A simulated worker, as the router sees it."""
-
-    def start_prefill(self, live: "LiveRequest", leg: Leg) -> None:
-        """Takes a prompt to read, or drops it by an event."""
-        ...
-
-    def start_decode(self, live: "LiveRequest", leg: Leg, source: WorkerKey) -> None:
-        """Takes a leg whose KV is offered by `source`, or drops it by an event."""
-        ...
-
-    def cancel(self, leg_id: LegId) -> None:
-        """Stops a leg; unknown ones are ignored."""
-        ...
-
-    def tell(self, leg_id: LegId) -> None:
-        """Tells the router all tokens of a leg that have come by now; unknown ones are ignored."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class LiveRequest:
-    """A request under way; `started` once a prefill worker was given one of its legs."""
-
-    asked: SimRequest
-    session: Session
-    leg_id: LegId | None = None
-    started: bool = False
 
 
 Ended = Callable[[SimRequest, Session | None, TandemError | None], None]
@@ -118,7 +86,7 @@ class SimulatedRouter:
             self._ended(asked, None, error)
             return
         request = GenerationRequest(
-            RequestId(str(asked.number)), self._prompt_ids(asked), params, asked.slo_class, now_s
+            RequestId(str(asked.number)), self._prompt_ids(asked), params, asked.slo_class, asked.at_s
         )
         live = LiveRequest(asked, Session(request, self._session_rules(request)))
         if not self._deadline_armed:
@@ -145,6 +113,18 @@ class SimulatedRouter:
         commands = live.session.tokens(key, leg_id, 0, known, fresh, (), finish, None, last_s, pace)
         if commands or finish is not None:
             self.carry_out(live, commands)
+
+    def growing(self, key: WorkerKey, leg_id: LegId, epoch: int) -> None:
+        """A prefill worker reads the leg, and its KV can be fetched meanwhile."""
+        live = self._by_leg.get(leg_id)
+        if live is not None:
+            self.carry_out(live, live.session.kv_growing(key, leg_id, epoch))
+
+    def prefetch_lost(self, key: WorkerKey, leg_id: LegId) -> None:
+        """A decode worker does not fetch the leg early any more."""
+        live = self._by_leg.get(leg_id)
+        if live is not None and live.session.prefetch_lost(key, leg_id):
+            self.placement.prefetch_lost(leg_id, key)
 
     def offered(self, key: WorkerKey, leg_id: LegId, epoch: int, cached_tokens: int) -> None:
         """A prefill worker parks the leg's KV."""
@@ -215,16 +195,19 @@ class SimulatedRouter:
                     site.cancel(command.leg_id)
             elif isinstance(command, PlaceDecode):
                 self.placement.wait_for_decode(self._waiting(live, command.leg_id))
-            elif isinstance(command, PlacePrefill):
-                self._place_prefill(live, command)
+            elif isinstance(command, PlacePrefetch):
+                self._place_prefetch(live, command.leg_id)
+            elif isinstance(command, SendDecode):
+                self.placement.start_prefetched(command.leg_id, command.worker)
+                self._send_decode(live, command.leg_id, command.worker)
             else:
-                raise ProtocolError("Early fetches are not simulated; nobody offers KV before it is whole.")
+                self._place_prefill(live, command.leg_id)
         if session.ended:
             self._close(live)
         self._pump()
 
-    def _place_prefill(self, live: LiveRequest, command: PlacePrefill) -> None:
-        leg = live.session.legs.get(command.leg_id)
+    def _place_prefill(self, live: LiveRequest, leg_id: LegId) -> None:
+        leg = live.session.legs.get(leg_id)
         if leg is None:
             return
         live.leg_id = leg.leg_id
@@ -274,11 +257,21 @@ class SimulatedRouter:
     def _pump_decode(self) -> None:
         while (placed := self.placement.next_decode()) is not None:
             leg_id, key = placed
-            live = self._by_leg[leg_id]
-            live.session.decode_sent(leg_id, key)
-            leg = live.session.legs[leg_id]
-            if leg.prefill is not None:
-                self.sites[key].start_decode(live, leg, leg.prefill)
+            self._send_decode(self._by_leg[leg_id], leg_id, key)
+
+    def _send_decode(self, live: LiveRequest, leg_id: LegId, key: WorkerKey) -> None:
+        live.session.decode_sent(leg_id, key)
+        leg = live.session.legs[leg_id]
+        if leg.prefill is not None:
+            self.sites[key].start_decode(live, leg, leg.prefill)
+
+    def _place_prefetch(self, live: LiveRequest, leg_id: LegId) -> None:
+        """Lets a decode worker with room fetch the KV early; else the leg is placed once it is read."""
+        key = self.placement.place_prefetch(self._waiting(live, leg_id))
+        leg = live.session.legs[leg_id]
+        if key is not None and leg.prefill is not None:
+            live.session.prefetch_sent(leg_id, key)
+            self.sites[key].prefetch(live, leg, leg.prefill, leg.epoch)
 
     def _close(self, live: LiveRequest) -> None:
         self.admission.ended(live.started, self._events.now_s)

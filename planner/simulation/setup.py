@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvtransfer.handoffs.words import SourceTimes
-from planner.latency import LatencyModel, TransferModel
+from planner.latency import LatencyModel, PieceModel, TransferModel
 from planner.simulation.records import Allowance
 from tandem.errors import InvalidRequest
 from tandem.ids import WorkerId
@@ -48,6 +48,34 @@ class WorkerSpec:
     policy: str = "sarathi"
     whole_prompts: bool = False
     left_s: Callable[[], float] = never_late
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyFetch:
+    """KV of prompts of `min_tokens` or more moves while they are read, as with cluster.yaml's
+    overlap_min_tokens.
+
+    A block has `layers` parts of `layer_bytes`, which become ready one after the other in the step that ends
+    a prompt, evenly over its time.
+    """
+
+    min_tokens: int
+    layers: int
+    layer_bytes: int
+    model: PieceModel
+
+
+@dataclass(frozen=True, slots=True)
+class Hops:
+    """What messages take, in seconds: `front_door_s` of a request between its client and the router, there
+    and back; one way from the router to a worker, and from a worker to the router.
+
+    Reports of load and prefix caches, which are sent anyway every now and then, are heard at once.
+    """
+
+    front_door_s: float = 0.0
+    to_worker_s: float = 0.0
+    to_router_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +133,7 @@ class Setup:
 
     `transfer_attempts` is how many transports a pull tries. `flip_s` is how long a drained worker takes to
     change its role. No more requests come once those that missed their objectives exceed the `allowance`.
+    Without `early`, KV moves when it is whole.
     """
 
     workers: tuple[WorkerSpec, ...]
@@ -117,6 +146,8 @@ class Setup:
     drive: Drive = Drive.AUTO
     keep_timeline: bool = False
     allowance: Allowance | None = None
+    early: EarlyFetch | None = None
+    hops: Hops = Hops()
 
     def classes(self) -> Mapping[str, SloClass]:
         """The SLO classes by name."""

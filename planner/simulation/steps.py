@@ -6,11 +6,11 @@ from typing import Protocol
 
 from decode_worker.decode_leg import DecodeOutcome
 from decode_worker.grown_tokens import TOKEN
-from decode_worker.run_ahead import DecodeRun, RunAheadScheduler
+from decode_worker.run_ahead import RunAheadScheduler
 from engine.step import SampledToken, StepPlan, StepResult
 from planner.latency import LatencyModel, PromptPart, StepShape, total_tokens
 from planner.simulation.events import STEP_BEGIN, STEP_END, EventQueue
-from planner.simulation.gap_log import GapLog
+from planner.simulation.run_clock import RunClock
 from planner.simulation.utilisation import Utilisation
 from router.timeline import Pace
 from tandem.ids import LegId
@@ -38,8 +38,7 @@ class Tell(Protocol):
 class DecodeSteps:
     """Owns when the worker's steps begin and end. A run of steps ends early when the batch must change.
 
-    Tokens are told one by one when steps are taken so, else when their sample ends or somebody asks. The time
-    of a step is taken not to fall as contexts grow.
+    Tokens are told one by one when steps are taken so, else when their sample ends or somebody asks.
     """
 
     def __init__(
@@ -52,28 +51,24 @@ class DecodeSteps:
         stepwise: bool,
         tell: Tell,
         on_outcome: Callable[[DecodeOutcome], None],
+        on_scheduled: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._latency = latency
+        self._clock = RunClock(latency)
         self._left_s = left_s
         self._events = events
         self._used = used
         self._stepwise = stepwise
         self._tell = tell
         self._on_outcome = on_outcome
+        self._on_scheduled = on_scheduled
         self._stopped = False
         self._busy = False
-        self._run: DecodeRun | None = None
-        self._run_ends_after = 0
-        self._taken = 0
         self._runs = 0
-        self._start_s = 0.0
-        self._last_end_s = 0.0
-        self._steps = 0
         self._writing: dict[LegId, Writing] = {}
         self._fresh: list[Writing] = []
         self._beginning: list[Writing] = []
-        self._gaps = GapLog()
 
     def joined(self, leg_id: LegId) -> None:
         """A leg joined the batch, from the next step on."""
@@ -85,7 +80,7 @@ class DecodeSteps:
         """A leg is over here; idempotent."""
         self._writing.pop(leg_id, None)
         if not self._writing:
-            self._gaps.clear()
+            self._clock.forget_gaps()
 
     def tell(self, leg_id: LegId) -> None:
         """Tells all tokens of a leg that have come by now; unknown legs are ignored."""
@@ -93,7 +88,7 @@ class DecodeSteps:
         writing = self._writing.get(leg_id)
         if writing is not None and writing.first_s is not None:
             upto = self._scheduler.drawn(leg_id)[0]
-            self._tell(leg_id, upto, None, self._pace(writing), self._last_end_s)
+            self._tell(leg_id, upto, None, self._pace(writing), self._clock.last_end_s)
             writing.first_s = None
             self._fresh.append(writing)
 
@@ -111,37 +106,35 @@ class DecodeSteps:
 
     def sync(self) -> None:
         """Brings the scheduler up to now: whole steps of the run in flight that are over are counted."""
-        run = self._run
-        if run is None:
+        if not self._clock.batch:
             return
-        taken = self._taken_by_now(run)
-        if taken == self._taken:
+        taken, end_s = self._clock.taken_by_now(self._events.now_s)
+        if taken == self._clock.taken:
             return
-        if self._end_of(run, taken) == self._events.now_s:
+        if end_s == self._events.now_s:
             self._finish(taken)
-            return
-        self._note(run, taken)
-        self._scheduler.advance(taken)
+        else:
+            self._note(taken, end_s)
+            self._scheduler.advance(taken)
 
     def shorten(self) -> None:
         """The run in flight ends with the step in flight, because the batch is to change. Call sync first."""
-        if self._run is not None and self._run_ends_after > self._taken + 1:
-            self._end_after(self._run, self._taken + 1)
+        if self._clock.batch and self._clock.ends_after > self._clock.taken + 1:
+            self._end_after(self._clock.taken + 1)
 
     def shorten_if_short(self) -> None:
         """Shortens the run in flight when blocks that it counted on are gone."""
-        if self._run is not None and self._scheduler.steps_possible() < self._run_ends_after:
+        if self._clock.batch and self._scheduler.steps_possible() < self._clock.ends_after:
             self.shorten()
 
     def _begin(self, _: None) -> None:
         if self._stopped:
             return
-        self._start_s = self._events.now_s
         run = None if self._stepwise else self._scheduler.begin_run()
         if run is not None:
-            self._run, self._taken = run, 0
+            self._clock.begin(self._events.now_s, run.batch, run.context_tokens)
             self._beginning, self._fresh = self._fresh, []
-            self._end_after(run, run.steps)
+            self._end_after(run.steps)
             return
         if not self._stepwise:
             for leg_id in self._writing:
@@ -152,101 +145,73 @@ class DecodeSteps:
             dropped = self._scheduler.expire(self._events.now_s)
             if dropped:
                 self._on_outcome(DecodeOutcome((), dropped))
+            self._on_scheduled()
             return
         shape = shape_of(plan)
         took_s = self._latency.step_s(shape)
         read = total_tokens(shape.prompts)
         self._used.step(self._events.now_s, took_s, read, shape.decode_batch)
-        self._events.at(self._events.now_s + took_s, STEP_END, self._step_ended, plan)
+        begun = (plan, self._events.now_s)
+        self._events.at(self._events.now_s + took_s, STEP_END, self._step_ended, begun)
+        self._on_scheduled()
 
-    def _end_after(self, run: DecodeRun, steps: int) -> None:
+    def _end_after(self, steps: int) -> None:
         self._runs += 1
-        self._run_ends_after = steps
-        self._events.at(self._end_of(run, steps), STEP_END, self._run_ended, self._runs)
+        self._events.at(self._clock.end_after(steps), STEP_END, self._run_ended, self._runs)
 
     def _run_ended(self, number: int) -> None:
-        if number == self._runs and self._run is not None and not self._stopped:
-            self._finish(self._run_ends_after)
+        if number == self._runs and self._clock.batch and not self._stopped:
+            self._finish(self._clock.ends_after)
 
     def _finish(self, taken: int) -> None:
         """The run is over after so many steps, the last of which ends now."""
-        run = self._run
-        if run is None:
-            return
-        self._note(run, taken)
+        clock, now_s = self._clock, self._events.now_s
+        whole = taken == clock.ends_after
+        self._note(taken, now_s)
         outcome = self._scheduler.complete_run(taken)
-        self._used.step(self._start_s, self._events.now_s - self._start_s, 0, run.batch, taken)
-        self._run = None
+        self._used.step(clock.start_s, now_s - clock.start_s, 0, clock.batch, taken)
+        clock.batch = 0
         self._busy = False
         for token in outcome.tokens:
             writing = self._writing[token.leg_id]
-            self._tell(
-                token.leg_id, token.output_index + 1, token.finish, self._pace(writing), self._last_end_s
-            )
-        if outcome.tokens or outcome.dropped or taken == self._run_ends_after:
+            self._tell(token.leg_id, token.output_index + 1, token.finish, self._pace(writing), now_s)
+        if outcome.tokens or outcome.dropped or whole:
             self._on_outcome(outcome)
         self.kick()
 
-    def _step_ended(self, plan: StepPlan) -> None:
+    def _step_ended(self, begun: tuple[StepPlan, float]) -> None:
         if self._stopped:
             return
+        plan, start_s = begun
         now_s = self._events.now_s
         left_s = self._left_s()
         if left_s > 0:
             self._used.longer(left_s)
-            self._events.at(now_s + left_s, STEP_END, self._step_ended, plan)
+            self._events.at(now_s + left_s, STEP_END, self._step_ended, begun)
             return
         drawn = [
             SampledToken(request.key, request.sample_index, TOKEN, None)
             for part in plan.slices
             for request in part.samples
         ]
-        outcome = self._scheduler.complete(StepResult(plan.step, tuple(drawn), now_s - self._start_s), now_s)
-        self._steps += 1
-        self._gaps.note(self._steps, now_s - self._last_end_s)
-        self._last_end_s = now_s
+        outcome = self._scheduler.complete(StepResult(plan.step, tuple(drawn), now_s - start_s), now_s)
+        self._clock.step(now_s)
         self._busy = False
         for token in outcome.tokens:
             self._tell(token.leg_id, token.output_index + 1, token.finish, None, now_s)
         self._on_outcome(outcome)
         self.kick()
 
-    def _note(self, run: DecodeRun, taken: int) -> None:
+    def _note(self, taken: int, end_s: float) -> None:
         """Steps of the run up to the `taken`th are over: their ends and gaps."""
-        end_s = self._end_of(run, taken)
-        longest_s = end_s - max(self._last_end_s, self._start_s)
-        if taken - self._taken > 1:
-            context = run.context_tokens + (taken - 1) * run.batch
-            longest_s = self._latency.decode_run_s(run.batch, context, 1)
-        if self._taken == 0 and (self._beginning or self._start_s > self._last_end_s):
-            first_s = self._end_of(run, 1)
-            self._gaps.note(self._steps + 1, first_s - self._last_end_s)
+        first_step = self._clock.steps + 1
+        first_s = self._clock.note(taken, end_s, bool(self._beginning))
+        if first_s is not None:
             for writing in self._beginning:
-                writing.first_step, writing.first_s = self._steps + 1, first_s
-        self._steps += taken - self._taken
-        self._gaps.note(self._steps, longest_s)
-        self._taken = taken
-        self._last_end_s = end_s
+                writing.first_step, writing.first_s = first_step, first_s
 
     def _pace(self, writing: Writing) -> Pace | None:
-        if writing.first_s is None:
-            return None
-        return Pace(writing.first_s, self._gaps.longest_s(writing.first_step + 1))
-
-    def _end_of(self, run: DecodeRun, step: int) -> float:
-        """When a step of the run in flight ends."""
-        return self._start_s + self._latency.decode_run_s(run.batch, run.context_tokens, step)
-
-    def _taken_by_now(self, run: DecodeRun) -> int:
-        """Steps of the run that are over; the model's inverse, mended where rounding misled it."""
-        now_s = self._events.now_s
-        guess = self._latency.decode_steps_within(run.batch, run.context_tokens, now_s - self._start_s)
-        taken = max(self._taken, min(guess, self._run_ends_after - 1))
-        while taken > self._taken and self._end_of(run, taken) > now_s:
-            taken -= 1
-        while taken + 1 < self._run_ends_after and self._end_of(run, taken + 1) <= now_s:
-            taken += 1
-        return taken
+        return None if writing.first_s is None else self._clock.pace(writing.first_step, writing.first_s)
 
 
 def shape_of(plan: StepPlan) -> StepShape:

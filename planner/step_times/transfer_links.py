@@ -53,9 +53,10 @@ def link_of_rate(bytes_s: float, latency_s: float) -> LinkTable:
 
 @dataclass(frozen=True, slots=True)
 class LinkTransfer:
-    """TransferModel over two links: one inside a node, one between nodes.
+    """TransferModel and PieceModel over two links: one inside a node, one between nodes.
 
-    KV moves in whole blocks; `hand_over_s` is what a hand-off takes beside its bytes (offer, accept, commit).
+    KV moves in whole blocks; `hand_over_s` is what a hand-off takes beside its bytes (asking, commit), and
+    `ask_s` what asking for each piece before the last takes.
     """
 
     kv_bytes_per_token: float
@@ -63,9 +64,18 @@ class LinkTransfer:
     inside: LinkTable
     between: LinkTable
     hand_over_s: float = 0.0
+    ask_s: float = 0.0
 
     def transfer_s(self, tokens: int, same_node: bool) -> float:
         """See TransferModel."""
         blocks = -(-tokens // self.block_size)
-        link = self.inside if same_node else self.between
-        return self.hand_over_s + link.seconds(blocks * self.block_size * self.kv_bytes_per_token)
+        return self.hand_over_s + self._moving_s(
+            blocks * self.block_size * self.kv_bytes_per_token, same_node
+        )
+
+    def piece_s(self, num_bytes: int, last: bool, same_node: bool) -> float:
+        """See PieceModel."""
+        return (self.hand_over_s if last else self.ask_s) + self._moving_s(num_bytes, same_node)
+
+    def _moving_s(self, num_bytes: float, same_node: bool) -> float:
+        return (self.inside if same_node else self.between).seconds(num_bytes)

@@ -51,12 +51,13 @@ def test_rates_are_medians_beside_the_limit_of_the_same_rounds() -> None:
         for copy_s in (0.004, 0.001, 0.002)
     )
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
-    case = CaseTimes(layout, 4, (0.001, 0.0005, 0.002), (0.01,), {Road("shm", True): pulls})
+    case = CaseTimes(layout, 4, (0.001, 0.0005, 0.002), (0.01,), (0.003,), {Road("shm", True): pulls})
     handoffs = HandoffTimes(layout, 2, {Road("shm", True): pulls})
     result = result_json([case], 3, handoffs, [], None)
     (road,) = result["cases"][0]["roads"]
     assert road["gbps"] == pytest.approx(98_304 / 0.002 / 1e9)
     assert (road["limit"], road["ratio"]) == ("memcpy", pytest.approx(0.5))
+    assert result["cases"][0]["hash_gbps"] == pytest.approx(98_304 / 0.003 / 1e9)
     (parts,) = result["handoff"]["roads"]
     assert result["handoff"]["moved_bytes"] == 98_304
     rates = 98_304 / 0.004 / 1e9, 98_304 / 0.009 / 1e9
@@ -67,11 +68,12 @@ def test_rates_are_medians_beside_the_limit_of_the_same_rounds() -> None:
 
 
 def test_the_overlap_is_told_in_milliseconds_and_left_out_when_it_was_not_measured() -> None:
-    case = CaseTimes(Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,)), 4, (0.001,), (0.01,), {})
-    figures = OverlapFigures(1200, 125e6, 55_296_000, 3, 0.442, 2.0, 2.1, 0.480, 0.012, 0.025)
+    case = CaseTimes(Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,)), 4, (0.001,), (0.01,), (0.01,), {})
+    figures = OverlapFigures("fp8", 1200, 125e6, 55_296_000, 3, 0.442, 2.0, 2.1, 0.480, 0.012, 0.025)
     told = result_json([case], 3, NO_HANDOFFS, [], figures)
     assert told["overlap"]["landed_overlapped_ms"] == pytest.approx(12.0)
     assert told["overlap"]["link_gbps"] == pytest.approx(0.125)
+    assert told["overlap"]["codec"] == "fp8"
     assert "12.0 ms when it moves while the prompt is read, 480.0 ms afterwards: 2.5%" in text(told)
     untold = result_json([case], 3, NO_HANDOFFS, [], None)
     assert untold["overlap"] is None
@@ -86,7 +88,7 @@ async def test_pulls_go_between_two_processes() -> None:
         assert [pull.report.transport for pull in pulls] == [road.transport] * 2
         assert [pull.report.moved_bytes for pull in pulls] == [3 * 24_576] * 2
         assert all(pull.pull_s >= pull.report.move_s > 0 for pull in pulls)
-    assert (len(case.memcpy_s), len(case.raw_tcp_s)) == (2, 2)
+    assert [len(times) for times in (case.memcpy_s, case.raw_tcp_s, case.hash_s)] == [2, 2, 2]
 
 
 def test_every_codec_is_told_with_what_it_saves_and_costs() -> None:

@@ -174,6 +174,14 @@ def test_external_registry_and_ray_are_accepted_together() -> None:
             "model: {dtype: bfloat16}\npools: {decode: {kv_selection: {policy: quest}}}",
             r"pools\.decode: kv_selection quest does not read KV of bfloat16; allowed: float32, int8",
         ),
+        (
+            "pools: {decode: {kv_selection: {policy: morph}}}\nspeculative: {method: ngram}",
+            r"pools\.decode: kv_selection morph does not go with speculative decoding: KV is dropped by",
+        ),
+        (
+            "pools: {decode: {kv_selection: {policy: morph, budget_tokens: 30, window_tokens: 16}}}",
+            r"budget_tokens: 30 is less than two windows; allowed: 32 or more",
+        ),
         ("pools: {prefill: {kv_selection: {policy: quest}}}", r"pools\.prefill\.kv_selection: unknown key"),
     ],
 )

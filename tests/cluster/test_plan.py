@@ -154,6 +154,14 @@ def test_kv_policies_reach_the_workers_and_the_size_of_the_pools() -> None:
     assert decode.pool_blocks == (1 << 20) // (2 * 2 * 16 * 1 * (8 + 4))
 
 
+def test_the_budget_of_morph_reaches_the_decode_workers() -> None:
+    morph = "policy: morph, budget_tokens: 256, window_tokens: 8, fusion: max"
+    config = parse_cluster_config(f"pools: {{decode: {{kv_selection: {{{morph}}}}}}}", "f")
+    prefill, decode = worker_configs(config, FACTS, cores=2)
+    assert prefill.kv_selection is None
+    assert decode.kv_selection == KvSelectionConfig("morph", budget_tokens=256, window_tokens=8, fusion="max")
+
+
 def test_full_selection_in_the_weights_type_is_the_default() -> None:
     workers = worker_configs(ClusterConfig(), FACTS, cores=2)
     assert {(worker.kv_dtype, worker.kv_selection) for worker in workers} == {(None, None)}

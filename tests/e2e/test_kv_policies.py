@@ -24,6 +24,7 @@ from tests.e2e.worker_pair import (
 PROMPT = [(7 * place * place + 3) % VOCABULARY for place in range(45)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 QUEST = KvSelectionConfig("quest", pages=3)
+MORPH = KvSelectionConfig("morph", budget_tokens=32, window_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,44 @@ async def test_a_pair_writes_the_tokens_of_one_engine(
         assert await _run(pair, samples=3) == dict.fromkeys(range(3), expected)
         (landed,) = await pair.decode.until("kv_landed")
         assert landed.kv_landed.moved_bytes > 0
+        await pair.settled()
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+async def test_samples_under_morph_write_all_their_tokens_in_bounded_blocks(
+    folder: Path, kv_dtype: str | None
+) -> None:
+    """A window of tokens is that of full attention; then each sample has its budget, and the prompt goes."""
+    full = _alone(folder, kv_dtype, None)
+    async with worker_pair(folder, "shm", kv_dtypes=(kv_dtype, kv_dtype), kv_selection=MORPH) as pair:
+        written = await _run(pair, samples=3)
+        assert [len(tokens) for tokens in written.values()] == [40] * 3
+        assert written[0] == written[1] == written[2], "greedy samples of one prompt"
+        assert written[0][:9] == full[:9]
+        await pair.settled()
+
+
+async def test_morph_with_room_for_all_changes_no_token(folder: Path) -> None:
+    roomy = KvSelectionConfig("morph", budget_tokens=96, window_tokens=8)
+    async with worker_pair(folder, "shm", kv_selection=roomy) as pair:
+        assert await _run(pair, samples=2) == dict.fromkeys(range(2), _alone(folder, None, None))
+        await pair.settled()
+
+
+async def test_blocks_beyond_the_budget_are_free_while_the_sample_runs(folder: Path) -> None:
+    """The prompt took 12 blocks; a window later the sample has 8, and the others are there for anybody."""
+    long = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True)
+    async with worker_pair(folder, "shm", kv_selection=MORPH) as pair:
+        await pair.prefill.send(start_prefill(PROMPT, long))
+        await pair.prefill.until("kv_offered")
+        firsts, _ = pair.prefill.tokens()
+        await pair.decode.send(start_decode(pair, PROMPT, {0: firsts[0][0]}, long))
+        await pair.decode.until("step", MORPH.window_tokens + 2)
+        load = pair.decode.worker.scheduler_load()
+        assert load.running_sequences == 1
+        assert load.allocated_blocks == load.referenced_blocks <= MORPH.budget_tokens // 4
+        tokens = await pair.decode.until_finished(1)
+        assert len(tokens[0]) == 149
         await pair.settled()
 
 

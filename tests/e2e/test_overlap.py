@@ -160,6 +160,27 @@ async def test_a_leg_whose_early_fetch_fails_is_started_as_any_other(
         await pair.settled()
 
 
+async def test_a_drained_decode_worker_gives_an_early_fetch_up_and_the_prompt_is_read_on(
+    folder: Path, last_step: threading.Event
+) -> None:
+    async with worker_pair(folder, "tcp", overlap_min_tokens=16) as pair:
+        await _offer(pair)
+        await _pulled(pair)
+        await pair.decode.worker.drain(0.0)
+        (lost,) = await pair.decode.until("prefetch_lost")
+        assert lost.prefetch_lost.leg_id == "leg"
+        async with asyncio.timeout(WAIT_S):
+            while _in_flight(pair):
+                await asyncio.sleep(0.01)
+        last_step.set()
+        first_offer, second = await pair.prefill.until("kv_offered", count=2)
+        assert second.kv_offered.epoch == first_offer.kv_offered.epoch + 1
+        for hand in (pair.prefill, pair.decode):
+            assert not [m for m in hand.news if m.WhichOneof("body") == "leg_dropped"]
+        await pair.prefill.send(wpb.RouterMessage(cancel=wpb.CancelLeg(leg_id="leg")))
+        await pair.settled()
+
+
 async def test_an_offer_that_is_lost_is_made_anew_when_the_prompt_is_read(
     folder: Path, last_step: threading.Event
 ) -> None:

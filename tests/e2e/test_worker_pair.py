@@ -1,5 +1,6 @@
 """Prefill and decode workers without Ray, Redis and router: what their Attach streams promise."""
 
+import asyncio
 from pathlib import Path
 
 import grpc
@@ -8,12 +9,15 @@ import pytest
 import torch
 import transformers
 
+from prefill_worker.scheduler import PrefillScheduler
 from tandem import grpc_edge
+from tandem.errors import ProtocolError
+from tandem.ids import LegId
 from tandem.sampling import SamplingParams
 from tandem.v1 import worker_pb2 as wpb
 from tandem.v1 import worker_pb2_grpc
 from tandem.worker_config import SpeculativeConfig
-from tests.e2e.worker_pair import Pair, save_tiny_model, start_decode, start_prefill, worker_pair
+from tests.e2e.worker_pair import WAIT_S, Pair, save_tiny_model, start_decode, start_prefill, worker_pair
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19, 71]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -122,6 +126,24 @@ async def test_cancel_frees_parked_kv_and_a_later_pull_is_refused(folder: Path) 
         (dropped,) = await pair.decode.until("leg_dropped")
         assert dropped.leg_dropped.reason == wpb.DROP_REASON_HANDOFF_FAILED
         await pair.settled()
+
+
+async def test_a_worker_whose_blocks_cannot_come_back_asks_to_be_started_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: PrefillScheduler, leg_id: LegId, _handed_over: bool = False) -> None:
+        raise ProtocolError(f"The leg {leg_id} has no blocks.")
+
+    async with worker_pair(folder, "shm") as pair:
+        await pair.prefill.send(start_prefill(PROMPT, GREEDY))
+        await pair.prefill.until("kv_offered")
+        assert pair.prefill.worker.wedged() is None
+        with monkeypatch.context() as broken:
+            broken.setattr(PrefillScheduler, "release", refuse)
+            await pair.prefill.send(wpb.RouterMessage(cancel=wpb.CancelLeg(leg_id="leg")))
+            async with asyncio.timeout(WAIT_S):
+                while pair.prefill.worker.wedged() is None:
+                    await asyncio.sleep(0.01)
 
 
 async def test_a_router_that_goes_away_takes_its_legs_with_it(folder: Path) -> None:

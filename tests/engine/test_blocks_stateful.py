@@ -54,6 +54,18 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.owners)
     @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        """An owner wants to write a block of its own; afterwards nobody finds it."""
+        owner = data.draw(st.integers(0, len(self.owners) - 1))
+        block = data.draw(st.sampled_from(self.owners[owner]))
+        alone = sum(block in table for table in self.owners) == 1
+        assert self.pool.withdraw(block) is alone
+        assert self.pool.private(block) is alone
+        if alone:
+            self.content[block] = ()
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(self.owners) - 1))
         self.pool.release(self.owners.pop(index))

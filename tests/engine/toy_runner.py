@@ -161,4 +161,6 @@ def touched_blocks(plan: StepPlan) -> set[BlockId]:
     touched = {block for pair in plan.copies for block in pair}
     for part in plan.slices:
         touched.update(part.block_table)
+    for drop in plan.drops.drops:
+        touched.update(drop.source, drop.target)
     return touched

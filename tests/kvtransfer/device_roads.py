@@ -8,9 +8,10 @@ from kvtransfer import weighted_sum
 from kvtransfer.contract import BlockMemory, SinkTransport, SourceTransport, TransferConfig
 from kvtransfer.cuda.ipc import CudaIpcSink, CudaIpcSource, IpcKit
 from kvtransfer.device import DevicePool
+from kvtransfer.nccl.communicator import CommunicatorLimits
 from kvtransfer.nccl.sink import NcclSink
 from kvtransfer.nccl.source import NcclSource
-from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, HostDevice, host_kit
+from tests.kvtransfer.fake_nccl import PATIENT, DevicePoolInHost, FakeNccl, HostDevice, host_kit
 from tests.kvtransfer.pair import HOST_ROADS, Roads
 from tests.kvtransfer.test_cuda_ipc import HostSharing
 
@@ -29,11 +30,11 @@ def checksums_in_host(
     return tuple(weighted_sum.weighted_sum(memoryview(part)) for part in parts)
 
 
-def nccl_makers(source: FakeNccl, sink: FakeNccl) -> Makers:
+def nccl_makers(source: FakeNccl, sink: FakeNccl, limits: CommunicatorLimits = PATIENT) -> Makers:
     """Both sides over fakes."""
     return (
-        lambda pool, settings: NcclSource(pool, settings, host_kit(source)),
-        lambda pool, settings: NcclSink(pool, settings, time.monotonic, host_kit(sink)),
+        lambda pool, settings: NcclSource(pool, settings, host_kit(source, limits)),
+        lambda pool, settings: NcclSink(pool, settings, time.monotonic, host_kit(sink, limits)),
     )
 
 

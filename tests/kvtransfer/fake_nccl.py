@@ -4,6 +4,7 @@ Streams are threads that run what is enqueued in order; a communicator is a unix
 or two threads, found by its unique id. What the real library does badly can be ordered by `Mischief`.
 """
 
+import asyncio
 import ctypes
 import queue
 import secrets
@@ -12,7 +13,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvtransfer.device import Lane, Mark, PieceCopy
 from kvtransfer.nccl.binding import CupyBinding
@@ -24,6 +25,9 @@ QUICK = CommunicatorLimits(
     open_s=0.6, stop_s=0.1, abort_s=0.4, max_open=2, max_abandoned=2, slot_bytes=32 * 1024
 )
 """Bounds short enough to be waited for; a slot holds four of the tests' blocks."""
+
+PATIENT = replace(QUICK, open_s=30.0, abort_s=30.0)
+"""Bounds that a slow machine keeps, for tests that wait for none of them."""
 
 _LENGTH = struct.Struct("!Q")
 
@@ -100,6 +104,12 @@ class HostLane:
     def enqueue(self, work: Callable[[], None]) -> None:
         """Runs it after all that was enqueued before."""
         self._work.put(work)
+
+    async def emptied(self) -> None:
+        """Until all that is enqueued now has run."""
+        ran = threading.Event()
+        self.enqueue(ran.set)
+        assert await asyncio.to_thread(ran.wait, 30)
 
     def _run(self) -> None:
         while True:
@@ -304,7 +314,7 @@ def _meet(unique_id: bytes, rank: int) -> socket.socket:
     raise NcclError(2)
 
 
-def host_kit(nccl: FakeNccl, limits: CommunicatorLimits = QUICK) -> NcclKit:
+def host_kit(nccl: FakeNccl, limits: CommunicatorLimits = PATIENT) -> NcclKit:
     """A kit over host memory."""
     device = HostDevice()
     return NcclKit(lambda: CupyBinding(nccl), lambda _index: device, limits)

@@ -13,7 +13,7 @@ from kvtransfer.nccl.source import NcclSource
 from tandem.errors import TransferFault
 from tandem.ids import BlockId
 from tandem.worker import Role
-from tests.kvtransfer.fake_nccl import QUICK, DevicePoolInHost, FakeNccl, Mischief, host_kit
+from tests.kvtransfer.fake_nccl import PATIENT, DevicePoolInHost, FakeNccl, Mischief, host_kit
 from tests.kvtransfer.pair import config, key, record
 
 SOURCE = PeerId.of(record("prefill-0", Role.PREFILL))
@@ -69,15 +69,16 @@ class NcclPair:
 async def nccl_pair(
     source_mischief: Mischief | None = None,
     sink_mischief: Mischief | None = None,
-    limits: CommunicatorLimits = QUICK,
+    limits: CommunicatorLimits = PATIENT,
     old: bool = False,
+    connect_timeout_s: float = 30.0,
 ) -> AsyncIterator[NcclPair]:
-    """Closed at the end, whatever hangs released first."""
+    """Closed at the end, whatever hangs released first; `connect_timeout_s` is both sides'."""
     source_pool, sink_pool = DevicePoolInHost(32, BLOCK_BYTES), DevicePoolInHost(32, BLOCK_BYTES)
     source_pool.fill(1)
     sink_pool.fill(2)
     source_nccl, sink_nccl = FakeNccl(source_mischief, old), FakeNccl(sink_mischief, old)
-    settings = config("nccl", connect_timeout_s=0.8)
+    settings = config("nccl", connect_timeout_s=connect_timeout_s)
     source = NcclSource(source_pool, settings, host_kit(source_nccl, limits))
     sink = NcclSink(sink_pool, settings, time.monotonic, host_kit(sink_nccl, limits))
     pair = NcclPair(source_pool, sink_pool, source, sink, source_nccl, sink_nccl)

@@ -27,7 +27,8 @@ ASKING_ROADS = ("tcp", "nccl")
 SINK = PeerId.of(record("decode-0", Role.DECODE))
 SOURCE = PeerId.of(record("prefill-0", Role.PREFILL))
 BLOCK_BYTES = 8192
-QUICK_S = 0.3
+QUICK_S = 0.5
+PATIENT_S = 30.0
 EVERYTHING = blocks(*range(32))
 GREETING = framing.encode_greeting(b"?" * 32)
 TRANSFER = Transfer(HandoffKey(key("a").leg_id, 3), 1000, BlockRange(0, 2))
@@ -41,10 +42,19 @@ def kernel_in_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtransfer.cuda.device.device_checksums", checksums_in_host)
 
 
-def watched_pair(road: str, heard: Heard, digest: str = "d") -> AbstractAsyncContextManager[Pair]:
-    """Over one road, with short bounds."""
-    settings = config(road, connect_timeout_s=QUICK_S)
-    return connected_pair(settings, roads=roads_of(road), observer=heard, sink_digest=digest)
+def watched_pair(
+    road: str, heard: Heard, digest: str = "d", patience_s: float = PATIENT_S
+) -> AbstractAsyncContextManager[Pair]:
+    """Over one road; the source waits for `patience_s` for words that were begun."""
+    settings, patient = (config(road, connect_timeout_s=bound_s) for bound_s in (patience_s, PATIENT_S))
+    return connected_pair(
+        settings, roads=roads_of(road), observer=heard, sink_digest=digest, sink_settings=patient
+    )
+
+
+def patience_for(fault: TransferFault) -> float:
+    """Short only where a test waits for its end."""
+    return QUICK_S if fault is TransferFault.TIMEOUT else PATIENT_S
 
 
 async def pull_works(pair: Pair, leg: str) -> None:
@@ -71,7 +81,7 @@ async def test_bad_greeting_is_refused_and_counted(
     road: str, words: bytes, hangs_up: bool, fault: TransferFault
 ) -> None:
     heard = Heard()
-    async with watched_pair(road, heard) as pair:
+    async with watched_pair(road, heard, patience_s=patience_for(fault)) as pair:
         await pull_works(pair, "before")
         address = (await pair.sink._sources.get(pair.source_record)).endpoints[0].address
         before = pair.sink_pool.read(EVERYTHING), pair.source_pool.read(EVERYTHING)
@@ -132,7 +142,7 @@ async def test_request_that_is_none_ends_the_link_and_is_counted(
     road: str, words: bytes, hangs_up: bool, fault: TransferFault
 ) -> None:
     heard = Heard()
-    async with watched_pair(road, heard) as pair:
+    async with watched_pair(road, heard, patience_s=patience_for(fault)) as pair:
         await pull_works(pair, "before")
         before = pair.sink_pool.read(EVERYTHING), pair.source_pool.read(EVERYTHING)
         assert await ask(pair, road, words, hangs_up) is None
@@ -170,7 +180,6 @@ async def test_request_for_what_is_not_granted_is_refused_by_name(
     road: str, asked: Header, fault: TransferFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvtransfer.posts.MEETING_S", 0.1)
-    monkeypatch.setattr("kvtransfer.tcp.source.MEETING_S", 0.1)
     heard = Heard()
     async with watched_pair(road, heard) as pair:
         await pull_works(pair, "before")
@@ -217,7 +226,7 @@ async def test_bad_welcome_is_a_named_fault(road: str, words: bytes | None, faul
 
     kit = roads_of(road)
     pool = kit.pool(32, BLOCK_BYTES)
-    (sink,) = kit.taking(pool, config(road, connect_timeout_s=QUICK_S))
+    (sink,) = kit.taking(pool, config(road, connect_timeout_s=patience_for(fault)))
     before = pool.read(EVERYTHING)
     async with bad_source(road, answer) as address:
         with pytest.raises(TransferError) as caught:

@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import struct
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -50,11 +51,12 @@ class HostSharing:
 
 
 class SlowLane(HostLane):
-    """Its copies begin only when they are let go."""
+    """Its copies begin only when they are let go; `begun` says that it waits for that."""
 
-    def __init__(self, begin: Callable[[], None]) -> None:
+    def __init__(self, begun: threading.Event, release: threading.Event) -> None:
         super().__init__()
-        self.enqueue(begin)
+        self.enqueue(begun.set)
+        self.enqueue(lambda: ignore(release.wait(10)))
 
 
 @dataclass(slots=True)
@@ -205,22 +207,24 @@ class TestPairs:
     async def test_cancelled_copy_has_stopped_when_it_raises(self) -> None:
         async with ipc_pair() as pair:
             await pair.connect()
-            release = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            lane = SlowLane(lambda: ignore(asyncio.run_coroutine_threadsafe(release.wait(), loop).result(10)))
-            pair.sink._mappings[SOURCE].lane = lane
+            begun, release = threading.Event(), threading.Event()
+            lane = SlowLane(begun, release)
+            mapping = pair.sink._mappings[SOURCE]
+            mapping.lane = lane
             copying = asyncio.create_task(pair.sink.receive(SOURCE, pair.grant(), TARGETS))
-            await asyncio.sleep(0.05)
+            assert await asyncio.to_thread(begun.wait, 10)
+            await eventually(lambda: bool(mapping.watches), within_s=10)
+            (watch,) = mapping.watches
             copying.cancel()
-            await asyncio.sleep(0.05)
+            await eventually(watch._stopped.is_set, within_s=10)
             assert not copying.done()
             release.set()
-            await asyncio.wait((copying,), timeout=2)
+            await asyncio.wait((copying,), timeout=10)
             assert copying.cancelled()
             marks = [bytes(8)] * len(TARGETS)
             for target in TARGETS:
                 pair.sink_pool.view(target)[:8] = bytes(8)
-            await asyncio.sleep(0.05)
+            await lane.emptied()
             assert [bytes(pair.sink_pool.view(target)[:8]) for target in TARGETS] == marks
 
 

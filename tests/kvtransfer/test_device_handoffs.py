@@ -17,7 +17,7 @@ from kvtransfer.tcp.source import TcpSource
 from tandem.errors import TransferError
 from tandem.worker import Role
 from tests.kvtransfer.device_roads import Makers, checksums_in_host, ipc_makers, nccl_makers
-from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, HostDevice
+from tests.kvtransfer.fake_nccl import PATIENT, DevicePoolInHost, FakeNccl, HostDevice
 from tests.kvtransfer.pair import TOKEN, Pair, Pool, blocks, config, key, record, served_source
 
 
@@ -58,7 +58,7 @@ async def device_pair(makers: Makers, settings: TransferConfig) -> AsyncIterator
 @pytest.mark.parametrize("name", ["nccl", "cuda_ipc"])
 async def test_handoff_is_committed_with_checksums(name: str) -> None:
     makers = nccl_makers(FakeNccl(), FakeNccl()) if name == "nccl" else ipc_makers()
-    async with device_pair(makers, config(name, "tcp")) as pair:
+    async with device_pair(makers, config(name, "tcp", connect_timeout_s=30.0)) as pair:
         for number in range(3):
             pair.source.offer(key(f"leg-{number}"), GIVEN)
             report = await pair.pull(key(f"leg-{number}"), BlockRange(0, len(GIVEN)), TARGETS)
@@ -69,7 +69,7 @@ async def test_handoff_is_committed_with_checksums(name: str) -> None:
 
 async def test_broken_communicator_is_replaced_by_tcp_and_a_new_epoch_returns_to_use() -> None:
     source_nccl, sink_nccl = FakeNccl(), FakeNccl()
-    settings = replace(config("nccl", "tcp"), backoff_s=0.1, connect_timeout_s=1.0)
+    settings = replace(config("nccl", "tcp"), backoff_s=0.1, connect_timeout_s=30.0)
     async with device_pair(nccl_makers(source_nccl, sink_nccl), settings) as pair:
 
         async def road_of(leg: str) -> str:
@@ -107,7 +107,8 @@ async def test_sink_whose_nccl_cannot_open_takes_tcp_at_once_next_time() -> None
 
 async def test_wedged_transport_is_told() -> None:
     sink_nccl = FakeNccl()
-    async with device_pair(nccl_makers(FakeNccl(), sink_nccl), config("nccl", "tcp")) as pair:
+    makers = nccl_makers(FakeNccl(), sink_nccl, replace(PATIENT, abort_s=0.4))
+    async with device_pair(makers, config("nccl", "tcp", connect_timeout_s=30.0)) as pair:
         pair.source.offer(key("a"), GIVEN)
         await pair.pull(key("a"), BlockRange(0, len(GIVEN)), TARGETS)
         assert pair.sink.communicators().open == 1

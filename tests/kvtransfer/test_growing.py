@@ -85,6 +85,20 @@ def pull(pair: Pair, leg: str, remaining_s: float = 20.0) -> asyncio.Task[PullRe
     return asyncio.create_task(pair.pull(key(leg), whole, TARGETS, remaining_s))
 
 
+def questions(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> list[PullAsk]:
+    """What the sink asks the source from now on, as it asks it; it asks often whether more is ready."""
+    monkeypatch.setattr("kvtransfer.handoffs.pulling.WAIT_S", 0.01)
+    asked: list[PullAsk] = []
+    answer = pair.source.pull
+
+    async def heard(ask: PullAsk) -> PullAnswer:
+        asked.append(ask)
+        return await answer(ask)
+
+    monkeypatch.setattr(pair.source, "pull", heard)
+    return asked
+
+
 async def grow(pair: Pair, leg: str, ready: KvReady, pieces: Callable[[], int], count: int) -> None:
     """Makes more ready and waits until so many pieces have landed."""
     prefill(pair.source_pool, ready, 9)
@@ -122,17 +136,9 @@ async def test_growing_offer_outlives_lease_and_park_time_while_a_sink_waits(
     transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The source's clock is put forward with every question of the sink, twice as far as it parks offers."""
-    monkeypatch.setattr("kvtransfer.handoffs.pulling.WAIT_S", 0.01)
     settings = config(transport, lease_s=3.0, park_s=1.0)
     async with connected_pair(settings, 8, MIB) as pair:
-        asked: list[PullAsk] = []
-        answer = pair.source.pull
-
-        async def later(ask: PullAsk) -> PullAnswer:
-            asked.append(ask)
-            return await answer(ask)
-
-        monkeypatch.setattr(pair.source, "pull", later)
+        asked = questions(pair, monkeypatch)
         monkeypatch.setattr(pair.source, "_clock", lambda: time.monotonic() + 2.0 * len(asked))
         pair.source.offer(key("a"), GIVEN, KvReady(0, 0))
         pulling = pull(pair, "a")
@@ -144,12 +150,15 @@ async def test_growing_offer_outlives_lease_and_park_time_while_a_sink_waits(
         assert pair.sink_pool.read(TARGETS) == pair.source_pool.read(GIVEN)
 
 
-async def test_nothing_to_pull_still_waits_for_the_end_of_the_prefill() -> None:
+async def test_nothing_to_pull_still_waits_for_the_end_of_the_prefill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with connected_pair(config("shm"), 8, MIB) as pair:
+        asked = questions(pair, monkeypatch)
         pair.source.offer(key("a"), GIVEN, KvReady(5, 0))
         pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(6, 0), ()))
-        await eventually(lambda: pair.source.query(key("a")) is HandoffState.ACCEPTED, within_s=2.0)
-        await asyncio.sleep(0.05)
+        await eventually(lambda: len(asked) > 3, within_s=10.0)
+        assert not pulling.done()
         assert pair.released == []
         pair.source.advance(key("a"), ALL)
         report = await pulling
@@ -166,12 +175,13 @@ async def test_part_of_a_growing_leg_cannot_be_committed_before_its_end() -> Non
         assert pair.released == [(key("a"), ReleaseReason.ABORTED_BY_SINK)]
 
 
-async def test_withdrawn_offer_ends_the_wait_for_it(transport: str) -> None:
+async def test_withdrawn_offer_ends_the_wait_for_it(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with connected_pair(config(transport), 8, MIB) as pair:
+        asked = questions(pair, monkeypatch)
+        monkeypatch.setattr("kvtransfer.handoffs.pulling.WAIT_S", 0.9)
         pair.source.offer(key("a"), GIVEN, KvReady(0, 0))
         pulling = pull(pair, "a")
-        await eventually(lambda: pair.source.query(key("a")) is HandoffState.ACCEPTED, within_s=2.0)
-        await asyncio.sleep(0.05)
+        await eventually(lambda: any(ask.wait_s > 0 for ask in asked), within_s=10.0)
         began_s = time.monotonic()
         pair.source.withdraw(key("a").leg_id)
         assert pair.released == [(key("a"), ReleaseReason.WITHDRAWN)]

@@ -1,7 +1,5 @@
 """HandoffService as a stranger, a second sink or a repeating client meets it."""
 
-import asyncio
-
 import pytest
 
 from kvtransfer.checksums import XXH3, block_checksum, piece_checksum
@@ -11,7 +9,7 @@ from kvtransfer.handoffs.words import HandoffState, ReleaseReason
 from kvtransfer.host import host_id
 from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.worker import Role
-from tests.kvtransfer.pair import TOKEN, Pair, blocks, config, connected_pair, key, record
+from tests.kvtransfer.pair import TOKEN, Pair, blocks, config, connected_pair, eventually, key, record
 
 
 def client_of(pair: Pair, name: str = "decode-9", token: str = TOKEN) -> HandoffClient:
@@ -96,9 +94,7 @@ async def test_ended_handoff_is_forgotten_after_a_while() -> None:
     async with connected_pair(config("tcp", forget_s=0.1)) as pair:
         pair.source.offer(key("a"), blocks(1))
         await pair.pull(key("a"), BlockRange(0, 1), blocks(1))
-        async with asyncio.timeout(2):
-            while pair.source.query(key("a")) is not None:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: pair.source.query(key("a")) is None, within_s=10.0)
         pair.source.offer(key("a"), blocks(1))
         assert pair.source.query(key("a")) is HandoffState.OFFERED
 

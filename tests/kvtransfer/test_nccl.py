@@ -3,21 +3,29 @@
 import asyncio
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvtransfer.contract import BlockRange, PeerId, PullGrant, Transfer
 from kvtransfer.nccl.address import NcclAddress
-from kvtransfer.nccl.communicator import CommunicatorLimits, CommunicatorState
+from kvtransfer.nccl.communicator import CommunicatorState
 from kvtransfer.nccl.sink import NcclSink
-from kvtransfer.nccl.source import NcclSource
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import Incarnation, WorkerId
-from tests.kvtransfer.fake_nccl import DevicePoolInHost, FakeNccl, Mischief, host_kit
+from tests.kvtransfer.fake_nccl import (
+    PATIENT,
+    QUICK,
+    DevicePoolInHost,
+    FakeNccl,
+    HostLane,
+    Mischief,
+    host_kit,
+)
 from tests.kvtransfer.nccl_pair import BLOCK_BYTES, SINK, SOURCE, TICKET, nccl_pair
 from tests.kvtransfer.nccl_peer import TRANSFER
-from tests.kvtransfer.pair import Pool, blocks, config, eventually, key, outcome_of
+from tests.kvtransfer.pair import blocks, config, eventually, key, outcome_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCATTERED = blocks(7, 8, 9, 3, 30, 0, 1, 12, 14, 13)
@@ -83,7 +91,7 @@ class TestOpening:
     """ncclCommInitRank blocks for ever when the peer is gone."""
 
     async def test_peer_that_never_opens_costs_the_bound_and_no_more(self) -> None:
-        async with nccl_pair(source_mischief=Mischief(hang_open=True)) as pair:
+        async with nccl_pair(Mischief(hang_open=True), limits=QUICK, connect_timeout_s=0.8) as pair:
             began_s = time.monotonic()
             failure = await outcome_of(pair.connect())
             assert isinstance(failure, TransferError)
@@ -92,7 +100,7 @@ class TestOpening:
             await eventually(lambda: pair.sink.counts().abandoned == 1, within_s=2)
 
     async def test_communicator_that_opens_too_late_is_aborted(self) -> None:
-        async with nccl_pair(source_mischief=Mischief(hang_open=True)) as pair:
+        async with nccl_pair(Mischief(hang_open=True), limits=QUICK, connect_timeout_s=0.8) as pair:
             await outcome_of(pair.connect())
             await eventually(lambda: pair.source.counts().abandoned == 1, within_s=2)
             pair.source_nccl.mischief.release.set()
@@ -101,7 +109,7 @@ class TestOpening:
             await eventually(lambda: pair.source.counts().abandoned == 0, within_s=2)
 
     async def test_too_many_abandoned_openings_end_the_trying(self) -> None:
-        async with nccl_pair(sink_mischief=Mischief(hang_open=True)) as pair:
+        async with nccl_pair(None, Mischief(hang_open=True), QUICK, connect_timeout_s=0.8) as pair:
             faults = []
             for _ in range(4):
                 failure = await outcome_of(pair.connect())
@@ -131,6 +139,8 @@ class TestFailures:
         async with nccl_pair() as pair:
             await pair.connect()
             pair.source_nccl.mischief.async_status = status
+            wire = pair.sink._pairs[SOURCE].communicator._wire
+            assert wire is not None
             before = pair.sink_pool.read(TARGETS)
             began_s = time.monotonic()
             failure = await outcome_of(pair.move(SCATTERED, TARGETS))
@@ -139,7 +149,9 @@ class TestFailures:
             assert time.monotonic() - began_s < 2.0
             await eventually(lambda: len(pair.source_nccl.aborted) == 1, within_s=2)
             assert len(pair.sink_nccl.aborted) == 1
-            await asyncio.sleep(0.05)
+            for lane in (wire.sending, wire.copying):
+                assert isinstance(lane, HostLane)
+                await lane.emptied()
             landed = pair.sink_pool.read(TARGETS)
             given = pair.source_pool.read(SCATTERED)
             assert all(now in (old, new) for now, old, new in zip(landed, before, given, strict=True))
@@ -185,7 +197,7 @@ class TestFailures:
             assert len(pair.sink_nccl.aborted) == 1
 
     async def test_send_that_is_given_up_when_its_bytes_are_there_leaves_the_pair_alive(self) -> None:
-        async with nccl_pair() as pair:
+        async with nccl_pair(limits=replace(PATIENT, stop_s=30.0)) as pair:
             await pair.connect()
             for number in range(8):
                 await pair.move(blocks(number, number + 8), blocks(1, 2))
@@ -252,7 +264,7 @@ class TestAborting:
     """ncclCommAbort can hang, and a destructor would."""
 
     async def test_hanging_abort_is_bounded_and_asks_for_a_restart(self) -> None:
-        async with nccl_pair(sink_mischief=Mischief(hang_abort=True)) as pair:
+        async with nccl_pair(sink_mischief=Mischief(hang_abort=True), limits=QUICK) as pair:
             await pair.connect()
             assert pair.sink.counts().wedged is None
             began_s = time.monotonic()
@@ -269,7 +281,8 @@ class TestAborting:
         assert pair.source_nccl.aborted == pair.source_nccl.made
 
     async def test_close_is_quick_while_everything_hangs(self) -> None:
-        async with nccl_pair(Mischief(send_nothing=True, hang_abort=True), Mischief(hang_abort=True)) as pair:
+        mischief = Mischief(send_nothing=True, hang_abort=True), Mischief(hang_abort=True)
+        async with nccl_pair(*mischief, limits=QUICK) as pair:
             await pair.connect()
             moving = asyncio.create_task(pair.move(SCATTERED, TARGETS))
             await eventually(lambda: any(held.busy for held in pair.source._shelf._held), within_s=2)
@@ -330,7 +343,7 @@ class TestRoom:
     """A communicator costs memory on the device."""
 
     async def test_least_recently_used_one_is_closed_first_and_memory_is_told(self) -> None:
-        async with nccl_pair(limits=CommunicatorLimits(max_open=2, slot_bytes=BLOCK_BYTES)) as pair:
+        async with nccl_pair(limits=replace(PATIENT, slot_bytes=BLOCK_BYTES)) as pair:
             peers = [PeerId(WorkerId(f"decode-{number}"), Incarnation(1)) for number in range(3)]
             sinks = []
             try:
@@ -350,46 +363,3 @@ class TestRoom:
             finally:
                 for sink in sinks:
                     await sink.close()
-
-
-class TestAbsence:
-    """Where NCCL cannot be had, a sentence says why and the pair takes another road."""
-
-    async def test_pool_in_host_memory_is_refused(self) -> None:
-        pool = Pool(4, BLOCK_BYTES)
-        source = NcclSource(pool, config("nccl"), host_kit(FakeNccl()))
-        with pytest.raises(OSError, match="The KV pool is not on a GPU"):
-            await source.start(lambda _peer: None, lambda _fault: None)
-        assert source.endpoint(SINK, TICKET) is None
-        pool.close()
-
-    async def test_sink_without_nccl_says_so(self) -> None:
-        def no_binding() -> None:
-            raise OSError("CuPy is not installed.")
-
-        async with nccl_pair() as pair:
-            kit = host_kit(pair.sink_nccl)
-            pool = DevicePoolInHost(4, BLOCK_BYTES)
-            missing = type(kit)(no_binding, kit.open_device, kit.limits)  # type: ignore[arg-type]
-            sink = NcclSink(pool, config("nccl"), time.monotonic, missing)
-            address = pair.source.endpoint(SINK, TICKET)
-            assert address is not None
-            with pytest.raises(TransferError, match="CuPy is not installed") as caught:
-                await sink.connect(SOURCE, address, TICKET, BLOCK_BYTES)
-            assert caught.value.fault is TransferFault.UNSUPPORTED
-            await sink.close()
-            pool.close()
-
-    @pytest.mark.parametrize(
-        "address",
-        ["", "h 1 2", "h x 1 1 00", "h 1 1 1 00", f"h 1 1 0 {'00' * 128}", f"h 99999 1 1 {'0' * 256}"],
-    )
-    def test_address_that_makes_no_sense_is_refused(self, address: str) -> None:
-        with pytest.raises(TransferError) as caught:
-            NcclAddress.parse(address)
-        assert caught.value.fault is TransferFault.UNSUPPORTED
-
-    def test_unique_id_is_not_in_a_printed_address(self) -> None:
-        address = NcclAddress("h", 1, 1, 1, b"s" * 128)
-        assert NcclAddress.parse(address.encode()) == address
-        assert "73" * 4 not in repr(address)

@@ -3,21 +3,33 @@
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from kvtransfer.contract import BlockRange, OnLanded, PeerId, PullGrant, SinkTransport
-from kvtransfer.faults import Fault, FaultSchedule, FaultySink
+from kvtransfer.contract import BlockRange, PeerId
+from kvtransfer.faults import Fault
 from kvtransfer.handoffs.sink import HandoffSink
 from kvtransfer.handoffs.words import ReleaseReason
+from kvtransfer.tcp.sink import TcpSink
 from kvtransfer.transports import sink_transports
 from tandem.errors import TransferError
 from tandem.ids import BlockId
 from tandem.worker import Role
-from tests.kvtransfer.pair import TOKEN, Pool, blocks, config, key, outcome_of, record, served_source
+from tests.kvtransfer.held_sink import HeldSink
+from tests.kvtransfer.pair import (
+    TOKEN,
+    Pool,
+    blocks,
+    config,
+    eventually,
+    key,
+    outcome_of,
+    record,
+    served_source,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_BLOCKS = 8
@@ -60,35 +72,25 @@ async def test_dead_source_frees_the_sink(transport: str) -> None:
         address = await line_of(process)
         pool = Pool(NUM_BLOCKS, BLOCK_BYTES)
         settings = config(transport)
-        began = asyncio.Event()
-
-        class Announcing(FaultySink):
-            async def receive(
-                self,
-                source: PeerId,
-                grant: PullGrant,
-                target: Sequence[BlockId],
-                on_landed: OnLanded | None = None,
-            ) -> float:
-                began.set()
-                return await super().receive(source, grant, target, on_landed)
-
-        def wrap(inner: SinkTransport) -> SinkTransport:
-            return Announcing(inner, pool, FaultSchedule(1, {Fault.DELAY: 1.0}, delay_s=0.2))
-
-        taking = [wrap(inner) for inner in sink_transports(pool, settings, time.monotonic)]
+        held = [HeldSink(inner, pool) for inner in sink_transports(pool, settings, time.monotonic)]
         me = record("decode-0", Role.DECODE)
-        sink = HandoffSink(me, pool, settings, time.monotonic, TOKEN, transports=taking)
+        sink = HandoffSink(me, pool, settings, time.monotonic, TOKEN, transports=held)
         source = record("prefill-0", Role.PREFILL, address)
         targets = [BlockId(block) for block in range(NUM_BLOCKS)]
         pulling = asyncio.create_task(
             sink.pull(key("a"), source, BlockRange(0, NUM_BLOCKS), targets, 0, 30.0)
         )
         async with asyncio.timeout(10):
-            await began.wait()
-        await asyncio.sleep(0.1 if transport == "shm" else 0.3)
+            await held[0].began.wait()
+        if transport == "tcp":
+            held[0].may_go_on.set()
+            tcp = held[0]._inner
+            assert isinstance(tcp, TcpSink)
+            await eventually(lambda: bool(tcp._pairs[PeerId.of(source)].active), within_s=10)
         process.kill()
         killed_s = time.monotonic()
+        await process.wait()
+        held[0].may_go_on.set()
         failure = await outcome_of(pulling)
         assert time.monotonic() - killed_s < 2.0
         # Also where all bytes came in time: nobody is left to say that they are the right ones.
@@ -109,8 +111,6 @@ async def test_dead_sink_frees_the_source(transport: str) -> None:
             assert source.counts().in_flight == 1
             process.kill()
             killed_s = time.monotonic()
-            async with asyncio.timeout(5):
-                while not released:
-                    await asyncio.sleep(0.01)
+            await eventually(lambda: bool(released), within_s=5)
             assert time.monotonic() - killed_s < 2.0
             assert released == [(key("a"), ReleaseReason.PEER_LOST)]

@@ -28,6 +28,7 @@ from tests.kvtransfer.test_observer import Heard
 pytestmark = needs_openssl
 
 QUICK_S = 0.5
+PATIENT_S = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, authority: Path) -> TlsConfi
     return make_worker(tmp_path_factory.mktemp("worker") / "good", authority)
 
 
-def settings_of(files: TlsConfig | None, *transports: str) -> TransferConfig:
-    """With short bounds."""
-    return replace(config(*(transports or ("tcp",)), connect_timeout_s=QUICK_S), tls=files)
+def settings_of(files: TlsConfig | None, *transports: str, patience_s: float = PATIENT_S) -> TransferConfig:
+    """A peer is waited for as long as a slow machine needs, unless a test is about that."""
+    return replace(config(*(transports or ("tcp",)), connect_timeout_s=patience_s), tls=files)
 
 
 async def pull_one(pair: Pair, leg: str) -> str:
@@ -159,7 +160,8 @@ async def test_source_without_tls_is_not_spoken_to_in_the_clear(files: TlsConfig
 
 async def test_peer_that_never_shakes_hands_costs_the_bound_and_no_more(files: TlsConfig) -> None:
     heard = Heard()
-    async with connected_pair(settings_of(files), observer=heard) as pair:
+    quick, patient = settings_of(files, patience_s=QUICK_S), settings_of(files)
+    async with connected_pair(quick, sink_settings=patient, observer=heard) as pair:
         await pull_one(pair, "before")
         address = (await pair.sink._sources.get(pair.source_record)).endpoints[0].address
         began_s = time.monotonic()

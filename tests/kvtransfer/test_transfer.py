@@ -9,6 +9,7 @@ import pytest
 from kvtransfer.contract import (
     BlockMemory,
     BlockRange,
+    HandoffKey,
     OnLanded,
     PeerId,
     PullGrant,
@@ -16,11 +17,25 @@ from kvtransfer.contract import (
     SourceTransport,
 )
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink, FaultySource
-from kvtransfer.handoffs.words import ReleaseReason
+from kvtransfer.handoffs.offers import CommitAnswer
+from kvtransfer.handoffs.pulling import RETRY_PAUSE_S
+from kvtransfer.handoffs.source import HandoffSource
+from kvtransfer.handoffs.words import HandoffState, ReleaseReason
 from kvtransfer.tcp.sink import TcpSink
-from tandem.errors import TransferError, TransferFault
+from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation
-from tests.kvtransfer.pair import Pair, blocks, config, connected_pair, eventually, key, outcome_of
+from tandem.worker import Role
+from tests.kvtransfer.pair import (
+    Pair,
+    Pool,
+    blocks,
+    config,
+    connected_pair,
+    eventually,
+    key,
+    outcome_of,
+    record,
+)
 
 
 class _SlowToStop:
@@ -174,7 +189,9 @@ class TestSendingTransport:
             await eventually(lambda: pair.source.counts().in_flight == 1, within_s=2.0)
             lost = pair.source_record
             await pair.sink.peer_lost(lost.worker_id, Incarnation(lost.incarnation + 1))
-            await asyncio.sleep(0.05)
+            # What would have been ended is ended before the next pull is over.
+            pair.source.offer(key("b"), blocks(2))
+            await pair.pull(key("b"), BlockRange(1, 0), ())
             assert not pulling.done()
             began_s = time.monotonic()
             await pair.sink.peer_lost(lost.worker_id, lost.incarnation)
@@ -182,6 +199,40 @@ class TestSendingTransport:
             assert time.monotonic() - began_s < 1.0
             assert isinstance(failure, TransferError)
             assert failure.fault is TransferFault.DISCONNECTED
+
+    async def test_commit_that_is_held_is_repeated_with_a_pause(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with connected_pair(config("tcp", settle_s=0.5)) as pair:
+            asked: list[int] = []
+
+            async def hold(_key: HandoffKey, _sink: PeerId, number: int, _sums: object) -> CommitAnswer:
+                asked.append(number)
+                return CommitAnswer(HandoffState.LANDED)
+
+            monkeypatch.setattr(pair.source, "commit", hold)
+            pair.source.offer(key("a"), blocks(1))
+            with pytest.raises(TransferError):
+                await pair.pull(key("a"), BlockRange(0, 1), blocks(1))
+            assert 1 < len(asked) <= 0.5 / RETRY_PAUSE_S + 1
+
+
+class TestOwnerOfTheBlocks:
+    """Whoever gets the blocks back may fail, too."""
+
+    async def test_owner_that_cannot_take_blocks_back_is_told_of(self) -> None:
+        def refuse(_key: HandoffKey, _reason: ReleaseReason) -> None:
+            raise ProtocolError("These blocks are not known here.")
+
+        pool = Pool(4, 8192)
+        me = record("prefill-0", Role.PREFILL)
+        source = HandoffSource(me, pool, config(park_s=0.01), time.monotonic, refuse, transports=())
+        await source.start()
+        assert source.wedged() is None
+        source.offer(key("a"), blocks(1))
+        await eventually(lambda: source.wedged() is not None, within_s=5.0)
+        await source.close()
+        pool.close()
 
 
 class TestFallback:
@@ -255,3 +306,13 @@ class TestFallback:
             with pytest.raises(TransferError) as caught:
                 await pair.pull(key("a"), BlockRange(0, 1), blocks(1))
             assert caught.value.fault is TransferFault.UNSUPPORTED
+
+
+async def test_nothing_is_kept_of_sources_that_were_never_reached() -> None:
+    async with connected_pair(config("tcp")) as pair:
+        for life in range(1, 4):
+            nowhere = record("prefill-9", Role.PREFILL, "127.0.0.1:1", incarnation=life)
+            with pytest.raises(TransferError):
+                await pair.sink.pull(key("a"), nowhere, BlockRange(0, 1), blocks(1), 0, 20.0)
+        sources = pair.sink._sources
+        await eventually(lambda: not sources.peers and not len(sources._connecting), within_s=10.0)

@@ -3,7 +3,16 @@
 import random
 from collections.abc import Sequence
 
-from planner.simulation.setup import Drive, Fault, RouterRules, Setup, SimRole, WorkerSpec
+from planner.simulation.setup import (
+    Drive,
+    EarlyFetch,
+    Fault,
+    Hops,
+    RouterRules,
+    Setup,
+    SimRole,
+    WorkerSpec,
+)
 from planner.simulator import SimulationResult, simulate
 from planner.workloads.workload import SimRequest
 from tandem.ids import WorkerId
@@ -11,6 +20,17 @@ from tandem.slo import SloClass
 from tests.planner.linear_latency import TICK_S, LinearLatency, LinearTransfer
 
 CHAT = SloClass("chat", 2.0, 0.1, 1.0)
+
+LAYERS, LAYER_BYTES = 8, 1 << 16
+"""Of a model whose blocks have half a megabyte, so that pieces (from a megabyte on) have two or more."""
+
+
+def early_fetch(min_tokens: int = 64) -> EarlyFetch:
+    """KV of longer prompts moves while they are read, at what LinearTransfer says."""
+    return EarlyFetch(min_tokens, LAYERS, LAYER_BYTES, LinearTransfer())
+
+
+SHORT_HOPS = Hops(3000 * TICK_S, 500 * TICK_S, 700 * TICK_S)
 
 
 def disaggregated(
@@ -24,6 +44,8 @@ def disaggregated(
     token_budget: int = 512,
     whole_prompts: bool = False,
     rules: RouterRules | None = None,
+    early: EarlyFetch | None = None,
+    hops: Hops | None = None,
 ) -> Setup:
     """So many workers of each role, alike."""
     workers = [
@@ -41,7 +63,15 @@ def disaggregated(
         for number in range(count)
     ]
     limits = RouterRules((CHAT,), context_tokens=4096) if rules is None else rules
-    return Setup(tuple(workers), limits, LinearTransfer(), tuple(faults), drive=drive)
+    return Setup(
+        tuple(workers),
+        limits,
+        LinearTransfer(),
+        tuple(faults),
+        drive=drive,
+        early=early,
+        hops=Hops() if hops is None else hops,
+    )
 
 
 def colocated(policy: str, count: int = 2, blocks: int = 400, token_budget: int = 512) -> Setup:

@@ -55,3 +55,8 @@ class LinearTransfer:
     def transfer_s(self, tokens: int, same_node: bool) -> float:
         """Linear in the tokens."""
         return (self.base + self.per_token * tokens * (1 if same_node else 2)) * TICK_S
+
+    def piece_s(self, num_bytes: int, last: bool, same_node: bool) -> float:
+        """The latency for the last piece, and for each byte what a token takes for its 32 KiB."""
+        ticks = self.per_token * (num_bytes >> 15) * (1 if same_node else 2)
+        return ((self.base if last else 0) + ticks) * TICK_S

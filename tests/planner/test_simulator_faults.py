@@ -12,11 +12,11 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.simulation.setup import Drive, Fault, FaultKind, RouterRules
+from planner.simulation.setup import Drive, Fault, FaultKind, RouterRules, Setup
 from planner.simulator import simulate
 from planner.workloads.workload import SimRequest
 from tandem.ids import WorkerId
-from tests.planner.clusters import CHAT, disaggregated, load, rows
+from tests.planner.clusters import CHAT, SHORT_HOPS, disaggregated, early_fetch, load, rows
 from tests.planner.linear_latency import TICK_S
 
 NAMES = [f"{role}-{number}" for role in ("prefill", "decode") for number in range(2)]
@@ -32,10 +32,27 @@ FAULTS = st.lists(
 SCHEDULES = int(os.environ.get("FAULT_SCHEDULES", "1000"))
 
 
-def schedule_json(faults: Sequence[Fault], seed: int, blocks: int, drive: Drive) -> str:
+def _cluster(
+    blocks: int, drive: Drive, faults: Sequence[Fault], early: bool, rules: RouterRules | None = None
+) -> Setup:
+    """With `early`, KV moves while prompts are read, and messages take time."""
+    return disaggregated(
+        2,
+        2,
+        blocks,
+        drive,
+        faults,
+        rules=rules,
+        early=early_fetch() if early else None,
+        hops=SHORT_HOPS if early else None,
+    )
+
+
+def schedule_json(faults: Sequence[Fault], seed: int, blocks: int, drive: Drive, early: bool) -> str:
     """A schedule as text."""
     struck = [{"at_s": fault.at_s, "kind": fault.kind.value, "worker": fault.worker_id} for fault in faults]
-    return json.dumps({"faults": struck, "seed": seed, "blocks": blocks, "drive": drive.value})
+    told = {"faults": struck, "seed": seed, "blocks": blocks, "drive": drive.value, "early": early}
+    return json.dumps(told)
 
 
 def replay(text: str) -> None:
@@ -45,16 +62,16 @@ def replay(text: str) -> None:
         Fault(struck["at_s"], FaultKind(struck["kind"]), WorkerId(struck["worker"]))
         for struck in told["faults"]
     ]
-    check(faults, told["seed"], told["blocks"], Drive(told["drive"]))
+    check(faults, told["seed"], told["blocks"], Drive(told["drive"]), told["early"])
 
 
-def check(faults: Sequence[Fault], seed: int, blocks: int, drive: Drive) -> None:
+def check(faults: Sequence[Fault], seed: int, blocks: int, drive: Drive, early: bool) -> None:
     """`simulate` itself raises when a block is leaked."""
     rules = RouterRules(
         (CHAT,), context_tokens=4096, request_timeout_s=60.0, park_requests_s=5.0, max_queued=20
     )
     asked = load(12, 10.0, seed, longest=300)
-    setup = replace(disaggregated(2, 2, blocks, drive, rules=rules), faults=tuple(faults))
+    setup = _cluster(blocks, drive, faults, early, rules)
     records = simulate(setup, asked).records
     assert sorted(records.numbers) == [request.number for request in asked]
     wanted = {request.number: request.output_tokens for request in asked}
@@ -64,23 +81,26 @@ def check(faults: Sequence[Fault], seed: int, blocks: int, drive: Drive) -> None
 
 
 @settings(max_examples=SCHEDULES)
-@given(FAULTS, st.integers(0, 50), st.sampled_from([60, 400]))
+@given(FAULTS, st.integers(0, 50), st.sampled_from([60, 400]), st.booleans())
 def test_no_schedule_of_faults_loses_doubles_or_leaks(
-    faults: Sequence[Fault], seed: int, blocks: int
+    faults: Sequence[Fault], seed: int, blocks: int, early: bool
 ) -> None:
+    """Half of them with KV that moves while prompts are read, and messages that take time."""
     try:
-        check(faults, seed, blocks, Drive.RUNS)
+        check(faults, seed, blocks, Drive.RUNS, early)
     except BaseException:
         failed = Path(os.environ.get("FAULT_FILE", "fault-schedule.json"))
-        failed.write_text(schedule_json(faults, seed, blocks, Drive.RUNS))
+        failed.write_text(schedule_json(faults, seed, blocks, Drive.RUNS, early))
         raise
 
 
 @settings(max_examples=60)
-@given(FAULTS, st.integers(0, 50), st.sampled_from([60, 400]))
-def test_faults_strike_runs_and_single_steps_alike(faults: Sequence[Fault], seed: int, blocks: int) -> None:
+@given(FAULTS, st.integers(0, 50), st.sampled_from([60, 400]), st.booleans())
+def test_faults_strike_runs_and_single_steps_alike(
+    faults: Sequence[Fault], seed: int, blocks: int, early: bool
+) -> None:
     asked = load(12, 10.0, seed, longest=300)
-    setup = disaggregated(2, 2, blocks, Drive.RUNS, faults)
+    setup = _cluster(blocks, Drive.RUNS, faults, early)
     assert rows(setup, asked) == rows(replace(setup, drive=Drive.STEPS), asked)
 
 
@@ -90,7 +110,7 @@ def test_a_schedule_can_be_replayed_from_its_file() -> None:
         Fault(0.6, FaultKind.TRANSFER, WorkerId("decode-1")),
         Fault(1.0, FaultKind.REVIVAL, WorkerId("decode-0")),
     ]
-    replay(schedule_json(faults, 3, 400, Drive.RUNS))
+    replay(schedule_json(faults, 3, 400, Drive.RUNS, early=True))
 
 
 def test_a_dead_decode_worker_costs_time_and_no_answer() -> None:

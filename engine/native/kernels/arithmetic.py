@@ -129,6 +129,16 @@ def integers(_typing, _address):
 
 
 @intrinsic
+def octets(_typing, _address):
+    """The eight-bit numbers at an address."""
+
+    def generate(_context, builder, _signature, values):
+        return builder.inttoptr(values[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.int8)(types.int64), generate
+
+
+@intrinsic
 def prefetch(_typing, pointer):
     """Asks for the cache line of a pointer, which may be any."""
 

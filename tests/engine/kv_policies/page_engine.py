@@ -11,10 +11,12 @@ from torch import Tensor
 
 from engine.decoder import Decoder
 from engine.kv_cache import KvCache
-from engine.kv_policies.page_attention import PageAttention
+from engine.kv_policies.bounded_kv import NO_DROPS, KvDrops
+from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_runner import PageRunner
 from engine.linear import stored_linear
 from engine.model_config import read_model_config
+from engine.native.team import Team, team_of_torch
 from engine.step import SequenceSlice, StepPlan
 from engine.torch_runner import TorchStepRunner
 from engine.weights import read_weights
@@ -39,11 +41,12 @@ class PageEngine:
         *slices: SequenceSlice,
         copies: Sequence[tuple[int, int]] = (),
         landed: Sequence[tuple[int, int]] = (),
+        drops: KvDrops = NO_DROPS,
     ) -> Tensor:
         """Logits of every sampled row, [rows, vocabulary]."""
         pairs = tuple((BlockId(source), BlockId(target)) for source, target in copies)
         written = tuple((BlockId(block), tokens) for block, tokens in landed)
-        self.runner.run(StepPlan(0, slices, pairs, written))
+        self.runner.run(StepPlan(0, slices, pairs, written, drops))
         return self.sampler.logits
 
 
@@ -51,17 +54,25 @@ class PageEngine:
 def open_pages(
     folder: Path,
     stored: torch.dtype = torch.float32,
-    pages: int | None = None,
+    reading: Reading | None = None,
     dtype: torch.dtype = torch.float32,
+    threads: int = 1,
 ) -> Iterator[PageEngine]:
-    """A PageEngine over a folder, on one thread, with 64 blocks; `dtype` is the weights'."""
+    """A PageEngine over a folder, with 64 blocks; `dtype` is the weights'."""
     config = read_model_config(folder)
     decoder = Decoder(config, read_weights(folder, config, dtype, CPU), stored_linear)
     sampler = RecordingSampler()
     with KvCache(config, 64, BLOCK_SIZE, stored, CPU) as cache:
-        attention = PageAttention(cache, config, pages)
-        runner = TorchStepRunner(decoder, cache, attention, sampler, CPU, threads=1)
+        attention = PageAttention(cache, config, team_of(threads), reading)
+        runner = TorchStepRunner(decoder, cache, attention, sampler, CPU, threads=threads)
         yield PageEngine(cache, attention, PageRunner(runner, attention), sampler)
+
+
+def team_of(threads: int) -> Team:
+    """Threads for native loops; a torch without them fails the test."""
+    team = team_of_torch(threads)
+    assert team is not None
+    return team
 
 
 def tokens(count: int, seed: int) -> list[int]:

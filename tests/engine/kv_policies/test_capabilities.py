@@ -16,6 +16,7 @@ from tests.engine.tiny_models import family_configs, random_model
 
 INT8 = KvSettings("int8")
 QUEST = KvSettings("float32", selection="quest")
+MORPH = KvSettings("float32", selection="morph")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,8 @@ QUEST = KvSettings("float32", selection="quest")
         QUEST,
         replace(QUEST, codec="fp8"),
         replace(QUEST, kv_dtype="int8"),
+        replace(MORPH, kv_dtype="int8"),
+        replace(MORPH, codec="fp8"),
     ],
 )
 def test_what_goes_together_is_accepted(settings: KvSettings) -> None:
@@ -48,6 +51,12 @@ def test_what_goes_together_is_accepted(settings: KvSettings) -> None:
             replace(QUEST, speculates=True),
             "kv_selection quest does not go with speculative decoding: "
             "guesses are verified with all of the KV, so they would change tokens",
+        ),
+        (replace(MORPH, device="cuda"), "kv_selection morph runs on the CPU only, not on device cuda"),
+        (
+            replace(MORPH, speculates=True),
+            "kv_selection morph does not go with speculative decoding: "
+            "KV is dropped by the attention of tokens that are fed one by one",
         ),
         (
             replace(QUEST, kv_dtype="int8", codec="oaken"),
@@ -73,7 +82,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> WorkerConfig:
         ({"kv_dtype": "int4"}, r"kv_dtype 'int4' is not supported; allowed: int8"),
         (
             {"kv_selection": KvSelectionConfig("alisa")},
-            r"kv_selection 'alisa' is unknown; allowed: full, quest",
+            r"kv_selection 'alisa' is unknown; allowed: full, quest, morph",
+        ),
+        (
+            {"kv_selection": KvSelectionConfig("morph", budget_tokens=31, window_tokens=16)},
+            r"a budget of two windows or more, not 31 tokens with a window of 16",
+        ),
+        (
+            {"kv_selection": KvSelectionConfig("morph", fusion="mean")},
+            r"fusion 'mean' is unknown; allowed: sum, max",
         ),
         ({"kv_selection": KvSelectionConfig("quest", pages=1)}, r"kv_selection needs 2 pages or more, not 1"),
         (
@@ -97,3 +114,15 @@ def test_workers_that_store_kv_otherwise_have_another_digest(config: WorkerConfi
         assert rounded.digest == compatibility_digest(folder, "float32", 16, stored_as="int8") != plain
     with load_engine(replace(config, kv_selection=KvSelectionConfig("quest", pages=4))) as selecting:
         assert selecting.digest == plain
+
+
+def test_a_model_that_sees_a_window_of_tokens_is_refused_with_morph(
+    tmp_path: Path, config: WorkerConfig
+) -> None:
+    """A token's slot would no longer say how far back it is."""
+    random_model(family_configs()["mistral-window"]).save_pretrained(tmp_path)
+    windowed = replace(config, model_folder=tmp_path, kv_selection=KvSelectionConfig("morph"))
+    with pytest.raises(
+        ConfigError, match="kv_selection morph does not go with a model whose layers see a window"
+    ):
+        load_engine(windowed)

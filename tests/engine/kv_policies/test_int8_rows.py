@@ -9,11 +9,12 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from engine.kv_cache import KvCache
-from engine.kv_policies.paged_rows import PagedRows
+from engine.kv_policies.paged_rows import PagedRows, Places
 from engine.kv_policies.quantised_rows import quantised_row
 from engine.model_config import ModelConfig, RopeConfig
 from tandem.errors import ModelError
 from tandem.ids import BlockId
+from tests.engine.kv_policies.page_engine import team_of
 
 CONFIG = ModelConfig(
     "LlamaForCausalLM", 10, 8, 8, 2, 2, 2, 8, 1e-5, RopeConfig(1e4), 64, True, *(False,) * 4, (None,) * 2, ()
@@ -28,8 +29,8 @@ def test_a_number_is_off_by_half_a_step_of_its_row_at_most(
     keys: NDArray[np.float32], values: NDArray[np.float32]
 ) -> None:
     with KvCache(CONFIG, 4, 4, torch.int8, torch.device("cpu")) as cache:
-        rows = PagedRows(cache, CONFIG)
-        places = np.array([2, 2, 0]), np.array([0, 3, 1])
+        rows = PagedRows(cache, CONFIG, team_of(1))
+        places = Places(np.array([2, 2, 0]), np.array([0, 3, 1]))
         rows.write(1, places, torch.from_numpy(keys), torch.from_numpy(values))
         found = rows.read(1, [BlockId(2), BlockId(0)])
         for exact, read in zip((keys, values), found, strict=True):

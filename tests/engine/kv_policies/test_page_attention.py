@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.kv_policies.page_attention import Reading
 from tests.engine.kv_policies.page_engine import open_pages, scattered, tokens
 from tests.engine.tiny_models import family_configs, random_model, reference_logits, slice_of
 
@@ -31,12 +32,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, model.double()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("pages", [None, 20], ids=["full", "quest with more pages than there are"])
-def test_logits_are_those_of_full_attention(saved: tuple[Path, Any], pages: int | None) -> None:
+def test_logits_are_those_of_full_attention(saved: tuple[Path, Any], pages: int | None, threads: int) -> None:
     folder, model = saved
     sequence, table = tokens(70, seed=1), scattered(20, seed=1)
     expected = reference_logits(model, sequence)
-    with open_pages(folder, pages=pages) as engine:
+    with open_pages(folder, reading=Reading(pages), threads=threads) as engine:
         found = [engine.step(slice_of(sequence[:64], 0, table))]
         found += [engine.step(slice_of(sequence[at : at + 1], at, table)) for at in range(64, 70)]
     assert (torch.cat(found) - expected[63:]).abs().max() < TOLERANCE
@@ -48,7 +50,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other(saved: tuple[Path, Any]) -
     sequences = [tokens(length + 4, seed=length) for length in lengths]
     blocks = scattered(33, seed=2)
     tables = [blocks[:11], blocks[11:22], blocks[22:]]
-    with open_pages(folder, pages=20) as engine:
+    with open_pages(folder, reading=Reading(20)) as engine:
         for sequence, length, table in zip(sequences, lengths, tables, strict=True):
             engine.step(slice_of(sequence[:length], 0, table, samples=0))
         found = engine.step(

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from engine.attention import Span
 from engine.kv_cache import KvCache
-from engine.kv_policies import kernels
-from engine.kv_policies.page_attention import PageAttention
+from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_bounds import FULL_LAYERS, PageBounds
-from engine.kv_policies.paged_rows import PagedRows
+from engine.kv_policies.paged_rows import PagedRows, Places
 from engine.model_config import ModelConfig, RopeConfig
+from engine.native.kernels.pages import choose_pages, largest_places
 from tandem.ids import BlockId
-from tests.engine.kv_policies.page_engine import open_pages, scattered, tokens
+from tests.engine.kv_policies.page_engine import open_pages, scattered, team_of, tokens
 from tests.engine.tiny_models import family_configs, random_model, slice_of
 
 SIZE, KV_HEADS, GROUP, HEAD_DIM, LAYERS, BLOCKS = 4, 2, 3, 8, 3, 12
@@ -63,7 +63,7 @@ def test_a_token_attends_to_the_pages_with_the_largest_bounds_only(stored: torch
     """Against float64 attention over a choice made by numpy from the stored keys."""
     length, pages = 43, 4
     with KvCache(CONFIG, BLOCKS, SIZE, stored, CPU) as cache:
-        attention = PageAttention(cache, CONFIG, pages)
+        attention = PageAttention(cache, CONFIG, team_of(1), Reading(pages))
         table = [BlockId(block) for block in random.Random(0).sample(range(BLOCKS), 11)]
         keys, values = _random_kv(length, seed=1)
         queries = torch.randn(
@@ -72,7 +72,7 @@ def test_a_token_attends_to_the_pages_with_the_largest_bounds_only(stored: torch
         attention.prepare([Span(0, length - 1, 0, table)])(LAYER, queries[:-1], keys[:-1], values[:-1])
         batch = attention.prepare([Span(0, 1, length - 1, table)])
         found = batch(LAYER, queries[-1:], keys[-1:], values[-1:]).view(KV_HEADS, GROUP, HEAD_DIM)
-        rows = PagedRows(cache, CONFIG)
+        rows = PagedRows(cache, CONFIG, team_of(1))
         seen = [part[:length].double().numpy() for part in rows.read(LAYER, table)]
         for head in range(KV_HEADS):
             own = queries[-1].view(KV_HEADS, GROUP, HEAD_DIM)[head].double().numpy()
@@ -109,7 +109,7 @@ def test_the_largest_are_chosen_once_each_and_in_order(
 ) -> None:
     count = data.draw(st.integers(0, len(bound)))
     found = np.full(count + 1, -1, np.int64)
-    kernels._largest(bound, count, 5, found)
+    largest_places(bound, count, 5, found)
     chosen = found[:count] - 5
     assert found[count] == -1
     assert (np.diff(chosen) > 0).all()
@@ -120,12 +120,9 @@ def test_the_largest_are_chosen_once_each_and_in_order(
 def test_a_query_that_is_no_number_still_reads_pages_of_its_own() -> None:
     """A broken row draws no token, but it must not read beyond the pool."""
     bounds = np.ones((BLOCKS, LAYERS, KV_HEADS, 2, HEAD_DIM), np.float32)
-    queries = np.full((1, KV_HEADS * GROUP, HEAD_DIM), np.nan, np.float32)
-    table, last_seen = np.arange(BLOCKS)[None], np.array([BLOCKS * SIZE - 1])
-    pages, counts = np.full((1, KV_HEADS, 4), -1, np.int64), np.zeros((1, KV_HEADS), np.int64)
-    shape = (LAYERS, SIZE, KV_HEADS, HEAD_DIM, HEAD_DIM)
-    kernels.choose_pages(shape, LAYER, queries, bounds, table, np.array([0]), last_seen, pages, counts)
-    assert (counts == 4).all()
+    queries = np.full((GROUP, HEAD_DIM), np.nan, np.float32)
+    pages = np.full(4, -1, np.int64)
+    assert choose_pages(LAYER, 1, queries, bounds, np.arange(BLOCKS), 0, BLOCKS - 1, pages) == 4
     assert (np.diff(pages) > 0).all()
     assert ((pages >= 0) & (pages < BLOCKS)).all()
 
@@ -133,14 +130,13 @@ def test_a_query_that_is_no_number_still_reads_pages_of_its_own() -> None:
 @pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
 def test_bounds_hold_for_the_keys_as_they_are_stored(stored: torch.dtype) -> None:
     with KvCache(CONFIG, BLOCKS, SIZE, stored, CPU) as cache:
-        rows = PagedRows(cache, CONFIG)
-        bounds = PageBounds(rows, BLOCKS)
-        places = np.repeat([7, 2], SIZE)[:6], np.tile(np.arange(SIZE), 2)[:6]
-        rows.write(LAYER, places, *_random_kv(6, seed=3))
-        bounds.extend(LAYER, places)
+        rows = PagedRows(cache, CONFIG, team_of(1))
+        bounds = PageBounds(rows, BLOCKS, team_of(1))
+        places = Places(np.repeat([7, 2], SIZE)[:6], np.tile(np.arange(SIZE), 2)[:6])
+        rows.write(LAYER, places, *_random_kv(6, seed=3), bounds.of_layer(LAYER))
         for block, filled in ((7, SIZE), (2, 2)):
             keys = _keys_of(rows, block)[:filled]
-            least, greatest = bounds.bounds[block, LAYER].transpose(1, 0, 2)
+            least, greatest = bounds.bounds[block, LAYER].numpy().transpose(1, 0, 2)
             assert (least == keys.min(axis=0)).all()
             assert (greatest == keys.max(axis=0)).all()
         del rows, bounds
@@ -148,27 +144,26 @@ def test_bounds_hold_for_the_keys_as_they_are_stored(stored: torch.dtype) -> Non
 
 def test_a_block_that_starts_anew_forgets_its_former_keys() -> None:
     with KvCache(CONFIG, BLOCKS, SIZE, torch.float32, CPU) as cache:
-        rows = PagedRows(cache, CONFIG)
-        bounds = PageBounds(rows, BLOCKS)
+        rows = PagedRows(cache, CONFIG, team_of(1))
+        bounds = PageBounds(rows, BLOCKS, team_of(1))
         for scale in (100.0, 1.0):
             keys, values = _random_kv(2, seed=4)
-            places = np.array([3, 3]), np.array([0, 1])
-            rows.write(LAYER, places, keys * scale, values)
-            bounds.extend(LAYER, places)
-        assert np.abs(bounds.bounds[3, LAYER]).max() < 10
+            places = Places(np.array([3, 3]), np.array([0, 1]))
+            rows.write(LAYER, places, keys * scale, values, bounds.of_layer(LAYER))
+        assert bounds.bounds[3, LAYER].abs().max() < 10
         del rows, bounds
 
 
 def test_bounds_of_landed_blocks_are_read_from_the_pool_and_follow_copies() -> None:
     """As after a hand-off: the bytes came from elsewhere, and what is beyond the tokens is no key."""
     with KvCache(CONFIG, BLOCKS, SIZE, torch.float32, CPU) as cache:
-        rows = PagedRows(cache, CONFIG)
-        bounds = PageBounds(rows, BLOCKS)
+        rows = PagedRows(cache, CONFIG, team_of(1))
+        bounds = PageBounds(rows, BLOCKS, team_of(1))
         cache.pool.copy_(torch.randn(cache.pool.shape, generator=torch.Generator().manual_seed(5)))
         bounds.begin_step([(BlockId(4), 3), (BlockId(6), SIZE)], [(BlockId(4), BlockId(5))])
         for block, source, tokens_held in ((4, 4, 3), (5, 4, 3), (6, 6, SIZE)):
             keys = _keys_of(rows, source)[:tokens_held]
-            found = bounds.bounds[block, LAYER].transpose(1, 0, 2)
+            found = bounds.bounds[block, LAYER].numpy().transpose(1, 0, 2)
             assert (found == np.stack((keys.min(axis=0), keys.max(axis=0)))).all()
         del rows, bounds
 
@@ -186,7 +181,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sequence_that_landed_goes_on_like_one_that_was_read_here(llama: Path) -> None:
     """And a copy-on-write of its last block, as when samples share a prompt, changes nothing."""
     sequence, table = tokens(46, seed=6), scattered(13, seed=6)
-    with open_pages(llama, pages=3) as here, open_pages(llama) as there, open_pages(llama, pages=3) as moved:
+    quest = Reading(3)
+    with (
+        open_pages(llama, reading=quest) as here,
+        open_pages(llama) as there,
+        open_pages(llama, reading=quest) as moved,
+    ):
         here.step(slice_of(sequence[:42], 0, table[:12], samples=0))
         there.step(slice_of(sequence[:42], 0, table[:12], samples=0))
         moved.cache.pool.copy_(there.cache.pool)
@@ -207,7 +207,7 @@ def test_few_pages_change_the_logits_but_not_those_of_the_prompt(llama: Path) ->
     sequence, table = tokens(61, seed=7), scattered(16, seed=7)
     found = {}
     for pages in (None, 2):
-        with open_pages(llama, pages=pages) as engine:
+        with open_pages(llama, reading=Reading(pages)) as engine:
             prompt = engine.step(slice_of(sequence[:60], 0, table))
             found[pages] = prompt, engine.step(slice_of(sequence[60:], 60, table))
     assert torch.equal(found[None][0], found[2][0])
