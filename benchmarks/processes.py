@@ -2,9 +2,10 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from tandem.errors import TandemError
 from tandem.exec_guard import guarded
@@ -33,7 +34,7 @@ async def running_command(
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Runs a command, in our environment unless one is given; stopped as `running_module`'s process is.
 
-    Should this process be killed, the kernel kills it, too.
+    So is what it started itself. Should this process be killed, the kernel kills the command, too.
     """
     process = await asyncio.create_subprocess_exec(
         *guarded(command),
@@ -68,8 +69,13 @@ async def exchange(
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
+    if process.returncode is None:
+        await _end(process)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
     if process.stdin is not None:
         process.stdin.close()
     process.terminate()

@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import statistics
 import sys
 import time
@@ -287,6 +288,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object (docs/json-output.md)")
     chosen = parser.parse_args()
     configure_logging(logging.WARNING)
+    # vLLM's own processes outlive their parent: whoever ends us must let us end them.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = asyncio.run(measure(chosen))
     except (TandemError, OSError) as error:

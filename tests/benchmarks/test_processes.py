@@ -4,9 +4,19 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
+
+from benchmarks.processes import exchange, running_command
+
+GRANDPARENT = """
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]).pid, flush=True)
+sys.stdin.read()
+"""
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,20 +34,34 @@ asyncio.run(main())
 """
 
 
+@asynccontextmanager
+async def gone(pid: int) -> AsyncIterator[None]:
+    """At its end waits until a process of now has ended."""
+    loop, ended, watched = asyncio.get_running_loop(), asyncio.Event(), os.pidfd_open(pid)
+    loop.add_reader(watched, ended.set)
+    try:
+        yield
+        await ended.wait()
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)
+
+
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 async def test_processes_are_gone_when_the_benchmark_is_killed(end: signal.Signals) -> None:
     parent = await asyncio.create_subprocess_exec(
         sys.executable, "-c", PARENT, cwd=ROOT, stdout=asyncio.subprocess.PIPE
     )
     assert parent.stdout is not None
-    loop, gone = asyncio.get_running_loop(), asyncio.Event()
-    async with asyncio.timeout(30):
-        watched = os.pidfd_open(int(await parent.stdout.readline()))
-        loop.add_reader(watched, gone.set)
-        try:
-            parent.send_signal(end)
-            await parent.wait()
-            await gone.wait()
-        finally:
-            loop.remove_reader(watched)
-            os.close(watched)
+    async with asyncio.timeout(30), gone(int(await parent.stdout.readline())):
+        parent.send_signal(end)
+        await parent.wait()
+
+
+async def test_what_a_process_started_ends_with_it() -> None:
+    async with (
+        asyncio.timeout(30),
+        AsyncExitStack() as watching,
+        running_command((sys.executable, "-c", GRANDPARENT)) as process,
+    ):
+        await watching.enter_async_context(gone(int(await exchange(process, b""))))
