@@ -136,7 +136,7 @@ class ArenaPair:
 
     async def settled(self, *held: Sequence[BlockId]) -> None:
         """Until the source has all its blocks back; `held` are the sink's tables."""
-        await eventually(lambda: not self.legs.tables, 5.0)
+        await eventually(lambda: not self.legs.tables, 20.0)
         self.source_pool.check()
         self.sink_pool.check(*held)
         assert not {*self.source_pool.memory.owned()} & {*self.sink_pool.memory.owned()}

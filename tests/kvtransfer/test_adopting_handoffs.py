@@ -168,7 +168,7 @@ async def test_exchange_that_makes_no_sense_is_refused_and_changes_nothing(
 
 async def test_sink_that_is_killed_leaves_the_source_a_whole_pool_within_two_seconds() -> None:
     """It has its blocks on offer when it dies; they are not taken, for nobody wants what they were for."""
-    async with arena_pair(BOTH) as pair:
+    async with arena_pair(config("adopt", "shm", regrasp_s=0.2)) as pair:
         pair.read_prompt(key("a"), COUNT, 1)
         pair.source.offer(key("a"), pair.legs.tables[key("a").leg_id])
         pair.legs.busy = True
