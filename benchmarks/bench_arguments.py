@@ -5,8 +5,12 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from tandem.errors import InvalidRequest
+
+ARENA_FOLDER: Final = "/dev/shm"  # noqa: S108 - shared memory is what is wanted
+"""A tmpfs on every Linux."""
 
 
 def check_positive(options: Mapping[str, float | None]) -> None:
@@ -87,6 +91,9 @@ def add_kv(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="the median is reported (7)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and hand-offs")
+    parser.add_argument(
+        "--arena-folder", default=ARENA_FOLDER, help="where an arena is made: a tmpfs, or a hugetlbfs"
+    )
     parser.add_argument(
         "--codec",
         choices=("identity", "fp8", "int8"),

@@ -33,6 +33,7 @@ from benchmarks.live_cluster import live_cluster
 from benchmarks.live_probe import BLOCK_TOKENS, LiveProbe
 from benchmarks.load_generator import offer
 from benchmarks.machine_limits import machine_name
+from benchmarks.machine_use import cpu_times, others_share
 from benchmarks.targets import GrpcTarget
 from benchmarks.workload import Arrivals, LengthLimits, PlannedRequest, TokenDraws, plan
 from planner.forecast.live_forecast import PairLimits, forecast
@@ -106,7 +107,10 @@ async def _measure(chosen: argparse.Namespace, rows: Sequence[TraceRow]) -> dict
             planned = _planned(rows, rate_rps, chosen.length_scale, models[0].vocabulary_tokens)
             print(f"{rate_rps:g} requests/s, {planned[-1].at_s:.0f} s", file=sys.stderr)
             simulated = _forecast(profile, planned, slo)
-            compared.append(Compared(rate_rps, *simulated, await _measured(address, planned, slo)))
+            before = cpu_times()
+            measured = await _measured(address, planned, slo)
+            others = others_share(before, cpu_times(), os.cpu_count() or 1)
+            compared.append(Compared(rate_rps, *simulated, measured, others))
             print(compared_text(compared[-1]), file=sys.stderr)
     conditions = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

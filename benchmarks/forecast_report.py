@@ -29,13 +29,16 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One rate; the busy shares are the simulation's."""
+    """One rate; the busy shares are the simulation's. `others_cpu` is the share of the machine that other
+    processes used while it was measured: what they take, the cluster lacks.
+    """
 
     rate_rps: float
     prefill_busy: float
     decode_busy: float
     simulated: Figures
     measured: Figures
+    others_cpu: float
 
 
 def forecast_json(
@@ -93,6 +96,7 @@ def _run_json(one: Compared) -> dict[str, Any]:
         "rate_rps": one.rate_rps,
         "prefill_busy": one.prefill_busy,
         "decode_busy": one.decode_busy,
+        "others_cpu": one.others_cpu,
     }
     for name, quantile in _QUANTILES:
         simulated, measured = (
@@ -135,6 +139,7 @@ def _rows(run: dict[str, Any]) -> list[str]:
         f"| {run['rate_rps']:g} | attainment | {good['simulated']:.1%} | {good['measured']:.1%} | "
         f"{good['difference'] * 100:+.1f} points |"
     )
+    lines.append(f"| {run['rate_rps']:g} | others' share of the cores | | {run['others_cpu']:.1%} | |")
     return lines
 
 

@@ -15,7 +15,7 @@ from benchmarks.bench_arguments import check_positive
 from benchmarks.kv_adoption import measured_adoption
 from benchmarks.kv_codec_rates import CodecRates, codec_rates
 from benchmarks.kv_handoffs import measured_handoffs
-from benchmarks.kv_layouts import layouts
+from benchmarks.kv_layouts import adopted_counts, layouts
 from benchmarks.kv_pulls import measured
 from benchmarks.kv_report import adoption_json, case_json, handoff_json, overlap_json, text
 from benchmarks.kv_times import AdoptionTimes, CaseTimes, HandoffTimes, OverlapFigures, Road
@@ -39,17 +39,18 @@ def run(chosen: argparse.Namespace) -> int:
     # As in a worker's hand-off: the benchmark copies on one core, whatever torch may do on more.
     torch.set_num_threads(1)
     configure_logging(logging.WARNING)
-    result = asyncio.run(_measure(chosen.rounds, chosen.quick, chosen.codec))
+    measuring = _measure(chosen.rounds, chosen.quick, chosen.codec, chosen.arena_folder)
+    result = asyncio.run(measuring)
     print(json.dumps(result) if chosen.json else text(result))
     return 0
 
 
-async def _measure(rounds: int, quick: bool, codec: str) -> dict[str, Any]:
+async def _measure(rounds: int, quick: bool, codec: str, arena_folder: str) -> dict[str, Any]:
     roads = [Road(transport, checksum) for transport in TRANSPORTS for checksum in (False, True)]
     cases = [case for layout in layouts(quick) for case in await measured(layout, roads, rounds)]
     checked = [road for road in roads if road.checksum]
     handoffs = await measured_handoffs(checked, HANDOFF_PULLS // 3 if quick else HANDOFF_PULLS)
-    adoptions = await measured_adoption(layouts(quick)[0], rounds)
+    adoptions = await measured_adoption(adopted_counts(quick), rounds, arena_folder)
     overlap = None if quick else await measure_overlap(min(rounds, OVERLAP_ROUNDS), codec=codec)
     codecs = codec_rates(min(rounds, CODEC_ROUNDS))
     return result_json(cases, rounds, handoffs, adoptions, overlap, codecs)

@@ -92,6 +92,15 @@ ROUND_BLOCKS: Final = Shape(layers=1, kv_heads=8, head_dim=64)
 """64 KiB."""
 
 
+ADOPTED_BLOCKS: Final = Shape(layers=16, kv_heads=8, head_dim=64)
+"""1 MiB: all layers of Llama 3.2 1B."""
+
+
+def adopted_counts(quick: bool) -> tuple[int, ...]:
+    """How many of ADOPTED_BLOCKS change owners at one time."""
+    return (1, 16) if quick else (1, 16, 64, 256)
+
+
 def layouts(quick: bool) -> tuple[Layout, ...]:
     """What is moved, in order; `quick` leaves the large contiguous sizes out."""
     sizes = (64 * KIB, MIB, 16 * MIB) if quick else (64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB)

@@ -62,9 +62,11 @@ def adoption_json(times: AdoptionTimes) -> dict[str, Any]:
     return {
         "blocks": times.blocks,
         "moved_bytes": times.moved_bytes,
-        "prepare_ms": statistics.median(times.prepare_s) * 1e3,
         "adopt_ms": statistics.median(times.adopt_s) * 1e3,
         "adopt_max_ms": max(times.adopt_s) * 1e3,
+        "commit_ms": statistics.median(times.commit_s) * 1e3,
+        "handoff_ms": statistics.median(times.handoff_s) * 1e3,
+        "copied_handoff_ms": statistics.median(times.copy_s) * 1e3,
         "first_read_ms": statistics.median(times.first_read_s) * 1e3,
         "later_read_ms": statistics.median(times.later_read_s) * 1e3,
     }
@@ -164,11 +166,12 @@ def _handoff_lines(handoff: dict[str, Any]) -> Iterator[str]:
 
 
 def _adoption_lines(adoptions: Sequence[dict[str, Any]]) -> Iterator[str]:
-    yield "pages of contiguous blocks that change hands between two processes, in ms"
+    yield "hand-offs between pools in one arena, whose blocks change owners with the commit, in ms"
     for times in adoptions:
         yield (
             f"  {times['moved_bytes']:,} B: {times['adopt_ms']:.3f} (at most {times['adopt_max_ms']:.3f}) "
-            f"after {times['prepare_ms']:.2f} to prepare; first read {times['first_read_ms']:.2f}, "
+            f"of {times['commit_ms']:.2f} to commit and {times['handoff_ms']:.2f} in all; "
+            f"copied {times['copied_handoff_ms']:.2f}; first read {times['first_read_ms']:.2f}, "
             f"later {times['later_read_ms']:.2f}"
         )
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,13 +82,20 @@ async def served(road: Road, pool: KvCache) -> AsyncIterator[tuple[HandoffSource
     name = WorkerId(f"source-{road.transport}-{'checked' if road.checksum else 'plain'}")
     me = WorkerRecord(name, Incarnation(1), Role.PREFILL, "", DIGEST)
     source = HandoffSource(me, pool, road.config(), time.monotonic, lambda _key, _reason: None)
+    async with sourced(source) as record:
+        yield source, record
+
+
+@asynccontextmanager
+async def sourced(source: HandoffSource) -> AsyncIterator[WorkerRecord]:
+    """Starts a source behind a gRPC server; its record, with the address."""
     await source.start()
     server = grpc_edge.server(None)
     add_HandoffServiceServicer_to_server(HandoffServicer(source), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        yield source, WorkerRecord(name, Incarnation(1), Role.PREFILL, f"127.0.0.1:{port}", DIGEST)
+        yield replace(source.me, address=f"127.0.0.1:{port}")
     finally:
         await source.close()
         await server.stop(grace=0)

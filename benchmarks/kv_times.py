@@ -1,6 +1,7 @@
 """Pure: what `tandem bench kv` measured."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from benchmarks.kv_layouts import Layout
 from kvtransfer.contract import PullReport, TransferConfig
@@ -16,6 +17,10 @@ class Road:
     def config(self) -> TransferConfig:
         """The workers' configuration, but for the transport and the checksums."""
         return TransferConfig(transports=(self.transport,), checksum=self.checksum, lease_s=30.0)
+
+
+ADOPTING: Final = TransferConfig(transports=("adopt", "shm"), lease_s=30.0)
+"""The configuration of workers whose pools lie in one arena, but for the lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +71,20 @@ class CaseTimes:
 
 @dataclass(frozen=True, slots=True)
 class AdoptionTimes:
-    """Rounds of exchanging contiguous blocks with another process, whose pages both had touched.
+    """Rounds of hand-offs whose blocks change owners, between pools in one arena.
 
-    `first_read_s` is reading a number of every page right after, when the page table is filled;
-    `later_read_s` is doing so again.
+    `adopt_s` is what stands in place of copying: both sides' part in the exchange, their accounts included.
+    `commit_s` is the commit in which that is done; `handoff_s` is the whole call, and `copy_s` that of the
+    same hand-off with its blocks copied and verified. `first_read_s` is reading a byte of every page right
+    after, `later_read_s` doing so again.
     """
 
     blocks: int
     moved_bytes: int
-    prepare_s: tuple[float, ...]
     adopt_s: tuple[float, ...]
+    commit_s: tuple[float, ...]
+    handoff_s: tuple[float, ...]
+    copy_s: tuple[float, ...]
     first_read_s: tuple[float, ...]
     later_read_s: tuple[float, ...]
 

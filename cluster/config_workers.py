@@ -67,6 +67,14 @@ class WorkersSection(Section):
         "and workers that cannot do one take the next.",
     )
     checksum: bool = Field(default=True, description="Whether moved KV is verified.")
+    kv_arena: str | None = Field(
+        default=None,
+        pattern=r"^/",
+        max_length=4096,
+        description="A file, in a tmpfs (`/dev/shm/NAME`) or a hugetlbfs, in which the workers of a host "
+        "have their pools (CPU only): prefill workers without `prefix_cache` then give KV away instead of "
+        "having it copied. A worker that cannot have the file says so, and its KV is copied; null: all is.",
+    )
     codec: Literal["identity", "fp8", "int8", "oaken"] = Field(
         default="identity",
         description="How KV is written on its way: as it is, in eight bits (`fp8`, `int8`), or in about five "

@@ -162,6 +162,7 @@ def _worker(
         tls=_tls(config),
         nccl=_nccl(config),
         kv_dtype=kv_dtype(config),
+        kv_arena=None if config.workers.kv_arena is None else Path(config.workers.kv_arena),
     )
     if isinstance(pool, PrefillPool):
         return replace(worker, token_budget=pool.token_budget, overlap_min_tokens=pool.overlap_min_tokens)

@@ -103,6 +103,12 @@ class Arrivals:
             reservations.append(reservation)
         return tuple(reservations)
 
+    def exchanged(self, leg_id: LegId, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
+        """Blocks that are reserved for a leg, each with another worker's that came in its stead."""
+        self._pool.exchange(pairs)
+        record, came = self._legs[leg_id], dict(pairs)
+        record.table = tuple(map(came.get, record.table, record.table))
+
     def landed(self, leg_id: LegId) -> LegRecord | None:
         """The KV is here, verified; returns the leg if it joins now. An unknown leg is ignored."""
         record = self._legs.get(leg_id)

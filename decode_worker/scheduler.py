@@ -127,6 +127,10 @@ class DecodeScheduler:
         """
         return self._arrivals.reserve(now_s, len(self._running))
 
+    def exchanged(self, leg_id: LegId, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
+        """The pull has changed reserved blocks of a leg, (left, came), for another worker's."""
+        self._arrivals.exchanged(leg_id, pairs)
+
     def landed(self, leg_id: LegId, now_s: float) -> bool:
         """The KV is in the reserved blocks, verified: the leg joins the batch, when it was started.
 

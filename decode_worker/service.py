@@ -22,6 +22,7 @@ from kvtransfer.coded_sink import CodedSink
 from kvtransfer.contract import BlockRange, HandoffKey, PullReport
 from kvtransfer.handoffs.sink import HandoffSink
 from kvtransfer.settings import transfer_config
+from kvtransfer.shm.arena import arena_of, pool_memory
 from kvtransfer.staging import open_staging
 from tandem.errors import Overloaded, TandemError, TransferError
 from tandem.ids import LegId
@@ -80,7 +81,9 @@ class DecodeWorker(Worker[DecodeOutcome]):
         self._committed = 0
 
     def _open_sink(self, parts: WorkerParts) -> HandoffSink:
-        settings, observer = (transfer_config(parts.config), self._clock, parts.token), self.metrics.transfers
+        adopts = self._staged is None and arena_of(parts.engine.cache) is not None
+        settings = (transfer_config(parts.config, adopts), self._clock, parts.token)
+        observer = self.metrics.transfers
         if self._staged is None:
             return HandoffSink(parts.record, parts.engine.cache, *settings, observer=observer)
         return CodedSink(parts.record, self._staged, *settings, observer=observer)
@@ -88,7 +91,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
     @classmethod
     def open(cls, config: WorkerConfig, token: str | None) -> AbstractAsyncContextManager["DecodeWorker"]:
         """Loads the model and serves until the block ends."""
-        return open_worker(cls, config, token)
+        return open_worker(cls, config, token, pool_memory(config))
 
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Queues a leg for its pull, or drops it with a reason."""
@@ -254,6 +257,7 @@ class DecodeWorker(Worker[DecodeOutcome]):
             reservation.target_blocks,
             leg.priority,
             leg.deadline_s - self._clock(),
+            partial(self._scheduler.exchanged, reservation.leg_id),
         )
 
     def _pull_ended(self, reservation: Reservation, pull: asyncio.Task[PullReport]) -> None:

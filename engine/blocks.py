@@ -33,16 +33,29 @@ class BlockPool:
     cache is never written again. All operations cost O(blocks named in the call), eviction amortised.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
-        """A pool of `num_blocks` blocks of `block_size` tokens; both at least 1, else ValueError."""
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_cache: bool = True,
+        blocks: Sequence[BlockId] | None = None,
+        below: int | None = None,
+    ) -> None:
+        """A pool of `num_blocks` blocks of `block_size` tokens; both at least 1, else ValueError.
+
+        `blocks` names them where not all that lie in the same memory are this pool's; every number that a
+        block of the pool may ever have is less than `below`.
+        """
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool of {num_blocks} blocks of {block_size} tokens is not possible")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._caching = prefix_cache
-        self._references = [0] * num_blocks
+        self._references = [0] * (num_blocks if below is None else below)
         self._promised = 0
-        self._free = [BlockId(index) for index in reversed(range(num_blocks))]
+        names = [BlockId(index) for index in range(num_blocks)] if blocks is None else blocks
+        self._own = set(names)
+        self._free = list(reversed(names))
         # Unreferenced cached blocks, least recently used first. A prefix is released after what extends it,
         # so it is never older than its extensions.
         self._evictable: OrderedDict[BlockId, None] = OrderedDict()
@@ -157,6 +170,22 @@ class BlockPool:
         (copy,) = self.allocate(1)
         return copy, (block, copy)
 
+    def exchange(self, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
+        """Blocks that left the pool, each with the one that came in its stead and has its reference now.
+
+        Raises ProtocolError, nothing being changed, unless each that left was private, and each that came was
+        no block of the pool.
+        """
+        left, came = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if not all(map(self.private, left)) or not self._own.isdisjoint(came):
+            raise ProtocolError(f"{len(pairs)} blocks cannot leave the pool: not all of them are to be had")
+        self._own.difference_update(left)
+        self._own.update(came)
+        for block in left:
+            self._references[block] = 0
+        for block in came:
+            self._references[block] = 1
+
     def publish(self, token_ids: Sequence[int], blocks: Sequence[BlockId]) -> None:
         """Puts the full blocks of one sequence into the prefix cache; they must be referenced.
 
@@ -199,7 +228,7 @@ class BlockPool:
         for index, count in enumerate(self._references):
             if held[BlockId(index)] != count:
                 raise ProtocolError(f"block {index}: pool counts {count}, owners hold {held[BlockId(index)]}")
-        unreferenced = {BlockId(index) for index, count in enumerate(self._references) if count == 0}
+        unreferenced = {block for block in self._own if self._references[block] == 0}
         free, evictable = set(self._free), set(self._evictable)
         if len(free) != len(self._free) or free & evictable or free | evictable != unreferenced:
             raise ProtocolError("free and evictable blocks are not exactly the unreferenced ones")

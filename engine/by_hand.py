@@ -50,6 +50,8 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
             metrics_port=options.metrics_port,
             transports=tuple(options.transports.split(",")),
             overlap_min_tokens=options.overlap_min_tokens or None,
+            kv_arena=options.kv_arena,
+            prefix_cache=not options.no_prefix_cache,
             codec=options.codec,
             codec_thresholds=options.codec_thresholds,
             tls=None if options.tls is None else TlsConfig(*options.tls),
@@ -129,6 +131,10 @@ def _parser(role: Role) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0, help="0 lets the system choose")
     parser.add_argument("--metrics-port", type=int, help="Prometheus; default: none")
     parser.add_argument("--transports", default="shm,tcp", help="best first")
+    parser.add_argument(
+        "--kv-arena", type=Path, metavar="FILE", help="shared by the host's pools, in a tmpfs or hugetlbfs"
+    )
+    parser.add_argument("--no-prefix-cache", action="store_true", help="needed to give KV away in an arena")
     parser.add_argument("--codec", default="identity", help="how KV is written: identity, fp8, int8 or oaken")
     parser.add_argument("--codec-thresholds", type=Path, help="file that oaken needs")
     parser.add_argument(

@@ -4,9 +4,9 @@ import fcntl
 import math
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,37 +17,86 @@ from tandem.errors import ModelError, TransferError, TransferFault
 from tandem.ids import BlockId
 
 
-class KvCache:
-    """K and V of every layer for `num_blocks` blocks of `block_size` tokens.
+class PoolMemory(Protocol):
+    """Host memory for a pool; others than this pool may have blocks in it."""
 
+    @property
+    def num_blocks(self) -> int:
+        """What a block's number is less than."""
+        ...
+
+    @property
+    def blocks(self) -> tuple[BlockId, ...]:
+        """The blocks that are the pool's at its beginning."""
+        ...
+
+    @property
+    def bytes(self) -> memoryview:
+        """All of it, writable; block i is at i * block_bytes."""
+        ...
+
+    @property
+    def descriptor(self) -> int:
+        """Of a file that holds the same bytes at the same offsets, until `close`."""
+        ...
+
+    def close(self) -> None:
+        """Gives it back; idempotent."""
+        ...
+
+
+OpenMemory = Callable[[int, int], PoolMemory | None]
+"""Of (blocks of the pool, bytes of a block): memory for it; None for memory of its own."""
+
+
+class KvCache:
+    """K and V of every layer for a pool of blocks of `block_size` tokens; `num_blocks` is how many lie here.
+
+    `blocks` are the pool's at its beginning, where others than it have blocks here.
     `pool` is [num_blocks, layers, 2, block_size, kv_heads, head_dim], contiguous; index 0 of the third
     dimension is K, 1 is V; a pool of torch.int8 has rows as kv_policies/quantised_rows.py says. On the CPU
     it lies in a memfd with block i at offset i * block_bytes. Satisfies kvtransfer.contract.BlockMemory.
     """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        open_memory: OpenMemory | None = None,
     ) -> None:
         """Raises ModelError when a size is not positive or impossible, or the memory cannot be had."""
         if num_blocks < 1 or block_size < 1:
             raise ModelError(f"A KV pool needs blocks and tokens; got {num_blocks} blocks of {block_size}.")
         row = quantised_row(config.head_dim) if dtype == torch.int8 else config.head_dim
-        shape = (num_blocks, config.layers, 2, block_size, config.kv_heads, row)
+        block_shape = (config.layers, 2, block_size, config.kv_heads, row)
         self.num_blocks = num_blocks
+        self.blocks: tuple[BlockId, ...] | None = None
         self.block_size = block_size
-        self.block_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self.block_bytes = math.prod(block_shape) * dtype.itemsize
         self.layer_bytes = self.block_bytes // config.layers
-        self._shared: _SharedMemory | None = None
+        self._shared: PoolMemory | None = None
         self._pool: Tensor | None
+        shape = (num_blocks, *block_shape)
         if device.type == "cpu":
-            self._shared = _SharedMemory(num_blocks * self.block_bytes)
-            self._pool = torch.frombuffer(self._shared.map, dtype=dtype).view(shape)
+            found = None if open_memory is None else open_memory(num_blocks, self.block_bytes)
+            if found is not None:
+                self.num_blocks, self.blocks = found.num_blocks, found.blocks
+            self._shared = found or _OwnMemory(num_blocks, self.block_bytes)
+            self._pool = torch.frombuffer(self._shared.bytes, dtype=dtype).view(-1, *block_shape)
         else:
             try:
                 self._pool = torch.zeros(shape, dtype=dtype, device=device)
             except torch.OutOfMemoryError as error:
                 size = num_blocks * self.block_bytes
                 raise ModelError(f"No memory on {device} for a KV pool of {size} bytes.") from error
+
+    @property
+    def memory(self) -> PoolMemory | None:
+        """What holds the pool; None on a device, and after `close`."""
+        return self._shared
 
     @property
     def pool(self) -> Tensor:
@@ -110,10 +159,12 @@ class KvCache:
         self.close()
 
 
-class _SharedMemory:
+class _OwnMemory:
     """A sealed memfd and its mapping: the size is fixed, so that a peer's mapping can never fault."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        self.num_blocks = num_blocks
+        size_bytes = num_blocks * block_bytes
         self.descriptor = os.memfd_create("tandem-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # Takes the pages now, in bulk: a page fault for each in the middle of a hand-off costs eight
@@ -127,6 +178,11 @@ class _SharedMemory:
             os.close(self.descriptor)
             raise ModelError(f"No memory for a KV pool of {size_bytes} bytes: {error.strerror}.") from error
         self.bytes = memoryview(self.map)
+
+    @property
+    def blocks(self) -> tuple[BlockId, ...]:
+        """All of them."""
+        return tuple(BlockId(block) for block in range(self.num_blocks))
 
     def close(self) -> None:
         """Closes the descriptor; pages stay mapped while a view of them is held."""

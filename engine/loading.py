@@ -17,7 +17,7 @@ from engine.decoder import Decoder
 from engine.drafting.loading import Target, load_drafting
 from engine.drafting.runner_drafter import RunnerDrafter
 from engine.int8_linear import int8_linear
-from engine.kv_cache import KvCache
+from engine.kv_cache import KvCache, OpenMemory
 from engine.kv_policies.loading import check_kv_policies, open_kv
 from engine.layout_choice import choose_linears
 from engine.linear import stored_linear
@@ -82,10 +82,14 @@ def _load_small(config: WorkerConfig, sampler: Sampler) -> LoadedEngine:
 
 
 def load_engine(
-    config: WorkerConfig, progress: Progress | None = None, sampler: Sampler | None = None
+    config: WorkerConfig,
+    progress: Progress | None = None,
+    sampler: Sampler | None = None,
+    open_memory: OpenMemory | None = None,
 ) -> LoadedEngine:
     """Loads the folder that the settings name; `progress` follows the weights, `sampler` draws the tokens.
 
+    `open_memory` may say where a pool in host memory lies.
     Raises ModelError for the model and ConfigError for a dtype, device or KV policy that is not supported.
     """
     _check(config)
@@ -96,7 +100,7 @@ def load_engine(
     model = read_model_config(folder)
     weights = read_weights(folder, model, dtype, device, progress)
     if accelerator is None:
-        computing = _on_cpu(config, model, weights, sampler)
+        computing = _on_cpu(config, model, weights, sampler, open_memory)
     else:
         from engine.cuda.loading import load_on_device
 
@@ -144,7 +148,11 @@ def _accelerator(name: str) -> "Accelerator":
 
 
 def _on_cpu(
-    config: WorkerConfig, model: ModelConfig, weights: Mapping[str, Tensor], sampler: Sampler | None
+    config: WorkerConfig,
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    sampler: Sampler | None,
+    open_memory: OpenMemory | None,
 ) -> Computing:
     if config.pool_blocks < 1:
         raise ConfigError("pool_blocks 0 (what fits) needs a GPU; name a number of blocks for the CPU.")
@@ -153,7 +161,7 @@ def _on_cpu(
     with torch.inference_mode():
         decoder = _decoder(config, model, weights, dtype, team)
     drafting = load_drafting(Target(config, model, decoder, dtype, device), _load_small)
-    kv = open_kv(config, model, dtype, lambda cache: CpuAttention(cache, model, team))
+    kv = open_kv(config, model, dtype, lambda cache: CpuAttention(cache, model, team), open_memory)
     runner = TorchStepRunner(
         decoder,
         kv.cache,

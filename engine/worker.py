@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import grpc.aio
@@ -15,6 +16,7 @@ import structlog
 
 from engine.blocks import BlockPool
 from engine.contract import LayerListener
+from engine.kv_cache import OpenMemory
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LegToken, LoadNumbers
 from engine.loading import LoadedEngine, load_engine
 from engine.pinning import on_cores
@@ -313,9 +315,14 @@ class Worker(ABC, Generic[OutcomeT]):
 
 @asynccontextmanager
 async def open_worker(
-    make: Callable[[WorkerParts], WorkerT], config: WorkerConfig, token: str | None
+    make: Callable[[WorkerParts], WorkerT],
+    config: WorkerConfig,
+    token: str | None,
+    open_memory: OpenMemory | None = None,
 ) -> AsyncIterator[WorkerT]:
     """Loads the model on the torch thread, binds the port, serves until the block ends.
+
+    `open_memory` may say where the KV pool lies.
 
     Raises ModelError when the model can't be loaded, ConfigError when the settings can't be had here, and
     OSError when the port is taken.
@@ -327,14 +334,18 @@ async def open_worker(
         ending = parts.enter_context(ExitStack())
         parts.enter_context(torch_thread)
         loop = asyncio.get_running_loop()
-        engine = await loop.run_in_executor(torch_thread, load_engine, config)
+        load = partial(load_engine, config, open_memory=open_memory)
+        engine = await loop.run_in_executor(torch_thread, load)
         ending.enter_context(engine)
         metrics = parts.enter_context(WorkerMetrics.open(config))
         server = grpc_edge.server(token)
         port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
         address = f"{config.advertise_host}:{port}"
         record = WorkerRecord(config.worker_id, config.incarnation, config.role, address, engine.digest)
-        pool = BlockPool(engine.pool_blocks, config.block_size, prefix_cache=config.prefix_cache)
+        cache = engine.cache
+        pool = BlockPool(
+            *(engine.pool_blocks, config.block_size, config.prefix_cache, cache.blocks, cache.num_blocks)
+        )
         worker = make(WorkerParts(config, record, token, engine, pool, torch_thread, metrics))
         async with worker.running(server):
             log.info("worker serves", worker_id=record.worker_id, address=record.address)

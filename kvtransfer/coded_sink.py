@@ -15,6 +15,7 @@ from kvtransfer.contract import (
     TransferConfig,
     TransferObserver,
 )
+from kvtransfer.handoffs.adoption import OnExchanged
 from kvtransfer.handoffs.pieces import layer_span
 from kvtransfer.handoffs.sink import HandoffSink
 from kvtransfer.staging import StagedMemory
@@ -49,8 +50,11 @@ class CodedSink(HandoffSink):
         target_blocks: Sequence[BlockId],
         priority: int,
         remaining_s: float,
+        on_exchanged: OnExchanged | None = None,
     ) -> PullReport:
-        """See HandoffSink; the decoding of the last pieces only computes, and is not part of `remaining_s`.
+        """See HandoffSink; encoded blocks are never adopted.
+
+        The decoding of the last pieces only computes, and is not part of `remaining_s`.
 
         Pieces are decoded while the next ones move, before their checksums are confirmed: until the pull
         succeeds, the content of the target blocks means nothing.

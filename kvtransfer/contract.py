@@ -78,6 +78,59 @@ class DeviceBlockMemory(Protocol):
         ...
 
 
+class FrameArena(Protocol):
+    """One worker's part in an arena: memory in which several workers have their pools.
+
+    A block has one number for all of them and one owner; blocks change owners by exchanges, pair by pair.
+    """
+
+    @property
+    def name(self) -> str:
+        """The arena's: equal names mean the same memory."""
+        ...
+
+    @property
+    def member(self) -> int:
+        """This worker's number in it, which nobody else ever had."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole arena."""
+        ...
+
+    def offer(self, giver: int, taken: Sequence[BlockId]) -> None:
+        """The giver may have these of our blocks, each for one of its own, until `settle`."""
+        ...
+
+    def settle(
+        self, giver: int, given: Sequence[BlockId], taken: Sequence[BlockId]
+    ) -> tuple[tuple[BlockId, BlockId], ...]:
+        """Ends an offer at once: (taken, given) of the pairs that changed owners."""
+        ...
+
+    def give(
+        self, taker: int, given: Sequence[BlockId], taken: Sequence[BlockId]
+    ) -> tuple[tuple[BlockId, BlockId], ...]:
+        """Takes what a taker has on offer, for blocks of ours: (given, taken) of the pairs."""
+        ...
+
+    def populate(self) -> None:
+        """Fills this process's page table for what has owners; for a thread."""
+        ...
+
+
+class KvGiver(Protocol):
+    """Gives blocks of a leg away; called on the event loop."""
+
+    def give(self, leg_id: LegId, taker: int, given: Sequence[BlockId], taken: Sequence[BlockId]) -> bool:
+        """Whether the leg's blocks `given` are the taker's now; `taken` are at their places in the leg then.
+
+        False, and nothing happened, while a step touches them, or when the taker has taken its offer back.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PeerId:
     """One life of a worker."""

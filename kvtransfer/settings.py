@@ -5,10 +5,10 @@ from kvtransfer.nccl.communicator import CommunicatorLimits
 from tandem.worker_config import WorkerConfig
 
 
-def transfer_config(config: WorkerConfig) -> TransferConfig:
-    """How a worker with this configuration gives and takes KV."""
+def transfer_config(config: WorkerConfig, adopts: bool = False) -> TransferConfig:
+    """How a worker with this configuration gives and takes KV; first of all by adoption if it `adopts`."""
     return TransferConfig(
-        transports=config.transports,
+        transports=("adopt", *config.transports) if adopts else config.transports,
         bind_host=config.bind_host,
         advertise_host=config.advertise_host,
         lease_s=config.lease_s,

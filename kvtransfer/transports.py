@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from kvtransfer.contract import BlockMemory, SinkTransport, SourceTransport, TransferConfig
+from kvtransfer.contract import BlockMemory, FrameArena, SinkTransport, SourceTransport, TransferConfig
 from kvtransfer.cuda.driver import open_sharing
 from kvtransfer.cuda.ipc import CudaIpcSink, CudaIpcSource, IpcKit
 from kvtransfer.device import Device
@@ -12,6 +12,8 @@ from kvtransfer.nccl.binding import load_binding
 from kvtransfer.nccl.sink import NcclSink
 from kvtransfer.nccl.source import NcclSource
 from kvtransfer.nccl.threaded_communicator import NcclKit
+from kvtransfer.shm.adopt import AdoptSink, AdoptSource
+from kvtransfer.shm.arena import arena_of
 from kvtransfer.shm.transport import ShmSink, ShmSource
 from kvtransfer.tcp.sink import TcpSink
 from kvtransfer.tcp.source import TcpSource
@@ -29,12 +31,21 @@ def _nccl(config: TransferConfig) -> NcclKit:
     return NcclKit(load_binding, _open_device, config.communicators)
 
 
+def _arena(memory: BlockMemory) -> FrameArena:
+    """Raises ConfigError for a pool that lies in none."""
+    arena = arena_of(memory)
+    if arena is None:
+        raise ConfigError("The transport adopt needs a KV pool in an arena.")
+    return arena
+
+
 IPC: Final = IpcKit(_open_device, open_sharing)
 
 SOURCES: Final[Mapping[str, Callable[[BlockMemory, TransferConfig], SourceTransport]]] = MappingProxyType(
     {
         "nccl": lambda memory, config: NcclSource(memory, config, _nccl(config)),
         "cuda_ipc": lambda memory, config: CudaIpcSource(memory, config, IPC),
+        "adopt": lambda memory, config: AdoptSource(_arena(memory), config),
         "shm": ShmSource,
         "tcp": lambda memory, config: TcpSource(memory, config, _open_device),
     }
@@ -44,6 +55,7 @@ SINKS: Final[Mapping[str, Callable[[BlockMemory, TransferConfig, Callable[[], fl
         {
             "nccl": lambda memory, config, clock: NcclSink(memory, config, clock, _nccl(config)),
             "cuda_ipc": lambda memory, config, clock: CudaIpcSink(memory, config, clock, IPC),
+            "adopt": lambda memory, config, _clock: AdoptSink(_arena(memory), config),
             "shm": ShmSink,
             "tcp": lambda memory, config, clock: TcpSink(memory, config, clock, _open_device),
         }

@@ -15,6 +15,7 @@ from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
 from engine.leg_bounds import check_pool, check_queue
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
 from engine.transitions import next_state
+from prefill_worker.giving import Giving
 from prefill_worker.prefill_leg import (
     LEG_TRANSITIONS,
     OFFERED,
@@ -69,6 +70,7 @@ class PrefillScheduler:
         self._eos_ids = frozenset(eos_ids)
         self._overlap_min_tokens = overlap_min_tokens
         self._legs: dict[LegId, LegRecord] = {}
+        self.giving = Giving(pool, self._legs)
         self._waiting: list[LegRecord] = []
         self._running: list[LegRecord] = []
         self._parked_blocks = 0
@@ -197,8 +199,7 @@ class PrefillScheduler:
 
     def backlog(self) -> PrefillBacklog:
         """The prompts that are not read; O(waiting and running legs)."""
-        ahead = [*self._waiting, *self._running]
-        tokens = sum(len(record.leg.token_ids) - record.computed for record in ahead)
+        tokens = sum(len(each.leg.token_ids) - each.computed for each in (*self._waiting, *self._running))
         return PrefillBacklog(tokens, len(self._waiting), len(self._running))
 
     def legs(self) -> Mapping[LegId, LegState]:

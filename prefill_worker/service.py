@@ -9,7 +9,7 @@ import grpc.aio
 from engine.contract import LayerListener
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
-from engine.worker import Worker, WorkerParts, open_worker
+from engine.worker import Worker, WorkerParts, log, open_worker
 from engine.worker_service import RouterLink
 from kvtransfer.coded_source import CodedSource
 from kvtransfer.contract import BlockMemory, HandoffKey, KvReady, SourceTransport, TransferConfig
@@ -17,11 +17,12 @@ from kvtransfer.handoffs.service import HandoffServicer
 from kvtransfer.handoffs.source import HandoffSource
 from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.settings import transfer_config
+from kvtransfer.shm.arena import arena_of, pool_memory
 from kvtransfer.staging import open_staging
 from kvtransfer.transports import source_transports
 from prefill_worker.scheduler import GrownLeg, OfferedLeg, PrefillLeg, PrefillOutcome, PrefillScheduler
 from tandem.errors import Overloaded, TandemError
-from tandem.ids import LegId
+from tandem.ids import BlockId, LegId
 from tandem.v1 import worker_pb2 as wpb
 from tandem.v1 import worker_pb2_grpc
 from tandem.wire import sampling_from_wire
@@ -52,20 +53,32 @@ class PrefillWorker(Worker[PrefillOutcome]):
     @classmethod
     def open(cls, config: WorkerConfig, token: str | None) -> AbstractAsyncContextManager["PrefillWorker"]:
         """Loads the model and serves until the block ends."""
-        return open_worker(cls, config, token)
+        return open_worker(cls, config, token, pool_memory(config))
 
     def _open_source(self, parts: WorkerParts) -> HandoffSource:
-        transfers = transfer_config(parts.config)
         memory, staged = parts.engine.cache, self._staged
+        self._arena = arena_of(memory) if staged is None else None
+        if self._arena is not None and parts.pool.caches:
+            log.info("blocks are copied, not adopted", reason="the prefix cache keeps them")
+        transfers = transfer_config(parts.config, self._arena is not None and not parts.pool.caches)
         transports = self.source_transports(memory if staged is None else staged, transfers)
         times, observer = (self._clock, self._released), self.metrics.transfers
         if staged is None:
-            return HandoffSource(parts.record, memory, transfers, *times, transports, observer)
+            return HandoffSource(parts.record, memory, transfers, *times, transports, observer, self)
         return CodedSource(parts.record, staged, transfers, *times, transports, observer)
 
     def source_transports(self, memory: BlockMemory, config: TransferConfig) -> Sequence[SourceTransport]:
         """The giving sides of the transports; a drill may put others around them. Raises ConfigError."""
         return source_transports(memory, config)
+
+    def give(self, leg_id: LegId, taker: int, given: Sequence[BlockId], taken: Sequence[BlockId]) -> bool:
+        """See KvGiver."""
+        if self._arena is None or not self._scheduler.giving.may_give(leg_id, given):
+            return False
+        pairs = self._arena.give(taker, given, taken)
+        self._scheduler.giving.gave(leg_id, pairs)
+        # Of fewer pairs than there are blocks the taker has gone; the KV is nobody's then.
+        return bool(pairs)
 
     def start(self, link: RouterLink, message: wpb.RouterMessage) -> None:
         """Queues a prompt, or drops the leg with a reason."""

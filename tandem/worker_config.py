@@ -76,6 +76,7 @@ class WorkerConfig:
     environment variable TANDEM_CLUSTER_TOKEN, never from here. `codec` is how KV is written on its way;
     `codec_thresholds` is the file that oaken needs. `tls` encrypts what moves over tcp. `kv_dtype` is how KV
     is stored: None as `dtype` says, int8 in eight bits with scales; `kv_selection` None reads all of it.
+    `kv_arena` is a file in a tmpfs or hugetlbfs in which all workers of the host have their pools (CPU only).
     """
 
     worker_id: WorkerId
@@ -112,3 +113,4 @@ class WorkerConfig:
     speculative: SpeculativeConfig | None = None
     kv_dtype: str | None = None
     kv_selection: KvSelectionConfig | None = None
+    kv_arena: Path | None = None

@@ -7,7 +7,7 @@ import torch
 
 from engine.attention import AttentionBackend
 from engine.contract import StepRunner
-from engine.kv_cache import KvCache
+from engine.kv_cache import KvCache, OpenMemory
 from engine.kv_policies.capabilities import FULL, INT8, MORPH, QUEST, kv_budget, kv_fault, kv_settings
 from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_runner import PageRunner
@@ -71,16 +71,17 @@ def open_kv(
     model: ModelConfig,
     dtype: torch.dtype,
     full: Callable[[KvCache], AttentionBackend],
+    open_memory: OpenMemory | None = None,
 ) -> KvParts:
     """The pool and its attention; `dtype` is the weights', `full` attends without a policy.
 
-    The caller closes the pool. Raises ModelError when it cannot be had, ConfigError for a policy that this
-    model or this build of torch cannot have.
+    `open_memory` may say where the pool lies. The caller closes the pool. Raises ModelError when it cannot
+    be had, ConfigError for a policy that this model or this build of torch cannot have.
     """
-    stored = torch.int8 if config.kv_dtype == INT8 else dtype
+    stored, device = torch.int8 if config.kv_dtype == INT8 else dtype, torch.device("cpu")
     reading = _reading(config, model)
     team = None if reading is None else _team(config.threads)
-    cache = KvCache(model, config.pool_blocks, config.block_size, stored, torch.device("cpu"))
+    cache = KvCache(model, config.pool_blocks, config.block_size, stored, device, open_memory)
     if reading is None or team is None:
         return KvParts(cache, full(cache))
     return KvParts(cache, PageAttention(cache, model, team, reading))

@@ -9,7 +9,8 @@ import grpc
 import grpc.aio
 
 from kvtransfer.contract import HandoffKey, HeadRange, PullGrant, Transfer
-from kvtransfer.handoffs.wire import grant_from_wire, heads_to_wire, state_from_wire
+from kvtransfer.handoffs.offers import FrameExchange
+from kvtransfer.handoffs.wire import exchange_to_wire, grant_from_wire, heads_to_wire, state_from_wire
 from kvtransfer.handoffs.words import HandoffState
 from tandem import grpc_edge
 from tandem.errors import TransferError, TransferFault
@@ -117,9 +118,17 @@ class HandoffClient:
         return answer
 
     async def commit(
-        self, key: HandoffKey, number: int, landed: Mapping[int, int], timeout_s: float
+        self,
+        key: HandoffKey,
+        number: int,
+        landed: Mapping[int, int],
+        timeout_s: float,
+        exchange: FrameExchange | None = None,
     ) -> CommitStatus:
-        """What the source says of our checksums by transfer number; `number` is that of our last transfer."""
+        """What the source says of our checksums by transfer number; `number` is that of our last transfer.
+
+        `exchange` is for blocks that are adopted, of which there are no checksums.
+        """
         request = pb.CommitRequest(
             handoff=self._ref(key),
             landed=[
@@ -127,6 +136,7 @@ class HandoffClient:
                 for transfer, checksum in landed.items()
             ],
             last_number=number,
+            exchange=exchange_to_wire(exchange),
         )
         answer = await _called(
             "Commit", lambda: self._stub.Commit(request, timeout=timeout_s, metadata=self._metadata)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer.contract import BlockRange, HandoffKey, KvReady, PeerId, Transfer
+from kvtransfer.handoffs.pieces import complete, layer_span, next_piece
 from kvtransfer.handoffs.source_protocol import SourceHandoff, SourceInput
 from kvtransfer.handoffs.words import HandoffState, ReleaseReason, SourceTimes
 from tandem.errors import ProtocolError, TransferFault
@@ -72,6 +73,15 @@ class CommitAnswer:
     mismatched: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class FrameExchange:
+    """What a sink offers for the blocks of a leg from index `first_block` on; see worker.proto."""
+
+    member: int
+    first_block: int
+    frames: tuple[BlockId, ...]
+
+
 @dataclass(slots=True)
 class Offer:
     """One offered hand-off; `pieces` by transfer number, None for a pull that came before there was one.
@@ -88,6 +98,25 @@ class Offer:
     stop_sending: Callable[[], object] | None = None
     stop_hashing: Callable[[], object] | None = None
     released: bool = False
+
+    def range_fault(self, part: BlockRange, layers: int) -> str:
+        """Why a range cannot be asked for of `layers` layers, as a sentence; empty when it can."""
+        first, end = layer_span(part, layers)
+        if part.first_block + part.num_blocks <= len(self.blocks) and first < end <= layers:
+            return ""
+        return f"{part} was asked for; there are {len(self.blocks)} blocks of {layers} layers."
+
+    def next_piece(self, wanted: BlockRange, layers: int, layer_bytes: int) -> Piece | None:
+        """The first piece of a range that should move now; None when it is better to wait."""
+        ready = self.ready
+        if complete(ready, len(self.blocks), layers):
+            ready = KvReady(len(self.blocks), layers)
+        part = next_piece(wanted, ready, layers, layer_bytes)
+        if part is None:
+            return None
+        first, end = layer_span(part, layers)
+        blocks = self.blocks[part.first_block : part.first_block + part.num_blocks]
+        return Piece(part, blocks, first * layer_bytes, (end - first) * layer_bytes)
 
 
 class OfferBook:

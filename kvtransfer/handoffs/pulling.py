@@ -5,31 +5,24 @@ landed is not moved again, unless the source finds at the commit that it holds o
 """
 
 import asyncio
-import itertools
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import structlog
 
 from kvtransfer.contract import (
-    BlockMemory,
     BlockRange,
     PullGrant,
     PullReport,
-    SinkTransport,
     Transfer,
-    TransferConfig,
 )
+from kvtransfer.handoffs.adoption import Adoption
 from kvtransfer.handoffs.client import CommitStatus, PullTerms
 from kvtransfer.handoffs.landing import Landing
+from kvtransfer.handoffs.offers import FrameExchange
 from kvtransfer.handoffs.pieces import layer_span, remainder
-from kvtransfer.handoffs.priority import PriorityGate
-from kvtransfer.handoffs.roads import Roads
+from kvtransfer.handoffs.pull_order import PullOrder, PullTools
 from kvtransfer.handoffs.sink_protocol import SinkHandoff
-from kvtransfer.handoffs.sources import KnownSource, KnownSources
-from kvtransfer.handoffs.words import SinkTimes
-from kvtransfer.hashing import Hasher
+from kvtransfer.shm.adopt import ADOPT, AdoptAddress
 from kvtransfer.threads import outlast
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
@@ -40,46 +33,13 @@ COMMIT_CALL_S = 0.75
 RETRY_PAUSE_S = 0.05
 """Pause before a call that failed at once is repeated."""
 
+BUSY_PAUSE_S = 0.005
+"""Pause before blocks are asked for again that a step of the source still touches."""
+
 WAIT_S = 0.5
 """How long the source may let us wait for more of a growing offer in one call."""
 
 _log = structlog.get_logger("tandem.kvtransfer")
-
-
-@dataclass(frozen=True, slots=True)
-class PullTools:
-    """What all pulls of a sink share."""
-
-    memory: BlockMemory
-    config: TransferConfig
-    times: SinkTimes
-    clock: Callable[[], float]
-    transports: Mapping[str, SinkTransport]
-    sources: KnownSources
-    roads: Roads
-    gate: PriorityGate
-    executor: Executor
-    hashers: Mapping[str, Hasher]
-    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
-
-
-OnPiece = Callable[[BlockRange], object]
-"""Is told on the event loop of a piece that landed; what it holds is right only if its pull succeeds."""
-
-
-@dataclass(frozen=True, slots=True)
-class PullOrder:
-    """What one pull wants: `block_range` into `targets`; `deadline_s` on the sink's clock.
-
-    `on_piece` is told of each piece when it has landed, once more if it was wrong and was moved again.
-    """
-
-    source: KnownSource
-    block_range: BlockRange
-    targets: tuple[BlockId, ...]
-    priority: int
-    deadline_s: float
-    on_piece: OnPiece
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +67,11 @@ class _Costs:
 class Pulling:
     """Runs one pull."""
 
-    def __init__(self, tools: PullTools, machine: SinkHandoff, order: PullOrder) -> None:
+    def __init__(
+        self, tools: PullTools, machine: SinkHandoff, order: PullOrder, adoption: Adoption | None = None
+    ) -> None:
+        """With an `adoption` the blocks are adopted where the pair can."""
+        self._adoption = adoption
         self._tools = tools
         self._machine = machine
         self._order = order
@@ -160,6 +124,12 @@ class Pulling:
             return ""
         source = self._order.source
         names = [found.transport for found in source.endpoints if found.transport not in self._failures]
+        held = {piece.road for piece in self._held.values()}
+        if ADOPT in held:
+            # Part of a block cannot be adopted and part of it copied.
+            return ADOPT
+        if ADOPT in names and (held or self._adoption is None):
+            names.remove(ADOPT)
         if names:
             return self._tools.roads.order(source.peer, names)[0]
         none = TransferError(TransferFault.UNSUPPORTED, "No transport was left to try.")
@@ -250,7 +220,12 @@ class Pulling:
         part = grant.transfer.block_range
         begin = part.first_block - self._order.block_range.first_block
         targets = self._order.targets[begin : begin + part.num_blocks]
-        landing = Landing(grant, targets, tools.hashers.get(self._order.source.checksum))
+        adopts = self._adoption is not None and road == ADOPT
+        if self._adoption is not None and adopts:
+            self._adoption.note(grant)
+        # What does not move is not hashed: it would be compared with itself.
+        hasher = None if adopts else tools.hashers.get(self._order.source.checksum)
+        landing = Landing(grant, targets, hasher)
         began_s = tools.clock()
         machine.move_started()
         try:
@@ -323,16 +298,32 @@ class Pulling:
 
     async def _commit(self) -> None:
         """Until the source agrees, or some pieces are wanted again. Raises TransferError when it is over."""
+        machine, began_s = self._machine, self._tools.clock()
+        if self._adoption is None or self._road != ADOPT:
+            failure = await self._agree(None)
+        else:
+            told = AdoptAddress.decode(self._order.source.endpoint(ADOPT).address)
+            with self._adoption.on_offer(told.member) as exchange:
+                failure = await self._agree(exchange)
+            if machine.may_use and not self._adoption.complete:
+                raise TransferError(TransferFault.LEASE, "The source agreed and gave nothing.")
+        self._costs.commit_s += self._tools.clock() - began_s
+        if machine.state.terminal and not machine.may_use:
+            raise failure
+
+    async def _agree(self, exchange: FrameExchange | None) -> TransferError:
+        """Commits until the hand-off is over or wanted again; why it failed, should it have failed."""
         tools, machine = self._tools, self._machine
-        began_s = tools.clock()
         sums = {number: held.checksum for number, held in self._held.items()}
         number, lost = machine.number or 0, 0
         failure = TransferError(TransferFault.LEASE, "The source had taken its offer back before the commit.")
         while not machine.state.terminal:
             try:
-                status = await self._order.source.client.commit(machine.key, number, sums, COMMIT_CALL_S)
+                status = await self._order.source.client.commit(
+                    machine.key, number, sums, COMMIT_CALL_S, exchange
+                )
             except TransferError as error:
-                if error.fault is TransferFault.REFUSED:
+                if error.fault in (TransferFault.REFUSED, TransferFault.LENGTH):
                     machine.cancel()
                     raise
                 failure = error
@@ -349,11 +340,10 @@ class Pulling:
             machine.status(status.state, tools.clock())
             machine.tick(tools.clock())
             if not machine.state.terminal:
-                # The source still holds it, which a commit of now ends or finds wanting: asked in vain.
-                await asyncio.sleep(RETRY_PAUSE_S)
-        self._costs.commit_s += tools.clock() - began_s
-        if machine.state.terminal and not machine.may_use:
-            raise failure
+                # The source still holds it, which a commit of now ends or finds wanting: asked in vain. Or a
+                # step of the source still touches blocks that are to be adopted.
+                await asyncio.sleep(RETRY_PAUSE_S if exchange is None else BUSY_PAUSE_S)
+        return failure
 
     def _take_back(self, status: CommitStatus) -> None:
         """Wants the pieces again that are not as the source has them, over other transports."""
@@ -380,3 +370,7 @@ class Pulling:
         if road and road not in self._failures:
             self._failures[road] = error
             self._tools.roads.failed(source, road, error.fault)
+        if road == ADOPT:
+            # All of it is copied, then.
+            self._wanted += [held.block_range for held in self._held.values()]
+            self._held.clear()

@@ -12,6 +12,7 @@ from kvtransfer.handoffs.source import HandoffSource
 from kvtransfer.handoffs.wire import (
     STATE_TO_WIRE,
     describe_piece,
+    exchange_from_wire,
     heads_to_wire,
     key_from_wire,
     peer_from_wire,
@@ -79,10 +80,14 @@ class HandoffServicer(HandoffServiceServicer):
         ref = request.handoff
         try:
             answer = await self._source.commit(
-                key_from_wire(ref), peer_from_wire(ref.sink), request.last_number, landed
+                *(key_from_wire(ref), peer_from_wire(ref.sink), request.last_number, landed),
+                exchange_from_wire(request),
             )
         except ProtocolError as error:
             await self._refuse(context, error)
+        except TransferError as error:
+            self._source.count_refusal(error.fault)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, _named(error))
         return pb.HandoffStatus(state=STATE_TO_WIRE[answer.state], mismatched=answer.mismatched)
 
     async def Abort(self, request: pb.HandoffRef, context: _Context) -> pb.HandoffStatus:

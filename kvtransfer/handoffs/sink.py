@@ -17,15 +17,18 @@ from kvtransfer.contract import (
     TransferConfig,
     TransferObserver,
 )
+from kvtransfer.handoffs.adoption import Adoption, OnExchanged
 from kvtransfer.handoffs.client import HandoffClient
 from kvtransfer.handoffs.priority import PriorityGate
-from kvtransfer.handoffs.pulling import OnPiece, Pulling, PullOrder, PullTools
+from kvtransfer.handoffs.pull_order import OnPiece, PullOrder, PullTools
+from kvtransfer.handoffs.pulling import Pulling
 from kvtransfer.handoffs.roads import Roads
 from kvtransfer.handoffs.sink_protocol import SinkHandoff
 from kvtransfer.handoffs.sources import KnownSources
 from kvtransfer.handoffs.words import HandoffState, SinkTimes
 from kvtransfer.hashing import hashers
 from kvtransfer.nccl.communicator import CommunicatorCounts, counts_of
+from kvtransfer.shm.arena import arena_of
 from kvtransfer.threads import to_its_end
 from kvtransfer.transports import sink_transports
 from tandem.errors import TransferError, TransferFault
@@ -66,6 +69,7 @@ class HandoffSink:
         observer: TransferObserver | None = None,
     ) -> None:
         self._clock = clock
+        self._arena = arena_of(memory)
         made = sink_transports(memory, config, clock) if transports is None else transports
         self._transports = {transport.name: transport for transport in made}
         own_hashers = hashers(memory) if config.checksum else {}
@@ -103,8 +107,13 @@ class HandoffSink:
         target_blocks: Sequence[BlockId],
         priority: int,
         remaining_s: float,
+        on_exchanged: OnExchanged | None = None,
     ) -> PullReport:
         """Fills the target blocks with a range of the leg's blocks, tells the source, and says what it cost.
+
+        Where blocks can be adopted, `on_exchanged` is told, before the end of the pull however it ends, which
+        of the target blocks are another worker's now, and which hold the KV in their stead; without it all
+        are copied.
 
         An offer that grows is pulled piece by piece as it gets ready. A transport that fails is replaced by
         the next. Raises TransferError when none brought the right bytes in time, or the source gave up. When
@@ -113,7 +122,7 @@ class HandoffSink:
         freed it.
         """
         wanted = block_range, target_blocks
-        return await self._pull(key, source, *wanted, priority, remaining_s, lambda _part: None)
+        return await self._pull(key, source, *wanted, priority, remaining_s, lambda _part: None, on_exchanged)
 
     async def _pull(
         self,
@@ -124,6 +133,7 @@ class HandoffSink:
         priority: int,
         remaining_s: float,
         on_piece: OnPiece,
+        on_exchanged: OnExchanged | None = None,
     ) -> PullReport:
         """As `pull`, telling of each piece."""
         if len(target_blocks) != block_range.num_blocks:
@@ -139,7 +149,11 @@ class HandoffSink:
                 self._running.add(running)
                 known = await self._sources.get(source)
                 order = PullOrder(known, block_range, tuple(target_blocks), priority, deadline_s, on_piece)
-                return await Pulling(self._tools, machine, order).run()
+                adoption = None
+                if self._arena is not None and on_exchanged is not None and target_blocks:
+                    first_block = block_range.first_block
+                    adoption = Adoption(self._arena, first_block, target_blocks, on_exchanged)
+                return await Pulling(self._tools, machine, order, adoption).run()
         except TimeoutError as error:
             if running.ended_by:
                 raise TransferError(TransferFault.DISCONNECTED, running.ended_by) from error

@@ -15,14 +15,17 @@ from kvtransfer.checksums import XXH3
 from kvtransfer.contract import (
     BlockMemory,
     HandoffKey,
+    KvGiver,
     KvReady,
     PeerId,
     SourceTransport,
     TransferConfig,
     TransferObserver,
 )
+from kvtransfer.handoffs.exchanges import Exchanges
 from kvtransfer.handoffs.offers import (
     CommitAnswer,
+    FrameExchange,
     Offer,
     OfferBook,
     Piece,
@@ -32,12 +35,13 @@ from kvtransfer.handoffs.offers import (
 )
 from kvtransfer.handoffs.pairing import Agreement, Introduction, SourcePairs
 from kvtransfer.handoffs.piece_sums import PieceSums
-from kvtransfer.handoffs.pieces import complete, grown, layer_span, next_piece
+from kvtransfer.handoffs.pieces import complete, grown
 from kvtransfer.handoffs.sends import Sends
 from kvtransfer.handoffs.source_protocol import SourceInput
 from kvtransfer.handoffs.words import HandoffState, ReleaseReason, SourceTimes
 from kvtransfer.hashing import hashers
 from kvtransfer.nccl.communicator import CommunicatorCounts, counts_of
+from kvtransfer.shm.adopt import ADOPT
 from kvtransfer.transports import source_transports
 from tandem.errors import ProtocolError, TransferError, TransferFault
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
@@ -56,7 +60,8 @@ class HandoffSource:
     """Owns the hand-offs that this worker offers.
 
     `on_released(key, reason)` is called exactly once for each offer, on the event loop, possibly from inside
-    `withdraw` or `offer`: from then on nobody touches the blocks. `clock` is monotonic, in seconds.
+    `withdraw` or `offer`: from then on nobody touches the blocks. `clock` is monotonic, in seconds; `giver`
+    is for the transport adopt.
     """
 
     def __init__(
@@ -68,8 +73,10 @@ class HandoffSource:
         on_released: Callable[[HandoffKey, ReleaseReason], None],
         transports: Sequence[SourceTransport] | None = None,
         observer: TransferObserver | None = None,
+        giver: KvGiver | None = None,
     ) -> None:
         self.me = me
+        self._exchanges = Exchanges(giver)
         self.block_bytes = memory.block_bytes
         self.heads = config.heads
         self._layer_bytes = memory.layer_bytes
@@ -86,7 +93,8 @@ class HandoffSource:
         self._hashers = hashers(memory) if config.checksum else {}
         self._pairs = SourcePairs(config, self._transports, tuple(self._hashers))
         # A device hashes in a launch, and takes no core from what sends: there it can wait for the pull.
-        self._sums = PieceSums(self._read_ended, self._hashers.get(XXH3), memory)
+        ahead = None if ADOPT in self._transports else self._hashers.get(XXH3)
+        self._sums = PieceSums(self._read_ended, ahead, memory)
         self._sends = Sends(clock, self._settle)
         self._timers: asyncio.Task[None] | None = None
         self._broken: str | None = None
@@ -96,14 +104,13 @@ class HandoffSource:
     async def start(self) -> None:
         """Opens the transports; one that cannot be had here is left out. Raises OSError when none can."""
         failure: OSError | None = None
-        for transport in tuple(self._transports.values()):
+        for name, transport in tuple(self._transports.items()):
             try:
-                name = transport.name
                 await transport.start(partial(self._link_lost, name), partial(self._link_refused, name))
             except OSError as error:
                 failure = error
-                del self._transports[transport.name]
-                _log.warning("transport left out", transport=transport.name, error=str(error))
+                del self._transports[name]
+                _log.warning("transport left out", transport=name, error=str(error))
         if failure is not None and not self._transports:
             raise failure
         self._timers = asyncio.create_task(self._run_timers())
@@ -200,7 +207,9 @@ class HandoffSource:
         Bounded by MAX_WAIT_S. A pull that is repeated under its number is answered as it was at first.
         """
         offer = self._find(ask)
-        self._check_range(offer, ask)
+        fault = offer.range_fault(ask.transfer.block_range, self._layers)
+        if fault:
+            raise self._refusal(TransferFault.LENGTH, fault)
         transport = self._transports.get(ask.transport)
         if transport is None and ask.transfer.block_range.num_blocks:
             raise self._refusal(TransferFault.UNSUPPORTED, f"Transport {ask.transport} is not served.")
@@ -217,12 +226,18 @@ class HandoffSource:
         return PullAnswer(offer.machine.lease_left_s(self._clock()), ready, piece)
 
     async def commit(
-        self, key: HandoffKey, sink: PeerId, number: int, landed: Mapping[int, int]
+        self,
+        key: HandoffKey,
+        sink: PeerId,
+        number: int,
+        landed: Mapping[int, int],
+        exchange: FrameExchange | None = None,
     ) -> CommitAnswer:
         """Compares the checksums of what landed (transfer number -> checksum); if equal, the blocks are free.
 
-        `number` is the sink's last transfer; a commit with an earlier one changes nothing. Raises
-        ProtocolError for another sink than the holder, and while the offer still grows.
+        `number` is the sink's last transfer; a commit with an earlier one changes nothing. With an `exchange`
+        the sink adopts the blocks; while a step touches them it must ask again. Raises ProtocolError for
+        another sink than the holder and while the offer grows, TransferError as Exchanges.give.
         """
         offer = self._book.get(key)
         if offer is None:
@@ -232,7 +247,9 @@ class HandoffSource:
         if number == offer.machine.number and not offer.machine.state.terminal:
             if not complete(offer.ready, len(offer.blocks), self._layers):
                 raise ProtocolError("A hand-off cannot be committed while its offer grows.")
-            hasher = self._hashers.get(self._pairs.checksum(sink))
+            if exchange is not None and not self._exchanges.give(offer, exchange):
+                return CommitAnswer(offer.machine.state)
+            hasher = self._hashers.get(self._pairs.checksum(sink)) if exchange is None else None
             if hasher is not None:
                 wrong = await self._sums.mismatched(offer, landed, hasher)
             if wrong:
@@ -274,23 +291,8 @@ class HandoffSource:
             raise self._refusal(TransferFault.REFUSED, "No such hand-off is offered.")
         return offer
 
-    def _check_range(self, offer: Offer, ask: PullAsk) -> None:
-        part = ask.transfer.block_range
-        first, end = layer_span(part, self._layers)
-        if part.first_block + part.num_blocks > len(offer.blocks) or not first < end <= self._layers:
-            message = f"{part} was asked for; there are {len(offer.blocks)} blocks of {self._layers} layers."
-            raise self._refusal(TransferFault.LENGTH, message)
-
     def _next_piece(self, offer: Offer, ask: PullAsk) -> Piece | None:
-        ready = offer.ready
-        if complete(ready, len(offer.blocks), self._layers):
-            ready = KvReady(len(offer.blocks), self._layers)
-        part = next_piece(ask.transfer.block_range, ready, self._layers, self._layer_bytes)
-        if part is None:
-            return None
-        first, end = layer_span(part, self._layers)
-        blocks = offer.blocks[part.first_block : part.first_block + part.num_blocks]
-        return Piece(part, blocks, first * self._layer_bytes, (end - first) * self._layer_bytes)
+        return offer.next_piece(ask.transfer.block_range, self._layers, self._layer_bytes)
 
     def _take(
         self, offer: Offer, ask: PullAsk, piece: Piece | None, transport: SourceTransport | None
@@ -311,7 +313,7 @@ class HandoffSource:
         if moves is None or piece is None:
             return
         hasher = self._hashers.get(self._pairs.checksum(ask.sink))
-        if hasher is not None:
+        if hasher is not None and moves.name != ADOPT:
             self._sums.begin(offer, number, piece, hasher)
         if not moves.direct:
             self._sends.begin(offer, ask, moves, piece)
@@ -387,8 +389,7 @@ class HandoffSource:
 
     def _check_digest(self, digest: str) -> None:
         if digest != self.me.digest:
-            message = f"The sink has digest {digest}, this source {self.me.digest}."
-            raise self._refusal(TransferFault.DIGEST, message)
+            raise self._refusal(TransferFault.DIGEST, f"The sink has {digest}, this source {self.me.digest}.")
 
     def _refusal(self, fault: TransferFault, message: str) -> TransferError:
         self.count_refusal(fault)

@@ -163,6 +163,11 @@ class SourceHandoff:
         return self.state.terminal and self._local_io == 0 and not self._peer_may_touch
 
     @property
+    def reads_running(self) -> bool:
+        """Whether this process reads the blocks."""
+        return self._local_io > 0
+
+    @property
     def next_deadline_s(self) -> float:
         """When `tick` has something to do (or, when it may be freed, when it may be forgotten)."""
         return self._forget_at_s if self.may_free else self._deadline_s

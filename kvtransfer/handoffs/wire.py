@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from kvtransfer.contract import BlockRange, HandoffKey, HeadRange, PeerId, PullGrant, Transfer
-from kvtransfer.handoffs.offers import Piece
+from kvtransfer.handoffs.offers import FrameExchange, Piece
 from kvtransfer.handoffs.words import HandoffState
 from tandem.ids import BlockId, Incarnation, LegId, WorkerId
 from tandem.v1 import worker_pb2 as pb
@@ -42,6 +42,21 @@ def key_from_wire(ref: pb.HandoffRef) -> HandoffKey:
 def heads_to_wire(heads: HeadRange | None) -> pb.HeadRange | None:
     """The message for a rank's heads; None, which leaves the field out, for all of them."""
     return None if heads is None else pb.HeadRange(first=heads.first, count=heads.count, total=heads.total)
+
+
+def exchange_to_wire(exchange: FrameExchange | None) -> pb.FrameExchange | None:
+    """The message; None, which leaves the field out, where KV was moved."""
+    if exchange is None:
+        return None
+    return pb.FrameExchange(member=exchange.member, first_block=exchange.first_block, frames=exchange.frames)
+
+
+def exchange_from_wire(request: pb.CommitRequest) -> FrameExchange | None:
+    """What a commit offers for the blocks; nothing in it is checked yet."""
+    if not request.HasField("exchange"):
+        return None
+    found = request.exchange
+    return FrameExchange(found.member, found.first_block, tuple(map(BlockId, found.frames)))
 
 
 def transfer_from_wire(request: pb.PullRequest) -> Transfer:

@@ -22,6 +22,7 @@ from kvtransfer.contract import BlockMemory, OnLanded, OnRefused, PeerId, PullGr
 from kvtransfer.links import listening_as, same_user
 from kvtransfer.listener import LinkListener, is_quiet
 from kvtransfer.native_rows import Sums
+from kvtransfer.shm.arena_file import MAP_NORESERVE
 from kvtransfer.tcp import framing
 from kvtransfer.threads import contained, outlast, run_beside, run_to_end, timed, to_its_end
 from tandem.errors import TransferError, TransferFault
@@ -267,7 +268,9 @@ class _Attaching:
             if len(descriptors) != 1:
                 raise TransferError(TransferFault.UNSUPPORTED, "The source gave no descriptor of its pool.")
             size = os.fstat(descriptors[0]).st_size
-            pages = mmap.mmap(descriptors[0], size, mmap.MAP_SHARED, mmap.PROT_READ)
+            # An arena is larger than what has memory in it, and reading it takes none.
+            flags = mmap.MAP_SHARED | MAP_NORESERVE
+            pages = mmap.mmap(descriptors[0], size, flags, mmap.PROT_READ)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)

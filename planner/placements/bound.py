@@ -1,11 +1,14 @@
-"""Pure: about the rate that a candidate cannot exceed, from formulas alone; it decides which are simulated.
+"""Pure: about the most that a candidate reaches, from formulas alone; it decides which are simulated.
 
 Prompts wait in a queue like M/D/1 (DistServe, OSDI'24, section 3): with utilisation rho and service D its
 mean wait is rho D / (2 (1 - rho)), and a share rho of requests waits at all, taken as exponential.
-Batching is granted for free, n workers count as one that is n times as fast, so that the bound errs to the
-optimistic side; still a run may pass it a little, which is why the search grants it slack. Decodes: by
-Little's law a worker with a batch of B in steps of s seconds ends B / (s * output tokens) requests a second;
-B is the largest batch whose step meets the time per token and whose KV fits.
+Batching is granted for free, n workers count as one that is n times as fast. Decodes: by Little's law a
+worker with a batch of B in steps of s seconds ends B / (s * output tokens) requests a second; B is the
+largest batch whose step meets the time per token and whose KV fits.
+
+So it errs to the optimistic side, but is no strict bound: it holds the mean decode step to the objective,
+which only the share asked for must meet, a finite run begins empty, and 64 prompts stand for all. The search
+grants it slack for that, and looks above it where a candidate reaches it.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +74,7 @@ class Bounds:
         self._service: dict[WorkerKind, tuple[float, tuple[float, ...]]] = {}
 
     def rate_rps(self, candidate: Candidate) -> float:
-        """Requests a second that the candidate cannot exceed; 0 when it misses the SLO even when idle."""
+        """Requests a second that the candidate hardly exceeds; 0 when it misses the SLO even when idle."""
         first_tokens = self.prefill_rps(candidate.prefill, candidate.prefill_workers)
         if candidate.decode is not None:
             return min(first_tokens, candidate.decode_workers * self.decode(candidate.decode).rate_rps)
@@ -130,7 +133,9 @@ class Bounds:
         if kind not in self._service:
             model, prompts = self._model(kind), self._lengths.prompts
             stride = max(1, len(prompts) // _PROMPTS_TOGETHER)
-            together = tuple(PromptPart(tokens) for tokens in prompts[stride // 2 :: stride])
+            spread = prompts[stride // 2 :: stride]
+            # A trace of few requests stands for a stream of them.
+            together = tuple([PromptPart(tokens) for tokens in spread] * -(-_PROMPTS_TOGETHER // len(spread)))
             service_s = model.stage_s(StepShape(together)) / len(together)
             single = tuple(model.step_s(StepShape((PromptPart(tokens),))) for tokens in prompts)
             self._service[kind] = (service_s, single)

@@ -28,7 +28,7 @@ FindMany = Callable[[Sequence[Probe]], Iterable[Goodput]]
 
 @dataclass(frozen=True, slots=True)
 class Bounded:
-    """A candidate with the rate it cannot exceed, for one bucket."""
+    """A candidate with the rate it hardly exceeds, for one bucket."""
 
     candidate: Candidate
     bound_rps: float

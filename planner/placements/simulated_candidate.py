@@ -18,6 +18,11 @@ from tandem.slo import SloClass
 
 _CLASS = "planned"
 
+LONGEST_RUN = 20
+"""A run has no more than so many times the requests that were asked for, however short it is: requests of a
+few tokens come so fast that seconds of them are millions.
+"""
+
 
 class SimulatedCandidate:
     """Evaluate by simulation: `requests` of the plan for each of its seeds, all counted together.
@@ -52,7 +57,8 @@ class SimulatedCandidate:
 
     def _run_length(self, rate_rps: float) -> int:
         workload = self._problem.plan.workload
-        return max(workload.requests, ceil(rate_rps * workload.seconds))
+        long = min(ceil(rate_rps * workload.seconds), LONGEST_RUN * workload.requests)
+        return max(workload.requests, long)
 
     def _requests(self, rate_rps: float, bucket: int, seed: int, count: int) -> Iterator[SimRequest]:
         """The same lengths and the same draws at every rate, so that only the gaps' scale differs."""

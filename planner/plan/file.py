@@ -79,10 +79,11 @@ class LengthSection(Section):
 class WorkloadSection(Section):
     """Requests: drawn lengths, or those of a trace; arrivals are drawn at the rate that is tried.
 
-    A run has `requests` requests and lasts `seconds` at least, so that queues show that grow slowly; the
-    first of them, a share of `uncounted`, do not count, since the cluster is empty at first. A run of each
-    seed counts. `buckets` divides requests by the length of their prompt, so that each may be served by
-    hardware of its own (Melange); the cluster's router does not do that, so 1 is what `tandem up` can run.
+    A run has `requests` requests and lasts `seconds` at least, so that queues show that grow slowly, but has
+    no more than 20 times `requests`; the first of them, a share of `uncounted`, do not count, since the
+    cluster is empty at first. A run of each seed counts. `buckets` divides requests by the length of their
+    prompt, so that each may be served by hardware of its own (Melange); the cluster's router does not do
+    that, so 1 is what `tandem up` can run.
     """
 
     trace: Path | None = None

@@ -1,15 +1,14 @@
 """Edge: the lengths of a plan's requests: drawn from the file's distributions, or read from its trace."""
 
 import random
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 from planner.placements.bound import Lengths
 from planner.plan.file import LengthSection, WorkloadSection
-from planner.workloads.traces import read_trace
+from planner.workloads.trace_file import read_trace_file
 from planner.workloads.workload import Lognormal, lognormal_lengths
-from tandem.errors import ConfigError, InvalidRequest
+from tandem.errors import ConfigError
 
 _SEED = 7
 
@@ -40,17 +39,8 @@ def buckets_of(lengths: Lengths, count: int) -> tuple[Lengths, ...]:
 
 
 def _of_trace(path: Path, limit: int) -> Lengths:
-    try:
-        with path.open(newline="") as file:
-            rows = read_trace(file, limit)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    pairs: Sequence[tuple[int, int]] = [
-        (max(1, row.prompt_tokens), max(1, row.output_tokens)) for row in rows
-    ]
-    if not pairs:
-        raise InvalidRequest(f"The trace {path} is empty: at least one request is needed.", "trace")
-    return Lengths(tuple(pairs))
+    rows = read_trace_file(path, limit)
+    return Lengths(tuple([(max(1, row.prompt_tokens), max(1, row.output_tokens)) for row in rows]))
 
 
 def _lognormal(section: LengthSection) -> Lognormal:

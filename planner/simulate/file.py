@@ -102,11 +102,8 @@ class LimitsSection(Section):
 
 
 class SimFile(FleetFile):
-    """All of sim.yaml. `drive` says what is driven: see planner/simulation/setup.py. `overlap_min_tokens` is
-    cluster.yaml's, and has its default.
-    """
+    """All of sim.yaml. `drive` says what is driven: see planner/simulation/setup.py."""
 
-    overlap_min_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | None = 256
     workers: tuple[PoolSection, ...] = Field(min_length=1, max_length=64)
     workload: SimWorkloadSection
     classes: tuple[ClassSection, ...] = Field(min_length=1, max_length=32)

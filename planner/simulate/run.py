@@ -12,8 +12,8 @@ from planner.simulate.file import PoolSection, SimFile, SimWorkloadSection
 from planner.simulation.setup import Drive, Fault, FaultKind, RouterRules, Setup, SimRole, WorkerSpec
 from planner.simulator import SimulationResult, simulate
 from planner.workloads.arrivals import ArrivalProcess, arrival_times_s
-from planner.workloads.request_log import is_request_log, read_request_log
-from planner.workloads.traces import TraceRow, read_trace
+from planner.workloads.trace_file import read_trace_file
+from planner.workloads.traces import TraceRow
 from planner.workloads.workload import (
     Lognormal,
     SimRequest,
@@ -23,7 +23,7 @@ from planner.workloads.workload import (
     rate_scaled,
     requests,
 )
-from tandem.errors import ConfigError, InvalidRequest
+from tandem.errors import ConfigError
 from tandem.ids import WorkerId
 from tandem.slo import SloClass
 
@@ -67,14 +67,12 @@ def workload_of(file: SimFile, folder: Path) -> Iterator[SimRequest]:
     if asked.trace is None:
         rows = _drawn_lengths(asked, random.Random(f"{file.seed} lengths"))
     else:
-        read = _read(folder / asked.trace, asked.requests if asked.lengths == "in_order" else None)
+        read = read_trace_file(folder / asked.trace, asked.requests if asked.lengths == "in_order" else None)
         rows = read
         if asked.lengths == "empirical":
             rows = empirical_lengths(read, random.Random(f"{file.seed} lengths"))
         if asked.arrivals == "trace":
             return _with_classes(file, rows, rate_scaled(read, asked.rate_rps))
-        if not read:
-            raise InvalidRequest("The trace is empty: at least one request is needed.", "trace")
     if asked.rate_rps is None:
         raise ConfigError("workload: rate_rps is needed")
     draws = random.Random(f"{file.seed} arrivals")
@@ -112,16 +110,6 @@ def _spec(file: SimFile, workers: PlannedWorkers, pool: PoolSection, number: int
         policy=pool.policy,
         whole_prompts=pool.whole_prompts,
     )
-
-
-def _read(path: Path, limit: int | None) -> Sequence[TraceRow]:
-    try:
-        with path.open(newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            return read_request_log(file, limit) if is_request_log(first) else read_trace(file, limit)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def _drawn_lengths(asked: SimWorkloadSection, draws: random.Random) -> Iterator[TraceRow]:

@@ -9,10 +9,10 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from tandem.errors import InvalidRequest
@@ -58,6 +58,17 @@ def read_trace(lines: Iterable[str], limit: int | None = None) -> tuple[TraceRow
         _json_rows(chain([first], iterator)) if first.lstrip().startswith("{") else _csv_rows(first, iterator)
     )
     return tuple(islice(rows, limit))
+
+
+def check_sorted(rows: Sequence[TraceRow]) -> None:
+    """Raises InvalidRequest when a request comes before the one above it; rows without times are passed."""
+    times_s = [(number, row.arrived_s) for number, row in enumerate(rows, 1) if row.arrived_s is not None]
+    for (_, before), (number, after) in pairwise(times_s):
+        if after < before:
+            raise InvalidRequest(
+                f"The trace is not sorted: request {number} comes at {after:g} s, after one at {before:g} s.",
+                "trace",
+            )
 
 
 def _csv_rows(header: str, lines: Iterable[str]) -> Iterator[TraceRow]:

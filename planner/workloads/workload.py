@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import repeat
 from typing import NamedTuple, Protocol
 
 from planner.workloads.arrivals import Draws
-from planner.workloads.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
+from planner.workloads.traces import MOONCAKE_BLOCK_TOKENS, TraceRow, check_sorted
 from tandem.errors import InvalidRequest
 
 UNIQUE_FROM = 1 << 31
@@ -91,12 +91,7 @@ def rate_scaled(rows: Sequence[TraceRow], rate_rps: float | None) -> list[float]
     times_s = [row.arrived_s for row in rows if row.arrived_s is not None]
     if len(times_s) < len(rows):
         raise InvalidRequest("The trace has no arrival times: arrivals and a rate are needed.", "trace")
-    for number, (before, after) in enumerate(pairwise(times_s), start=2):
-        if after < before:
-            raise InvalidRequest(
-                f"The trace is not sorted: request {number} comes at {after:g} s, after one at {before:g} s.",
-                "trace",
-            )
+    check_sorted(rows)
     start_s, span_s = times_s[0], times_s[-1] - times_s[0]
     if rate_rps is None:
         return [time_s - start_s for time_s in times_s]

@@ -1127,6 +1127,7 @@ class CommitRequest(_message.Message):
     HANDOFF_FIELD_NUMBER: _builtins.int
     LANDED_FIELD_NUMBER: _builtins.int
     LAST_NUMBER_FIELD_NUMBER: _builtins.int
+    EXCHANGE_FIELD_NUMBER: _builtins.int
     last_number: _builtins.int
     """Number of the puller's last transfer; a commit with an earlier one is out of date and changes nothing."""
     @_builtins.property
@@ -1137,20 +1138,59 @@ class CommitRequest(_message.Message):
     def landed(self) -> _containers.RepeatedCompositeFieldContainer[Global___LandedTransfer]:
         """The transfers that landed, each with the checksum of what is at the puller; empty when the pair uses none."""
 
+    @_builtins.property
+    def exchange(self) -> Global___FrameExchange:
+        """For KV that changes owners instead of being moved; absent otherwise."""
+
     def __init__(
         self,
         *,
         handoff: Global___HandoffRef | None = ...,
         landed: _abc.Iterable[Global___LandedTransfer] | None = ...,
         last_number: _builtins.int = ...,
+        exchange: Global___FrameExchange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "handoff", b"handoff"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "landed", b"landed", "last_number", b"last_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "handoff", b"handoff", "landed", b"landed", "last_number", b"last_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitRequest: _TypeAlias = CommitRequest  # noqa: Y015
+
+@_typing.final
+class FrameExchange(_message.Message):
+    """FrameExchange offers frames of the arena that both workers' pools lie in, each for one of the source's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBER_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    member: _builtins.int
+    """The puller's number among the arena's members."""
+    first_block: _builtins.int
+    """Index in the leg's block list of the first block that the puller takes over."""
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The puller's frames, one for each block from there on. It has them on offer in the arena; which of them were taken is
+        said there.
+        """
+
+    def __init__(
+        self,
+        *,
+        member: _builtins.int = ...,
+        first_block: _builtins.int = ...,
+        frames: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "frames", b"frames", "member", b"member"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FrameExchange: _TypeAlias = FrameExchange  # noqa: Y015
 
 @_typing.final
 class LandedTransfer(_message.Message):
@@ -1308,10 +1348,10 @@ class TransportEndpoint(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
-    """Name of the transport: nccl, cuda_ipc, shm, tcp."""
+    """Name of the transport: adopt, nccl, cuda_ipc, shm, tcp."""
     address: _builtins.str
-    """Transport-specific address: a socket name, host:port, with the pool's handle (cuda_ipc), or with a communicator's
-    epoch and secret id (nccl).
+    """Transport-specific address: a socket name, with the arena and the source's number in it (adopt), host:port, with the pool's
+    handle (cuda_ipc), or with a communicator's epoch and secret id (nccl).
     """
     ticket: _builtins.bytes
     """Secret for this pair, proved on the data connection."""

@@ -27,7 +27,7 @@ def figures(scale: float, attainment: float) -> Figures:
 
 
 def result(scale: float, attainment: float) -> dict[str, Any]:
-    compared = Compared(2.0, 0.5, 0.9, figures(scale, attainment), figures(1.0, 0.9))
+    compared = Compared(2.0, 0.5, 0.9, figures(scale, attainment), figures(1.0, 0.9), 0.02)
     return forecast_json(CONDITIONS, [compared], {})
 
 
@@ -47,7 +47,7 @@ def test_errors_are_shares_of_what_was_measured() -> None:
 
 def test_a_run_without_tokens_is_not_within_the_bars() -> None:
     nothing = Spread(None, None, None, None)
-    compared = Compared(2.0, 0.5, 0.9, figures(1.0, 0.9), Figures(nothing, nothing, 0.0))
+    compared = Compared(2.0, 0.5, 0.9, figures(1.0, 0.9), Figures(nothing, nothing, 0.0), 0.0)
     found = forecast_json(CONDITIONS, [compared], {})
     assert found["within_bars"] is False
     assert "| - |" in forecast_text(found)
@@ -55,5 +55,6 @@ def test_a_run_without_tokens_is_not_within_the_bars() -> None:
 
 def test_the_page_says_how_it_was_measured() -> None:
     page = forecast_page(result(1.3, 0.9))
-    for said in ("load average 0.50", "azure.csv", "TTFT 0.5 s", "+30.0%", "Not all figures"):
+    shown = ("load average 0.50", "azure.csv", "TTFT 0.5 s", "+30.0%", "| 2.0% |", "Not all figures")
+    for said in shown:
         assert said in page

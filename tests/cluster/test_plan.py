@@ -100,6 +100,12 @@ workers:
         assert (limits.open_s, limits.abort_s) == (5.0, 0.5)
 
 
+def test_all_pools_lie_in_the_arena_that_is_named() -> None:
+    config = parse_cluster_config("workers: {kv_arena: /dev/shm/kv}", "f")
+    workers = worker_configs(config, FACTS, cores=2)
+    assert {worker.kv_arena for worker in workers} == {Path("/dev/shm/kv")}
+
+
 def test_router_is_told_the_same_context_digest_and_classes() -> None:
     config = parse_cluster_config("model: {context: 128, name: tiny}\nrouter: {grpc_port: 0}", "f")
     router = router_config(config, FACTS)

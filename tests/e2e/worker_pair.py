@@ -139,7 +139,7 @@ async def worker_pair(
             Role.DECODE: {**decode_changes, "kv_dtype": kv_dtypes[1]},
         }
         for role, kind in ((Role.PREFILL, PrefillWorker), (Role.DECODE, DecodeWorker)):
-            config = worker_config(folder, role, transports=(transport,), **both, **changes[role])
+            config = worker_config(folder, role, transports=(transport,), **{**both, **changes[role]})
             worker: Worker[Any] = await stack.enter_async_context(kind.open(config, TOKEN))
             channel = await stack.enter_async_context(grpc_edge.channel(worker.record.address))
             hand = Hand(worker, worker_pb2_grpc.WorkerServiceStub(channel))

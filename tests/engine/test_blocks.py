@@ -207,3 +207,31 @@ def test_a_promise_evicts_cached_blocks_at_once() -> None:
     pool.promise(1)
     assert pool.match([*FIRST, *SECOND, 9]) == pool.match([*FIRST, 9])
     assert pool.free_blocks == 0
+
+
+def test_blocks_that_leave_are_replaced_by_those_that_come() -> None:
+    pool = BlockPool(3, 4, False, [BlockId(4), BlockId(5), BlockId(6)], below=8)
+    first, second = pool.allocate(2)
+    pool.exchange([(first, BlockId(0)), (second, BlockId(7))])
+    pool.check_integrity([[BlockId(0), BlockId(7)]])
+    pool.release([BlockId(0), BlockId(7)])
+    assert {*pool.allocate(3)} == {0, 7, 6}
+
+
+def test_shared_cached_and_free_blocks_do_not_leave() -> None:
+    pool, cached = cached_pool(FIRST)
+    (shared,) = pool.allocate(1)
+    pool.fork([shared])
+    pool.match(FIRST, whole=True)
+    free = next(BlockId(block) for block in range(4) if not pool.references(BlockId(block)))
+    for block in (shared, cached[0], free):
+        with pytest.raises(ProtocolError):
+            pool.exchange([(block, BlockId(9))])
+
+
+def test_block_of_the_pool_does_not_come_again() -> None:
+    pool = BlockPool(2, 4, below=4)
+    first, second = pool.allocate(2)
+    with pytest.raises(ProtocolError):
+        pool.exchange([(first, second)])
+    pool.check_integrity([[first, second]])

@@ -1,53 +1,52 @@
-"""Edge: the giving side of exchanges in a process of its own, so that tests can kill it.
+"""Edge: the taking side of an adopting hand-off in a process of its own, so that tests can kill it.
 
-`adopting_process DESCRIPTOR BLOCKS BLOCK_BYTES MARK DIE_AFTER` serves a connected socket. Its blocks begin
-with MARK and their number. It kills itself before it answers the kind DIE_AFTER, once that was carried out.
+`adopting_process ADDRESS PATH BLOCKS BLOCK_BYTES` joins the arena at PATH and pulls the leg "a", so many
+blocks, from the source at ADDRESS; it prints "offered" when its blocks are on offer.
 """
 
-import os
+import asyncio
+import logging
 import signal
-import socket
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-from kvtransfer.shm.adoption import AdoptablePool
-from kvtransfer.shm.adoption_link import AdoptionLink, Kind, serve_one
-from tandem.errors import TransferError
+from kvtransfer.contract import BlockRange
+from kvtransfer.handoffs.sink import HandoffSink
+from kvtransfer.shm.arena import Arena
 from tandem.ids import BlockId
+from tandem.logs import configure_logging
+from tandem.worker import Role
+from tests.kvtransfer.arena_pair import ArenaPool
+from tests.kvtransfer.pair import TOKEN, config, key, record
 
 
-def fill(pool: AdoptablePool, mark: int) -> None:
-    """Each block holds `mark` and its number, at its first and last bytes."""
-    for block in range(pool.num_blocks):
-        view = pool.view(BlockId(block))
-        view[:2] = view[-2:] = bytes((mark, block))
+class TellingArena(Arena):
+    """Prints a line when blocks are on offer."""
+
+    def offer(self, giver: int, taken: Sequence[BlockId]) -> None:
+        """As Arena does."""
+        super().offer(giver, taken)
+        print("offered", flush=True)
 
 
-class DyingLink(AdoptionLink):
-    """Dies instead of sending one kind of answer."""
-
-    dies_at: Kind | None = None
-
-    def send(self, kind: Kind, *rest: object) -> None:
-        """As the base does, unless it is time to die."""
-        if kind is self.dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        super().send(kind, *rest)  # type: ignore[arg-type]
+async def fetch(address: str, path: Path, count: int, block_bytes: int) -> None:
+    """Pulls once."""
+    pool = ArenaPool(path, count, block_bytes, TellingArena)
+    me, source = record("decode-0", Role.DECODE), record("prefill-0", Role.PREFILL, address)
+    sink = HandoffSink(me, pool, config("adopt", "shm"), time.monotonic, TOKEN)
+    wanted, targets = BlockRange(0, count), pool.pool.allocate(count)
+    await sink.pull(key("a"), source, wanted, targets, 0, 30.0, pool.pool.exchange)
 
 
 def main() -> None:
-    """Serves until the link ends, then reports its blocks as pairs of numbers on stdout."""
+    """Never outlives its test by long."""
     signal.alarm(60)
-    descriptor, blocks, block_bytes, mark, dies_at = sys.argv[1:]
-    with AdoptablePool(int(blocks), int(block_bytes)) as pool:
-        fill(pool, int(mark))
-        link = DyingLink(socket.socket(fileno=int(descriptor)), pool, 30.0)
-        link.dies_at = Kind[dies_at] if dies_at != "-" else None
-        try:
-            while True:
-                serve_one(link, pool)
-        except TransferError:
-            held = [bytes(pool.view(BlockId(block))[:2]).hex() for block in range(pool.num_blocks)]
-            print(" ".join(held), flush=True)
+    # Its one line alone goes to stdout.
+    configure_logging(logging.WARNING)
+    address, path, count, block_bytes = sys.argv[1:]
+    asyncio.run(fetch(address, Path(path), int(count), int(block_bytes)))
 
 
 if __name__ == "__main__":

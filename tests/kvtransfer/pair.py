@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvtransfer.coded_sink import CodedSink
 from kvtransfer.coded_source import CodedSource
@@ -15,6 +16,7 @@ from kvtransfer.contract import (
     BlockMemory,
     BlockRange,
     HandoffKey,
+    KvGiver,
     PullReport,
     SinkTransport,
     SourceTransport,
@@ -145,6 +147,14 @@ async def eventually(condition: Callable[[], bool], within_s: float) -> None:
             await asyncio.sleep(0.01)
 
 
+class LegOwner(KvGiver, Protocol):
+    """Who has the legs that a source offers."""
+
+    def release(self, key: HandoffKey, reason: ReleaseReason) -> None:
+        """An offer is over."""
+        ...
+
+
 @asynccontextmanager
 async def served_source(
     pool: BlockMemory,
@@ -152,13 +162,17 @@ async def served_source(
     released: list[tuple[HandoffKey, ReleaseReason]],
     transports: Sequence[SourceTransport] | None = None,
     observer: TransferObserver | None = None,
+    legs: LegOwner | None = None,
 ) -> AsyncIterator[tuple[HandoffSource, WorkerRecord]]:
-    """A source behind a gRPC server on the host of its data connections."""
+    """A source behind a gRPC server on the host of its data connections; `legs` can be adopted."""
     me = record("prefill-0", Role.PREFILL)
-    rest = (settings, time.monotonic, lambda *end: released.append(end), transports, observer)
+    end = (lambda *end: released.append(end)) if legs is None else legs.release
+    rest = (settings, time.monotonic, end, transports, observer)
     source: HandoffSource
     source = (
-        CodedSource(me, pool, *rest) if isinstance(pool, StagedMemory) else HandoffSource(me, pool, *rest)
+        CodedSource(me, pool, *rest)
+        if isinstance(pool, StagedMemory)
+        else HandoffSource(me, pool, *rest, legs)
     )
     await source.start()
     server = grpc_edge.server(TOKEN)

@@ -35,11 +35,11 @@ from tests.kvtransfer.held_sink import HeldSink
 from tests.kvtransfer.pair import Pair, blocks, config, connected_pair, eventually, key, outcome_of
 
 
-def faulty_sink(fault: Fault, delay_s: float = 0.05) -> Callable[[SinkTransport, BlockMemory], SinkTransport]:
+def faulty_sink(fault: Fault) -> Callable[[SinkTransport, BlockMemory], SinkTransport]:
     """Wraps a taking side so that every transfer has one fault."""
 
     def wrap(inner: SinkTransport, pool: BlockMemory) -> SinkTransport:
-        return FaultySink(inner, pool, FaultSchedule(1, {fault: 1.0}, delay_s))
+        return FaultySink(inner, pool, FaultSchedule(1, {fault: 1.0}))
 
     return wrap
 
@@ -237,8 +237,7 @@ class TestConformance:
 
     async def test_lease_overrun_fails_closed(self, road: Road) -> None:
         settings = patient(road.transport, lease_s=0.3)
-        slow = faulty_sink(Fault.DELAY, delay_s=2.0)
-        async with pair_over(road, settings, wrap_sink=slow) as pair:
+        async with pair_over(road, settings, wrap_sink=HeldSink) as pair:
             pair.source.offer(key("a"), blocks(1, 2))
             before = pair.sink_pool.read(blocks(1, 2))
             with pytest.raises(TransferError) as caught:

@@ -174,13 +174,13 @@ class TestPairs:
             monkey.undo()
             assert order == [True]
             assert pair.sharing.mapped == []
-            await eventually(lambda: pair.lost == [SINK], within_s=2)
+            await eventually(lambda: pair.lost == [SINK], within_s=10)
 
     async def test_dead_source_ends_the_pair(self) -> None:
         async with ipc_pair() as pair:
             await pair.connect()
             await pair.source.close()
-            await eventually(lambda: pair.sink._mappings[SOURCE].lost, within_s=2)
+            await eventually(lambda: pair.sink._mappings[SOURCE].lost, within_s=10)
             with pytest.raises(TransferError) as caught:
                 await pair.sink.receive(SOURCE, pair.grant(), TARGETS)
             assert caught.value.fault is TransferFault.DISCONNECTED

@@ -128,7 +128,7 @@ async def test_pieces_land_while_the_prefill_runs(transport: str) -> None:
         assert ranges[:2] == [BlockRange(0, 2), BlockRange(2, 1)]
         assert ranges[2:] == [BlockRange(3, 3, 0, 2), BlockRange(3, 3, 2, 2)]
         assert (report.pieces, report.moved_bytes) == (4, len(GIVEN) * MIB)
-        await pair.wait_released(1, within_s=1.0)
+        await pair.wait_released(1, within_s=10.0)
         assert pair.released == [(key("a"), ReleaseReason.COMMITTED)]
 
 
@@ -171,7 +171,7 @@ async def test_part_of_a_growing_leg_cannot_be_committed_before_its_end() -> Non
         pair.source.offer(key("a"), GIVEN, KvReady(3, 0))
         with pytest.raises(TransferError, match="while its offer grows"):
             await pair.pull(key("a"), BlockRange(0, 3), blocks(0, 1, 2))
-        await pair.wait_released(1, within_s=1.0)
+        await pair.wait_released(1, within_s=10.0)
         assert pair.released == [(key("a"), ReleaseReason.ABORTED_BY_SINK)]
 
 
@@ -197,7 +197,7 @@ async def test_sink_that_gives_up_waiting_gives_the_offer_back() -> None:
         failure = await outcome_of(pull(pair, "a", remaining_s=0.3))
         assert isinstance(failure, TransferError)
         assert failure.fault is TransferFault.TIMEOUT
-        await pair.wait_released(1, within_s=1.0)
+        await pair.wait_released(1, within_s=10.0)
         assert pair.released == [(key("a"), ReleaseReason.ABORTED_BY_SINK)]
 
 
@@ -205,7 +205,7 @@ async def test_waiting_pulls_hold_no_turn() -> None:
     async with connected_pair(config("shm", max_pulls=1), 8, MIB) as pair:
         pair.source.offer(key("growing"), GIVEN, KvReady(0, 0))
         waiting = pull(pair, "growing")
-        await eventually(lambda: pair.source.query(key("growing")) is HandoffState.ACCEPTED, within_s=2.0)
+        await eventually(lambda: pair.source.query(key("growing")) is HandoffState.ACCEPTED, within_s=10.0)
         pair.source.offer(key("whole"), blocks(2))
         await pair.pull(key("whole"), BlockRange(0, 1), blocks(5), remaining_s=2.0)
         pair.source.advance(key("growing"), ALL)
@@ -264,7 +264,7 @@ async def test_grant_of_what_was_not_asked_for_writes_nothing(
             await pair.pull(key("a"), BlockRange(0, len(GIVEN)), TARGETS)
         assert caught.value.fault is TransferFault.LENGTH
         assert pair.sink_pool.read(blocks(*range(8))) == before
-        await pair.wait_released(1, within_s=1.0)
+        await pair.wait_released(1, within_s=10.0)
         assert pair.released == [(key("a"), ReleaseReason.ABORTED_BY_SINK)]
 
 
@@ -301,7 +301,7 @@ class TestFallbackInTheMiddle:
             assert report.transport == "tcp"
             assert pair.sink_pool.read(TARGETS) == pair.source_pool.read(GIVEN)
             assert pair.source.counts().refused[TransferFault.CHECKSUM] == 1
-            await pair.wait_released(1, within_s=1.0)
+            await pair.wait_released(1, within_s=10.0)
             assert pair.released == [(key("a"), ReleaseReason.COMMITTED)]
 
     async def test_silent_transport_is_replaced_within_2_s_and_comes_back(self) -> None:

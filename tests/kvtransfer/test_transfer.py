@@ -131,7 +131,7 @@ class TestSendingTransport:
             with pytest.raises(TransferError) as caught:
                 await pair.pull(key("a"), BlockRange(0, 2), blocks(1, 2))
             assert caught.value.fault is named
-            await pair.wait_released(1, within_s=2.0)
+            await pair.wait_released(1, within_s=10.0)
 
     async def test_large_transfer_is_spread_over_connections_that_are_kept(self) -> None:
         async with connected_pair(config("tcp"), num_blocks=32, block_bytes=400_000) as pair:
@@ -156,7 +156,7 @@ class TestSendingTransport:
                 await pair.pull(key("a"), BlockRange(0, 2), blocks(1, 2))
             assert time.monotonic() - began_s < 2.0
             assert caught.value.fault in (TransferFault.TIMEOUT, TransferFault.REFUSED)
-            await pair.wait_released(1, within_s=2.0)
+            await pair.wait_released(1, within_s=10.0)
 
     async def test_sink_that_closes_ends_its_pulls(self) -> None:
         def wrap(inner: SourceTransport) -> SourceTransport:
@@ -169,7 +169,7 @@ class TestSendingTransport:
                 asyncio.create_task(pair.pull(key(leg), BlockRange(0, 1), blocks(number)))
                 for number, leg in enumerate(("a", "b"))
             ]
-            await eventually(lambda: pair.source.counts().in_flight == 1, within_s=2.0)
+            await eventually(lambda: pair.source.counts().in_flight == 1, within_s=10.0)
             began_s = time.monotonic()
             await pair.sink.close()
             assert time.monotonic() - began_s < 1.0
@@ -186,7 +186,7 @@ class TestSendingTransport:
         async with connected_pair(config("tcp"), wrap_source=wrap) as pair:
             pair.source.offer(key("a"), blocks(1))
             pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, 1), blocks(1)))
-            await eventually(lambda: pair.source.counts().in_flight == 1, within_s=2.0)
+            await eventually(lambda: pair.source.counts().in_flight == 1, within_s=10.0)
             lost = pair.source_record
             await pair.sink.peer_lost(lost.worker_id, Incarnation(lost.incarnation + 1))
             # What would have been ended is ended before the next pull is over.
@@ -269,7 +269,7 @@ class TestFallback:
             await asyncio.sleep(0)
             made[0].may_end.set()
             assert isinstance(await outcome_of(pulling), asyncio.CancelledError)
-            await pair.wait_released(1, within_s=2.0)
+            await pair.wait_released(1, within_s=10.0)
             assert [reason for _, reason in pair.released] == [ReleaseReason.ABORTED_BY_SINK]
 
     async def test_channel_that_fails_after_an_address_was_renewed_is_opened_anew(self) -> None:

@@ -205,6 +205,20 @@ def test_an_empty_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is empty" in capsys.readouterr().err
 
 
+def test_an_unsorted_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n5,9,9\n2,9,9\n")
+    path = _written(tmp_path, _document(workload={"trace": "t.csv"}))
+    assert main(["plan", "-f", str(path)]) == EXIT_BAD_INPUT
+    assert "not sorted: request 2 comes at 2 s" in capsys.readouterr().err
+
+
+def test_the_request_log_is_a_trace(tmp_path: Path) -> None:
+    lines = [f'{{"arrival_s": {at}, "prompt_tokens": {100 + at}, "output_tokens": 7}}' for at in (3, 1)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    problem = _problem(tmp_path, workload={"trace": "log.jsonl"})
+    assert problem.buckets[0].pairs == ((101, 7), (103, 7))
+
+
 def test_the_command_prints_json_and_writes_the_cluster_yaml(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,20 @@ def test_the_same_file_gives_the_same_bytes(tmp_path: Path, capsys: pytest.Captu
     assert printed[0] == printed[1]
 
 
+def test_hops_and_early_fetch_of_the_file_are_simulated(tmp_path: Path) -> None:
+    def times(name: str, **changes: Any) -> list[float]:
+        records = tmp_path / "r.csv"
+        path = written(tmp_path, workload=GOOD["workload"] | {"arrivals": "fixed"}, **changes)
+        assert main(["simulate", "-f", str(path), "--records", str(records)]) == 0
+        header, *rows = records.read_text().splitlines()
+        return [float(row.split(",")[header.split(",").index(name)]) for row in rows]
+
+    hops = {"front_door_s": 0.25, "to_worker_s": 0.125, "to_router_s": 0.0625}
+    far = [near_s + 0.4375 for near_s in times("ttft_s")]
+    assert times("ttft_s", hops=hops) == pytest.approx(far)
+    assert times("handoff_s", overlap_min_tokens=256)[0] < times("handoff_s")[0]
+
+
 def test_a_trace_keeps_its_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,10,3\n9,20,3\n")
     path = written(tmp_path, workload={"trace": "t.csv", "arrivals": "trace"})

@@ -99,7 +99,7 @@ def kv() -> dict[str, Any]:
     timed = Timed(PullReport("shm", 98_304, 1, 0.001, 0.0, 0.0, 0.002, 0.002, 0.0, 0.001), 0.005)
     layout = Layout(SMALL_BLOCKS, Placement.SCATTERED, (4,))
     case = CaseTimes(layout, 4, (0.001,), (0.002,), (0.003,), {Road("shm", True): (timed,)})
-    adoption = AdoptionTimes(1, 65_536, (0.001,), (0.001,), (0.001,), (0.001,))
+    adoption = AdoptionTimes(1, 65_536, *[(0.001,)] * 6)
     overlap = OverlapFigures("identity", 1200, 125e6, 55_296_000, 3, 0.442, 2.0, 2.1, 0.480, 0.012, 0.025)
     handoffs = HandoffTimes(layout, 2, case.roads)
     return result_json([case], 1, handoffs, [adoption], overlap, codec_rates(1))
@@ -116,7 +116,7 @@ def forecast() -> dict[str, Any]:
         "requests": 300,
         "slo_s": [0.5, 0.1, 1.0],
     }
-    compared = [Compared(1.0, 0.1, 0.2, found, found)]
+    compared = [Compared(1.0, 0.1, 0.2, found, found, 0.0)]
     return forecast_json(conditions, compared, live_profile().model_dump(mode="json"))
 
 
