@@ -128,7 +128,7 @@ SEEDS = st.integers(0, 10_000)
 HOPS = st.sampled_from([Hops(), SHORT_HOPS, Hops(0.0, 0.0, 700 * TICK_S)])
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(SEEDS, st.sampled_from([2.0, 20.0, 100.0]), st.sampled_from([60, 150, 2000]), HOPS, st.booleans())
 def test_runs_of_steps_give_the_records_of_single_steps(
     seed: int, rate_rps: float, blocks: int, hops: Hops, early: bool
