@@ -142,7 +142,8 @@ class RaySection(Section):
         default="local",
         max_length=1024,
         description="`local` starts a Ray of its own, `auto` joins the one on this machine, "
-        "`ray://host:port` another.",
+        "`ray://host:port` another. Start that one with `RAY_worker_niceness=0` in its environment, or its "
+        "workers yield their cores to any other process.",
     )
     object_store_memory: ByteSize = Field(
         default=ByteSize(80_000_000), ge=78_643_200, description="Ray's shared memory, `local` only."

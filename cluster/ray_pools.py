@@ -43,6 +43,9 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+_PRIORITY = {"RAY_worker_niceness": "0"}
+"""Of the workers of a local Ray: by its default of 15 any other busy process takes their cores."""
+
 
 class RayPools:
     """The actors of one cluster, by worker, each on resources of its own that Ray has reserved.
@@ -190,7 +193,7 @@ async def ray_pools(config: ClusterConfig, secrets: Mapping[str, str]) -> AsyncI
 
 def _connect(config: ClusterConfig, secrets: Mapping[str, str], folder: str) -> None:
     local = config.ray.address == "local"
-    with _environment({**_QUIET, **({"RAY_AUTH_MODE": "token", **secrets} if local else {})}):
+    with _environment({**_QUIET, **({"RAY_AUTH_MODE": "token", **_PRIORITY, **secrets} if local else {})}):
         import ray
 
         logging.getLogger("ray").setLevel(logging.ERROR)

@@ -130,4 +130,4 @@ async def test_kv_that_is_stored_otherwise_is_not_taken(
         await pair.decode.send(start_decode(pair, PROMPT, {0: 5}, GREEDY))
         (dropped,) = await pair.decode.until("leg_dropped")
         assert dropped.leg_dropped.reason == wpb.DROP_REASON_HANDOFF_FAILED
-        assert "digest" in dropped.leg_dropped.message
+        assert "The sink has" in dropped.leg_dropped.message, "both digests are named"

@@ -1,6 +1,7 @@
 """The cluster writes the tokens that transformers writes, whatever way they take."""
 
 import grpc.aio
+import psutil
 import pytest
 
 from tandem.v1 import inference_pb2 as pb
@@ -105,6 +106,11 @@ async def test_a_seeded_request_repeats_itself_and_resumes_where_the_client_stop
                     assert chunk.first_index == 10 + len(rest)
                 rest.extend(chunk.token_ids)
     assert rest == first.tokens[0][10:]
+
+
+def test_workers_keep_their_cores_beside_other_busy_processes(cluster: LiveCluster) -> None:
+    usual = psutil.Process().nice()
+    assert {psutil.Process(cluster.worker_pid(name)).nice() for name in ("prefill-0", "decode-0")} == {usual}
 
 
 def test_no_block_is_left(cluster: LiveCluster) -> None:
