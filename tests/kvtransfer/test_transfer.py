@@ -206,7 +206,7 @@ class TestSendingTransport:
         async with connected_pair(config("tcp", settle_s=0.5)) as pair:
             asked: list[int] = []
 
-            async def hold(_key: HandoffKey, _sink: PeerId, number: int, _sums: object) -> CommitAnswer:
+            async def hold(_key: HandoffKey, _sink: PeerId, number: int, *_rest: object) -> CommitAnswer:
                 asked.append(number)
                 return CommitAnswer(HandoffState.LANDED)
 
