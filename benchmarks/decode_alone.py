@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from decode_worker.decode_leg import DecodeLeg, SampleStart
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.speculation import Speculation
-from engine.blocks import BlockPool
 from engine.contract import StepRunner
+from engine.kv.blocks import BlockPool
 from engine.leg import LegToken
 from engine.step import SampleRequest, SequenceSlice, StepPlan
 from tandem.errors import TandemError

@@ -21,9 +21,9 @@ from benchmarks.model_cost import decode_flops, kv_elements_per_token, prefill_f
 from benchmarks.sharegpt_lengths import SHAREGPT
 from benchmarks.speculative import measure_speculative
 from engine.loading import DTYPES, LoadedEngine, load_engine
-from engine.model_config import ModelConfig
-from engine.model_source import resolve_model
-from engine.tokenizer import Tokenizer
+from engine.models.model_config import ModelConfig
+from engine.models.model_source import resolve_model
+from engine.models.tokenizer import Tokenizer
 from tandem.errors import InvalidRequest
 from tandem.ids import Incarnation, WorkerId
 from tandem.logs import configure_logging

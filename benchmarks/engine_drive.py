@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from decode_worker.decode_leg import DecodeLeg, SampleStart
 from decode_worker.scheduler import DecodeScheduler
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg import LegToken
 from engine.loading import LoadedEngine
 from engine.step import StepPlan, StepResult

@@ -26,8 +26,8 @@ from benchmarks.kv_times import Road
 from benchmarks.machine_limits import machine_name
 from decode_worker.decode_leg import DecodeOutcome
 from engine.loading import LoadedEngine, load_engine
-from engine.model_config import ModelConfig, read_model_config
-from engine.model_source import resolve_model
+from engine.models.model_config import ModelConfig, read_model_config
+from engine.models.model_source import resolve_model
 from engine.step import SampleRequest, SequenceSlice, StepPlan, StepResult
 from engine.step_loop import StepLoop
 from tandem.errors import InvalidRequest

@@ -14,9 +14,9 @@ from engine.computing import Computing
 from engine.cuda.accelerator import Accelerator, CudaAccelerator
 from engine.cuda.loading import load_on_device
 from engine.drafting.loading import SmallEngine
-from engine.model_config import ModelConfig
-from engine.random_weights import random_weights
-from engine.sampler import Sampler
+from engine.models.model_config import ModelConfig
+from engine.models.random_weights import random_weights
+from engine.sampling.sampler import Sampler
 from engine.step import SampleRequest, SequenceSlice, StepPlan
 from tandem.errors import ConfigError
 from tandem.ids import BlockId, Incarnation, WorkerId

@@ -13,7 +13,7 @@ from engine.cuda.kernels.norm import rms_norm
 from engine.cuda.kernels.paged_decode import DecodeScratch, paged_decode
 from engine.cuda.kernels.paged_prefill import QueryRun, paged_prefill, tiles_of
 from engine.cuda.kernels.rope_write import rope_write
-from engine.model_config import ModelConfig, RopeConfig, RopeKind
+from engine.models.model_config import ModelConfig, RopeConfig, RopeKind
 
 SHARE = 0.9
 ROWS, BATCH, CONTEXT, BLOCK_SIZE = 8192, 64, 1024, 16

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kv_layouts import BLOCK_SIZE, SMOLLM2_BLOCKS
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from kvtransfer.codecs.contract import BlockShape, Codec, report_on
 from kvtransfer.codecs.registry import CODECS, codec_named
 from kvtransfer.codecs.thresholds import calibrate

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from engine.attention import Span
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
+from engine.cpu.linear import MakeProduct, packed_linear
 from engine.decoder import Decoder
-from engine.kv_cache import KvCache
-from engine.linear import MakeProduct, packed_linear
-from engine.model_config import read_model_config
-from engine.model_source import resolve_model
-from engine.tokenizer import Tokenizer
-from engine.weights import read_weights
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import read_model_config
+from engine.models.model_source import resolve_model
+from engine.models.tokenizer import Tokenizer
+from engine.models.weights import read_weights
 from kvtransfer.codecs.contract import BlockShape, Codec, report_on
 from kvtransfer.codecs.registry import CODECS, codec_named
 from kvtransfer.codecs.thresholds import calibrate

@@ -19,8 +19,8 @@ from pydantic import TypeAdapter
 from benchmarks.kv_layouts import ADOPTED_BLOCKS, BLOCK_SIZE
 from benchmarks.kv_source import DIGEST, sourced
 from benchmarks.kv_times import ADOPTING
-from engine.blocks import BlockPool
-from engine.kv_cache import KvCache
+from engine.kv.blocks import BlockPool
+from engine.kv.kv_cache import KvCache
 from kvtransfer.contract import HandoffKey
 from kvtransfer.handoffs.source import HandoffSource
 from kvtransfer.handoffs.words import ReleaseReason

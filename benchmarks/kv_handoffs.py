@@ -16,7 +16,7 @@ from benchmarks.kv_pulls import Puller, opened
 from benchmarks.kv_times import HandoffTimes, Road, Timed
 from benchmarks.processes import exchange, running_module
 from decode_worker.scheduler import DecodeLeg, DecodeScheduler, SampleStart
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from tandem.ids import LegId
 from tandem.sampling import SamplingParams
 

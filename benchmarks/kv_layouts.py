@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from engine.model_config import ModelConfig, RopeConfig
+from engine.models.model_config import ModelConfig, RopeConfig
 from tandem.ids import BlockId
 
 BLOCK_SIZE: Final = 16

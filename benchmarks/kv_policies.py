@@ -40,7 +40,7 @@ from benchmarks.kv_policy_tasks import (
     pieces,
 )
 from benchmarks.machine_limits import machine_name
-from engine.model_source import resolve_model
+from engine.models.model_source import resolve_model
 from planner.statistics import wilson_interval
 from tandem.errors import TandemError
 from tandem.ids import BlockId

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from benchmarks.kv_policy_tasks import BLOCK_SIZE
 from engine.attention import AttentionBackend, Span
-from engine.blocks import BlockPool
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
+from engine.cpu.layout_choice import choose_linears
 from engine.decoder import Decoder
-from engine.kv_cache import KvCache
+from engine.kv.blocks import BlockPool
+from engine.kv.kv_cache import KvCache
 from engine.kv_policies.bounded_kv import NO_DROPS, KvBudget, KvDrop, KvDrops
 from engine.kv_policies.bounded_sequence import BoundedSequence
 from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_bounds import FULL_LAYERS
-from engine.layout_choice import choose_linears
-from engine.model_config import ModelConfig, read_model_config
+from engine.models.model_config import ModelConfig, read_model_config
+from engine.models.tokenizer import Tokenizer
+from engine.models.weights import linear_shapes, read_weights
 from engine.native.product import MOST_ROWS
 from engine.native.team import Team, team_of_torch
 from engine.step import StepPlan
-from engine.tokenizer import Tokenizer
-from engine.weights import linear_shapes, read_weights
 from tandem.errors import ModelError
 from tandem.ids import BlockId
 

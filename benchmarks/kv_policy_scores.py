@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.kv_policy_reader import Policy, Prompt, Reader
 from benchmarks.kv_policy_tasks import Haystack
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 6
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
 from tandem.errors import InvalidRequest
 
 BLOCK_SIZE = 16

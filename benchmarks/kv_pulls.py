@@ -16,7 +16,7 @@ from benchmarks.kv_source import DIGEST, FACTS, ORDER, SPEC, Order, SourceSpec, 
 from benchmarks.kv_times import CaseTimes, Road, Timed
 from benchmarks.processes import exchange, running_module
 from benchmarks.raw_tcp import RawReader
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from kvtransfer.contract import BlockRange, HandoffKey
 from kvtransfer.handoffs.sink import HandoffSink
 from kvtransfer.hashing import NativeHasher

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from benchmarks.kv_layouts import BLOCK_SIZE, Layout, Shape
 from benchmarks.kv_times import Road
 from benchmarks.raw_tcp import raw_source
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from kvtransfer.contract import HandoffKey
 from kvtransfer.handoffs.service import HandoffServicer
 from kvtransfer.handoffs.source import HandoffSource

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.processor import processor_name
+from engine.cpu.processor import processor_name
 
 _READ_BYTES = 256 * 1024**2
 _GEMM_SIZE = 2048

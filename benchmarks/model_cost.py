@@ -1,6 +1,6 @@
 """Pure: bytes that a decode step must read and operations that a prompt takes, from a model's shape."""
 
-from engine.model_config import ModelConfig
+from engine.models.model_config import ModelConfig
 
 
 def layer_parameters(config: ModelConfig) -> int:

@@ -106,7 +106,7 @@ async def _one_run(streams: int, seconds: float) -> LoadResult:
 
 
 def _router_config(streams: int) -> RouterConfig:
-    from engine.model_source import resolve_model
+    from engine.models.model_source import resolve_model
 
     return RouterConfig(
         model_folder=resolve_model("smollm2"),

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 
-from engine.by_hand import run_by_hand
-from engine.worker import WorkerParts, open_worker
+from engine.worker_process.by_hand import run_by_hand
+from engine.worker_process.worker import WorkerParts, open_worker
 from kvtransfer.contract import BlockMemory, SourceTransport, TransferConfig
 from kvtransfer.faults import ThrottledSource
 from prefill_worker.service import PrefillWorker

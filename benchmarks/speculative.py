@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.decode_alone import Decoded, decode_alone
 from decode_worker.speculation import Speculation, speculation_of
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.loading import LoadedEngine
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
 from tandem.sampling import SamplingParams
 from tandem.worker_config import SpeculativeConfig, WorkerConfig
 

@@ -27,7 +27,7 @@ from benchmarks.engine_drive import EngineDrive
 from benchmarks.machine_limits import machine_name
 from benchmarks.processes import exchange, running_command
 from engine.loading import load_engine
-from engine.model_source import resolve_model
+from engine.models.model_source import resolve_model
 from tandem.errors import TandemError
 from tandem.ids import Incarnation, WorkerId
 from tandem.logs import configure_logging

@@ -21,11 +21,11 @@ from torch import Tensor
 from benchmarks.engine_drive import EngineDrive
 from benchmarks.kv_codecs import Reader, windows_of
 from benchmarks.machine_limits import machine_name
-from engine.int8_linear import int8_linear
-from engine.linear import MakeProduct, packed_linear
+from engine.cpu.int8_linear import int8_linear
+from engine.cpu.linear import MakeProduct, packed_linear
 from engine.loading import DTYPES, load_engine
-from engine.model_source import resolve_model
-from engine.tokenizer import Tokenizer
+from engine.models.model_source import resolve_model
+from engine.models.tokenizer import Tokenizer
 from tandem.errors import TandemError
 from tandem.ids import Incarnation, WorkerId
 from tandem.logs import configure_logging

@@ -36,8 +36,8 @@ from cluster.router_keeper import RouterKeeper
 from cluster.run_folder import RunFolder
 from cluster.store import RegisteredWorker, Store, StoreAddress
 from cluster.worker_host import WorkerSpec
-from engine.model_source import resolve_model
-from engine.pinning import check_cores
+from engine.cpu.pinning import check_cores
+from engine.models.model_source import resolve_model
 from planner.control.load_window import RolePlacement
 from tandem.errors import ConfigError, NotReady
 from tandem.grpc_edge import CLUSTER_TOKEN_ENV

@@ -179,7 +179,7 @@ def advertised_host(host: str) -> str:
 
 
 def _resolve(source: str) -> "Path":
-    from engine.model_source import resolve_model
+    from engine.models.model_source import resolve_model
 
     return resolve_model(source)
 

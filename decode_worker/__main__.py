@@ -3,7 +3,7 @@
 import sys
 
 from decode_worker.service import DecodeWorker
-from engine.by_hand import run_by_hand
+from engine.worker_process.by_hand import run_by_hand
 from tandem.worker import Role
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from decode_worker.decode_leg import (
     Reservation,
 )
 from decode_worker.room import RoomRules
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg_bounds import RETRY_AFTER_S, check_queue
 from engine.transitions import next_state
 from tandem.errors import Overloaded, ProtocolError

@@ -10,7 +10,7 @@ from dataclasses import replace
 from decode_worker.decode_leg import DecodeOutcome, SampleInput, SampleRecord
 from decode_worker.sample_blocks import grow
 from decode_worker.scheduler import DecodeScheduler
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.kv_policies.bounded_kv import KvBudget, KvDrop, KvDrops
 from engine.kv_policies.bounded_sequence import BoundedSequence
 from engine.step import SequenceSlice, StepPlan, StepResult

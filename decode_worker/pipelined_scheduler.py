@@ -15,8 +15,8 @@ from decode_worker.decode_leg import (
 )
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.slices import following_slice
-from engine.blocks import BlockPool
-from engine.ending import ends_by_length
+from engine.kv.blocks import BlockPool
+from engine.sampling.ending import ends_by_length
 from engine.step import StepPlan, StepResult
 from engine.transitions import next_state
 from tandem.errors import ProtocolError

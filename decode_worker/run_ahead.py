@@ -17,7 +17,7 @@ from decode_worker.decode_leg import (
 from decode_worker.grown_tokens import TOKEN, GrownTokens
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.steady_batch import SteadyBatch
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg import LegToken
 from engine.step import StepPlan, StepResult
 from tandem.errors import ProtocolError

@@ -1,8 +1,8 @@
 """Pure: the blocks of one sample in the batch: for its next slice, for guesses, and after a step."""
 
 from decode_worker.decode_leg import SampleRecord
-from engine.blocks import BlockPool
 from engine.drafting.draft import Draft
+from engine.kv.blocks import BlockPool
 
 
 def grow(pool: BlockPool, sample: SampleRecord, chunk_tokens: int, dropped: int = 0) -> None:

@@ -24,10 +24,10 @@ from decode_worker.room import RoomRules
 from decode_worker.sample_blocks import grow, settle, trim
 from decode_worker.slices import accepted_tokens, leg_token, sample_slice
 from decode_worker.speculation import Speculation
-from engine.blocks import BlockPool, distinct_blocks
 from engine.drafting.draft import NO_DRAFT
-from engine.ending import ending_after
+from engine.kv.blocks import BlockPool, distinct_blocks
 from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
+from engine.sampling.ending import ending_after
 from engine.step import SampledToken, StepPlan, StepResult
 from engine.transitions import next_state
 from tandem.errors import OutOfBlocks, ProtocolError

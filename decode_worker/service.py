@@ -16,8 +16,8 @@ from engine.contract import LayerListener, PipelinedRunner
 from engine.kv_policies.capabilities import kv_budget
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
-from engine.worker import DRAINS, Worker, WorkerParts, open_worker
-from engine.worker_service import RouterLink
+from engine.worker_process.worker import DRAINS, Worker, WorkerParts, open_worker
+from engine.worker_process.worker_service import RouterLink
 from kvtransfer.coded_sink import CodedSink
 from kvtransfer.contract import BlockRange, HandoffKey, PullReport
 from kvtransfer.handoffs.sink import HandoffSink

@@ -11,8 +11,8 @@ from engine.drafting.draft import (
     row_in_slice,
     row_of_draft,
 )
-from engine.ending import Ending, banned_tokens
 from engine.leg import LegToken
+from engine.sampling.ending import Ending, banned_tokens
 from engine.step import PENDING, SampledToken, SampleRequest, SequenceSlice
 
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from decode_worker.decode_leg import SampleRecord
 from decode_worker.sample_blocks import add_draft
-from engine.blocks import BlockPool
 from engine.drafting.contract import Drafter, RunnerDrafts
 from engine.drafting.controller import Offer, SpeculationController
 from engine.drafting.draft import Draft
 from engine.drafting.ngram import NgramDrafter
+from engine.kv.blocks import BlockPool
 from engine.step import StepPlan, StepResult
 from tandem.worker_config import WorkerConfig
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from decode_worker.decode_leg import SampleRecord
 from decode_worker.grown_tokens import GrownTokens
-from engine.blocks import BlockPool
-from engine.length_sums import LengthSums
+from engine.kv.blocks import BlockPool
+from engine.kv.length_sums import LengthSums
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from engine.contract import StepRunner
 from engine.drafting.runner_drafter import RunnerDrafter
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 
 if TYPE_CHECKING:
     from engine.native.team import Team

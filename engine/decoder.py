@@ -10,11 +10,11 @@ from torch import Tensor
 
 from engine.attention import BatchAttention
 from engine.contract import LayerListener
-from engine.cpu_attention import CpuBatchAttention
-from engine.linear import MakeProduct, Product
-from engine.model_config import ModelConfig
-from engine.rope import inverse_frequencies, rotation
-from engine.row_passes import RowPasses, TorchRows
+from engine.cpu.attention import CpuBatchAttention
+from engine.cpu.linear import MakeProduct, Product
+from engine.cpu.rope import inverse_frequencies, rotation
+from engine.cpu.row_passes import RowPasses, TorchRows
+from engine.models.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from engine.native.layers import NativeLayers

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from engine.computing import Computing
 from engine.contract import StepRunner
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
+from engine.cpu.int8_linear import int8_linear
+from engine.cpu.layout_choice import choose_linears
+from engine.cpu.linear import stored_linear
 from engine.decoder import Decoder
 from engine.drafting.loading import Target, load_drafting
 from engine.drafting.runner_drafter import RunnerDrafter
-from engine.int8_linear import int8_linear
-from engine.kv_cache import KvCache, OpenMemory
+from engine.kv.kv_cache import KvCache, OpenMemory
 from engine.kv_policies.loading import check_kv_policies, open_kv
-from engine.layout_choice import choose_linears
-from engine.linear import stored_linear
-from engine.model_config import ModelConfig, read_model_config
+from engine.models.model_config import ModelConfig, read_model_config
+from engine.models.weights import linear_shapes, read_weights, unmapped, weight_files
 from engine.progress import Progress
-from engine.sampler import Sampler
+from engine.sampling.sampler import Sampler
 from engine.torch_runner import TorchStepRunner
-from engine.weights import linear_shapes, read_weights, unmapped, weight_files
 from tandem.digest import compatibility_digest
 from tandem.errors import ConfigError
 from tandem.worker_config import WorkerConfig

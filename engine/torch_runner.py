@@ -14,13 +14,13 @@ from engine.contract import LayerListener
 from engine.decoder import Decoder
 from engine.drafting.draft import NO_DRAFT, Proposal
 from engine.drafting.runner_drafter import RunnerDrafter, grown_sequences
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
 from tandem.errors import ProtocolError
 
 
 class TokenSampler(Protocol):
-    """What the runner asks of engine.sampler."""
+    """What the runner asks of engine.sampling.sampler."""
 
     def sample(self, logits: Tensor, requests: Sequence[SampleRequest]) -> list[SampledToken]:
         """Draws one token for each request i from row i of the float32 logits [rows, vocabulary]."""

@@ -2,7 +2,7 @@
 
 import sys
 
-from engine.by_hand import run_by_hand
+from engine.worker_process.by_hand import run_by_hand
 from prefill_worker.service import PrefillWorker
 from tandem.worker import Role
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from prefill_worker.prefill_leg import LegRecord
 from tandem.ids import BlockId, LegId
 

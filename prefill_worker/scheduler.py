@@ -9,10 +9,10 @@ from bisect import insort
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
-from engine.blocks import BlockPool, distinct_blocks
-from engine.ending import banned_tokens, ending_after
+from engine.kv.blocks import BlockPool, distinct_blocks
 from engine.leg import DroppedLeg, DropReason, LegToken, LoadNumbers
 from engine.leg_bounds import check_pool, check_queue
+from engine.sampling.ending import banned_tokens, ending_after
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan, StepResult
 from engine.transitions import next_state
 from prefill_worker.giving import Giving

@@ -9,8 +9,8 @@ import grpc.aio
 from engine.contract import LayerListener
 from engine.leg import CommunicatorNumbers, DroppedLeg, DropReason, LoadNumbers
 from engine.step import StepPlan
-from engine.worker import Worker, WorkerParts, log, open_worker
-from engine.worker_service import RouterLink
+from engine.worker_process.worker import Worker, WorkerParts, log, open_worker
+from engine.worker_process.worker_service import RouterLink
 from kvtransfer.coded_source import CodedSource
 from kvtransfer.contract import BlockMemory, HandoffKey, KvReady, SourceTransport, TransferConfig
 from kvtransfer.handoffs.service import HandoffServicer

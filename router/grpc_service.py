@@ -5,7 +5,7 @@ import asyncio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
 from router.cluster_service import ClusterService
 from router.inference_service import SERVICE_NAME, InferenceService
 from router.intake import Intake

@@ -9,7 +9,7 @@ import grpc.aio
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
 from router.intake import Intake
 from router.request import Chunk, GenerationUpdate, TimelineReport, TokenUsage
 from router.service_core import RouterCore

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
 from router.admission import fit_context
 from router.request import GenerationRequest
 from router.served_model import ServedModel

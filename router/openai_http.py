@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
 from router.http_edge import EdgeMiddleware, UntilDisconnected, request_id_of
 from router.intake import Intake
 from router.merged import merged

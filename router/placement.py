@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.block_hash import chain_hashes
+from engine.kv.block_hash import chain_hashes
 from router.admission import WaitingQueue
 from router.dispatch import POLICIES, DecodeNeed, PrefillNeed, without_avoided
 from router.prefix_index import PrefixIndex

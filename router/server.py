@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import structlog
 import uvicorn
 
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
 from router.canary import run_canaries
 from router.config import RouterConfig
 from router.grpc_service import GrpcDoor

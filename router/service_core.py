@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 
 import structlog
 
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
 from router.admission import Admission
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher

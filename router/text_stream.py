@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Detokenizer(Protocol):
-    """Turns token ids into text piece by piece (engine.tokenizer.IncrementalDetokenizer)."""
+    """Turns token ids into text piece by piece (engine.models.tokenizer.IncrementalDetokenizer)."""
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; may be empty."""

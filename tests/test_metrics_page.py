@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from cluster.controller.metrics import ControllerMetrics
 from engine.leg import CommunicatorNumbers, LoadNumbers
 from engine.step import StepPlan, StepResult
-from engine.worker_metrics import WorkerMetrics
+from engine.worker_process.worker_metrics import WorkerMetrics
 from planner.control.controller import Action, ActionKind, Decision, Verdict
 from planner.control.load_window import RolePlacement
 from router.metrics import RouterGauges, RouterMetrics

@@ -12,7 +12,7 @@ from engine.attention import Span, hidden_keys
 from engine.cuda.batch import DeviceBatch
 from engine.cuda.kernels.paged_decode import DecodeScratch, paged_decode
 from engine.cuda.kernels.paged_prefill import paged_prefill, tiles_of
-from engine.model_config import ModelConfig
+from engine.models.model_config import ModelConfig
 
 
 class PagedAttention(Protocol):

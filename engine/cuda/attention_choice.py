@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from engine.model_config import ModelConfig
+from engine.models.model_config import ModelConfig
 from tandem.errors import ConfigError
 
 AUTO = "auto"

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.contract import LayerListener
+from engine.cpu.rope import inverse_frequencies
 from engine.cuda.attention import PagedAttention
 from engine.cuda.batch import DeviceBatch
 from engine.cuda.kernels.activation import swiglu
 from engine.cuda.kernels.norm import rms_norm
 from engine.cuda.kernels.rope_write import HeadNorms, rope_write
-from engine.model_config import ModelConfig
-from engine.rope import inverse_frequencies
+from engine.models.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from engine.cuda.batch import sent
 from engine.cuda.kernels.draw import draw_tokens
-from engine.random_numbers import uniform
-from engine.sampler import NOTHING
+from engine.sampling.random_numbers import uniform
+from engine.sampling.sampler import NOTHING
 from engine.step import SampledToken, SampleRequest, SequenceSlice
 from tandem.errors import ProtocolError
 

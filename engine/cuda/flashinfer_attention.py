@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.cuda.attention import planned
 from engine.cuda.batch import DeviceBatch
-from engine.model_config import ModelConfig
+from engine.models.model_config import ModelConfig
 
 _WORKSPACE_BYTES = 128 * 1024**2
 

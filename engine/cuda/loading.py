@@ -18,9 +18,9 @@ from engine.cuda.graphs import DecodeGraphs
 from engine.cuda.memory_plan import DeviceMemory, graph_buckets, kv_blocks
 from engine.cuda.runner import CudaStepRunner, current_device
 from engine.drafting.loading import Drafting, LoadSmall, Target, load_drafting
-from engine.kv_cache import KvCache
-from engine.model_config import ModelConfig
-from engine.sampler import Sampler
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import ModelConfig
+from engine.sampling.sampler import Sampler
 from engine.step import SampleRequest, SequenceSlice, StepPlan
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams

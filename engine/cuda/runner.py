@@ -17,9 +17,9 @@ from engine.cuda.drawn import DrawnTokens
 from engine.cuda.graphs import DecodeGraphs
 from engine.drafting.draft import Proposal
 from engine.drafting.runner_drafter import RunnerDrafter, grown_sequences
-from engine.kv_cache import KvCache
-from engine.logit_rules import changes_logits
-from engine.sampler import Sampler
+from engine.kv.kv_cache import KvCache
+from engine.sampling.logit_rules import changes_logits
+from engine.sampling.sampler import Sampler
 from engine.step import SampleRequest, SequenceSlice, StepPlan, StepResult
 from tandem.errors import ProtocolError
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from engine.blocks import BlockPool
 from engine.contract import StepRunner
 from engine.drafting.draft import Draft, Proposal
 from engine.drafting.held_kv import HeldKv, HeldSequence
 from engine.drafting.rejection import GuessedWeights
 from engine.drafting.runner_drafter import GrownSequence
+from engine.kv.blocks import BlockPool
 from engine.step import SampleRequest, SequenceSlice, StepPlan
 
 

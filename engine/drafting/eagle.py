@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention import AttentionBackend, BatchAttention, Span
-from engine.blocks import BlockPool
+from engine.cpu.linear import Linear, packed_linear
+from engine.cpu.rope import inverse_frequencies, rotate, rotation
 from engine.drafting.draft import Proposal
 from engine.drafting.guess_tree import Candidates, best_tree
 from engine.drafting.head_weights import read_tensors
 from engine.drafting.held_kv import HeldKv, HeldSequence
 from engine.drafting.runner_drafter import GrownSequence
-from engine.linear import Linear, packed_linear
-from engine.model_config import ModelConfig
-from engine.rope import inverse_frequencies, rotate, rotation
+from engine.kv.blocks import BlockPool
+from engine.models.model_config import ModelConfig
 
 _FILES = ("model.safetensors",)
 _CANDIDATES = 4

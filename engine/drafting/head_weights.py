@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.model_config import read_json
+from engine.models.model_config import read_json
 from tandem.errors import ModelError
 
 

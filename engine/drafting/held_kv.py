@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from tandem.errors import OutOfBlocks
 from tandem.ids import BlockId
 

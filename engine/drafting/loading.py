@@ -8,18 +8,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.blocks import BlockPool
 from engine.contract import StepRunner
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
 from engine.drafting.draft_model import DraftModel
 from engine.drafting.eagle import EagleDrafter, EagleHead, eagle_config
 from engine.drafting.medusa import MedusaDrafter, read_medusa
 from engine.drafting.rejection import GuessedWeights, GuessSampler, RejectionSampler
 from engine.drafting.runner_drafter import RunnerDrafter
-from engine.kv_cache import KvCache
-from engine.model_config import ModelConfig, read_json, read_model_config
-from engine.model_source import resolve_model
-from engine.sampler import Sampler
+from engine.kv.blocks import BlockPool
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import ModelConfig, read_json, read_model_config
+from engine.models.model_source import resolve_model
+from engine.sampling.sampler import Sampler
 from tandem.errors import ConfigError
 from tandem.worker_config import SpeculativeConfig, WorkerConfig
 

@@ -12,7 +12,7 @@ from engine.drafting.draft import Proposal
 from engine.drafting.guess_tree import Candidates, best_tree
 from engine.drafting.head_weights import read_count, read_tensors
 from engine.drafting.runner_drafter import GrownSequence
-from engine.model_config import ModelConfig
+from engine.models.model_config import ModelConfig
 
 _FILES = ("medusa_lm_head.safetensors", "model.safetensors")
 _CANDIDATES = 8

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engine.random_numbers import Purpose, uniform_for
-from engine.sampler import NOTHING, Sampler
+from engine.sampling.random_numbers import Purpose, uniform_for
+from engine.sampling.sampler import NOTHING, Sampler
+from engine.sampling.token_weights import draw, filtered_weights
 from engine.step import SampleRequest
-from engine.token_weights import draw, filtered_weights
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.kv_policies.bounded_kv import BoundedKv, KvBudget, KvDrop
 from tandem.ids import BlockId
 

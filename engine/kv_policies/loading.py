@@ -7,11 +7,11 @@ import torch
 
 from engine.attention import AttentionBackend
 from engine.contract import StepRunner
-from engine.kv_cache import KvCache, OpenMemory
+from engine.kv.kv_cache import KvCache, OpenMemory
 from engine.kv_policies.capabilities import FULL, INT8, MORPH, QUEST, kv_budget, kv_fault, kv_settings
 from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_runner import PageRunner
-from engine.model_config import ModelConfig
+from engine.models.model_config import ModelConfig
 from engine.native.team import Team, team_of_torch
 from tandem.errors import ConfigError
 from tandem.worker import Role

@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention import Span, hidden_keys
-from engine.kv_cache import KvCache
+from engine.cpu.linear import onednn_for
+from engine.cpu.tiled_attention import SHORTEST_SPAN, attend_tiles, plan_tiles
+from engine.kv.kv_cache import KvCache
 from engine.kv_policies.bounded_kv import KvBudget
 from engine.kv_policies.page_bounds import PageBounds
 from engine.kv_policies.paged_rows import PagedRows, Places
 from engine.kv_policies.recent_attention import RecentAttention
-from engine.linear import onednn_for
-from engine.model_config import ModelConfig
+from engine.models.model_config import ModelConfig
 from engine.native.kernels.pages import POOL_FIELDS, SEQUENCE_FIELDS, attend_pages
 from engine.native.team import Team
 from engine.step import StepPlan
-from engine.tiled_attention import SHORTEST_SPAN, attend_tiles, plan_tiles
 
 Indices = NDArray[np.int64]
 

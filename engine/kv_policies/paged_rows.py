@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from engine.kv_policies.quantised_rows import dequantised
-from engine.model_config import ModelConfig
+from engine.models.model_config import ModelConfig
 from engine.native.kernels.pages import POOL_FIELDS, store_tokens
 from engine.native.team import Team
 from tandem.ids import BlockId

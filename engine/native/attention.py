@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.attention import Span
-from engine.kv_cache import KvCache
-from engine.model_config import ModelConfig
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import ModelConfig
 from engine.native.block_tables import BlockTables
 from engine.native.kernels.attention import SEQUENCE_FIELDS, attend, attend_halves
 from engine.native.team import Team

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.contract import LayerListener
-from engine.model_config import ModelConfig
+from engine.models.model_config import ModelConfig
 from engine.native.attention import NativeAttention, ShortSpans
 from engine.native.kernels.programme import WIDTH, Operation, programme, programme_halves
 from engine.native.product import MOST_ROWS, PackedProduct

@@ -6,7 +6,7 @@ import torch
 from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
-from engine.linear import Linear, MakeProduct, Product
+from engine.cpu.linear import Linear, MakeProduct, Product
 from engine.native.kernels.product import TILE, product, product_halves
 from engine.native.team import Team
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engine.rope import rotation
+from engine.cpu.rope import rotation
 
 _LEAST_POSITIONS = 256
 

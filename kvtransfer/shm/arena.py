@@ -50,7 +50,7 @@ _log = structlog.get_logger("tandem.kvtransfer")
 class Arena:
     """One member of an arena; `blocks` are the frames that it began with.
 
-    Satisfies what engine.kv_cache asks of memory for a pool. Called from one thread at a time, `populate`
+    Satisfies what engine.kv.kv_cache asks of memory for a pool. Called from one thread at a time, `populate`
     from any.
     """
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.kv.length_sums import LengthSums
 from engine.leg_bounds import check_pool, check_queue
-from engine.length_sums import LengthSums
 from planner.latency import PromptPart
 from tandem.ids import LegId
 

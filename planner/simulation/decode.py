@@ -2,7 +2,7 @@
 
 from decode_worker.decode_leg import DecodeLeg, DecodeOutcome, SampleStart
 from decode_worker.run_ahead import RunAheadScheduler
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg import DroppedLeg, DropReason
 from planner.simulation.events import NEWS, EventQueue
 from planner.simulation.pull import Pull, Pulls

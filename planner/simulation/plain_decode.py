@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Callable
 
 from decode_worker.room import RoomRules
+from engine.kv.length_sums import LengthSums
 from engine.leg_bounds import check_pool, check_queue
-from engine.length_sums import LengthSums
 from planner.simulation.events import STEP_BEGIN, STEP_END, EventQueue
 from planner.simulation.plain_request import NotPlainError, PlainRequest
 from planner.simulation.run_clock import RunClock

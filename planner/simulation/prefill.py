@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from decode_worker.grown_tokens import TOKEN
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg import DroppedLeg, DropReason
 from engine.step import SampledToken, StepPlan, StepResult
 from kvtransfer.contract import HandoffKey, KvReady

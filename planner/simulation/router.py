@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from decode_worker.grown_tokens import TOKEN
-from engine.blocks import CacheDelta
+from engine.kv.blocks import CacheDelta
 from engine.leg import DropReason
 from planner.simulation.events import NEWS, EventQueue
 from planner.simulation.setup import RouterRules

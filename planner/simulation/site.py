@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.blocks import CacheDelta
+from engine.kv.blocks import CacheDelta
 from engine.leg import DropReason
 from planner.workloads.workload import SimRequest
 from router.leg import Leg

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from engine.blocks import CacheDelta
+from engine.kv.blocks import CacheDelta
 from engine.leg import DropReason
 from planner.simulation.events import NEWS, EventQueue
 from planner.simulation.site import LiveRequest, News, Site

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.stub_script import StubSettings
 from benchmarks.stub_worker import StubWorker
-from engine.model_source import resolve_model
+from engine.models.model_source import resolve_model
 from router.config import RouterConfig
 from router.membership import FixedMembership
 from router.server import RouterPorts, serve_router

@@ -18,8 +18,8 @@ from benchmarks.kv_waste import calculated_kv_waste, held_conversations
 from benchmarks.machine_limits import MachineLimits
 from benchmarks.model_cost import decode_flops, kv_elements_per_token, prefill_flops, read_parameters
 from benchmarks.sharegpt_lengths import SHAREGPT
-from engine.model_config import read_model_config
-from engine.model_source import resolve_model
+from engine.models.model_config import read_model_config
+from engine.models.model_source import resolve_model
 from planner.step_times.profile_file import measured_link, read_profile
 from tests.engine.tiny_models import family_configs, random_model
 from tests.tandem.test_json_output import documented, keys_of

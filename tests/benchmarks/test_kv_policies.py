@@ -12,15 +12,15 @@ from benchmarks.kv_policies import needles, perplexity
 from benchmarks.kv_policy_reader import CPU, DEFAULT, POLICIES, Model, Policy, Reader, held_bytes, read_bytes
 from benchmarks.kv_policy_scores import expectation
 from benchmarks.kv_policy_tasks import BLOCK_SIZE, FACTS, PLACES, digest, fixed_text, haystacks, pieces
+from engine.cpu.linear import stored_linear
 from engine.decoder import Decoder
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from engine.kv_policies.bounded_kv import KvBudget
 from engine.kv_policies.page_attention import Reading
-from engine.linear import stored_linear
-from engine.model_config import read_model_config
-from engine.model_source import resolve_model
-from engine.tokenizer import Tokenizer
-from engine.weights import read_weights
+from engine.models.model_config import read_model_config
+from engine.models.model_source import resolve_model
+from engine.models.tokenizer import Tokenizer
+from engine.models.weights import read_weights
 from tandem.errors import InvalidRequest
 from tests.engine.kv_policies.page_engine import team_of
 from tests.engine.tiny_models import family_configs, random_model, reference_logits

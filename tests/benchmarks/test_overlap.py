@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.overlap import measure_overlap
-from engine.by_hand import DEFAULT_OVERLAP_MIN_TOKENS
+from engine.worker_process.by_hand import DEFAULT_OVERLAP_MIN_TOKENS
 
 BLOCK_BYTES = 737_280
 """16 tokens of SmolLM2-135M in float32."""

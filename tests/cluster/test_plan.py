@@ -9,8 +9,8 @@ from cluster.config import ClusterConfig
 from cluster.config_file import parse_cluster_config
 from cluster.model_facts import read_model_facts
 from cluster.plan import ModelFacts, router_config, worker_configs
-from engine.kv_cache import KvCache
-from engine.model_config import read_model_config
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import read_model_config
 from kvtransfer.settings import transfer_config
 from tandem.errors import ConfigError
 from tandem.slo import SloClass

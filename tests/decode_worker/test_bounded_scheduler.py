@@ -5,8 +5,8 @@ from hypothesis import settings
 
 from decode_worker.bounded_scheduler import BoundedScheduler
 from decode_worker.scheduler import DecodeLeg, DecodeScheduler, SampleStart
-from engine.blocks import BlockPool
 from engine.contract import LayerListener
+from engine.kv.blocks import BlockPool
 from engine.kv_policies.bounded_kv import KvBudget, KvDrop
 from engine.step import SampledToken, SequenceSlice, StepPlan, StepResult
 from tandem.ids import LegId

@@ -3,7 +3,7 @@
 import pytest
 
 from decode_worker.scheduler import DecodeLeg, LegState, LostPrefetch, SampleStart
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from tandem.errors import InvalidRequest, Overloaded, ProtocolError
 from tandem.ids import LegId
 from tests.decode_worker.test_scheduler import finish, leg, scheduler, start

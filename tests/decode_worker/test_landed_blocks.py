@@ -1,6 +1,6 @@
 """Plans name the blocks that hand-offs wrote, for whoever keeps facts about their content."""
 
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from tandem.ids import BlockId
 from tests.decode_worker.test_scheduler import finish, leg, scheduler, start
 

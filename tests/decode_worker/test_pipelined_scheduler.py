@@ -8,7 +8,7 @@ from hypothesis.stateful import invariant, precondition, rule
 
 from decode_worker.pipelined_scheduler import PipelinedScheduler
 from decode_worker.scheduler import DecodeLeg, DecodeScheduler, SampleStart
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.step import PENDING, StepPlan
 from tandem.errors import ProtocolError
 from tandem.ids import LegId

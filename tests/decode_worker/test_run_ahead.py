@@ -5,7 +5,7 @@ import pytest
 from decode_worker.decode_leg import DecodeLeg, SampleStart
 from decode_worker.grown_tokens import TOKEN, GrownTokens
 from decode_worker.run_ahead import RunAheadScheduler
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from tandem.errors import ProtocolError
 from tandem.ids import LegId
 from tandem.sampling import SamplingParams

@@ -10,7 +10,7 @@ from decode_worker.scheduler import (
     Reservation,
     SampleStart,
 )
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg import DropReason
 from engine.step import SampledToken, StepPlan, StepResult
 from tandem.errors import InvalidRequest, Overloaded, PromptTooLong, ProtocolError

@@ -4,7 +4,7 @@ import random
 import statistics
 
 from decode_worker.scheduler import DecodeLeg, DecodeScheduler, SampleStart
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.step import SampledToken, StepPlan, StepResult
 from tandem.ids import LegId
 from tandem.sampling import SamplingParams

@@ -20,7 +20,7 @@ from decode_worker.scheduler import (
     SampleStart,
 )
 from decode_worker.speculation import Speculation
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg import DroppedLeg, DropReason
 from engine.step import StepPlan
 from tandem.errors import Overloaded, PromptTooLong

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import kvtransfer.handoffs.pieces
-from engine.worker import Worker
+from engine.worker_process.worker import Worker
 from kvtransfer.shm.arena import Arena, arena_of
 from tests.e2e.test_worker_pair import GREEDY, PROMPT, _reference, _run
 from tests.e2e.worker_pair import Pair, prefetch_kv, save_tiny_model, start_decode, start_prefill, worker_pair

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import grpc.aio
 import pytest
 
-from engine.logit_rules import apply_rules
-from engine.random_numbers import uniform
+from engine.sampling.logit_rules import apply_rules
+from engine.sampling.random_numbers import uniform
 from engine.step import SampleRequest
 from tandem.v1 import inference_pb2 as pb
 from tandem.v1 import inference_pb2_grpc

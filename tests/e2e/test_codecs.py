@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kv_cache import KvCache
-from engine.model_config import read_model_config
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import read_model_config
 from kvtransfer.codecs.contract import BlockShape
 from kvtransfer.codecs.registry import codec_named
 from kvtransfer.codecs.thresholds import calibrate

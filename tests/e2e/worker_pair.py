@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from decode_worker.service import DecodeWorker
-from engine.worker import Worker
+from engine.worker_process.worker import Worker
 from prefill_worker.service import PrefillWorker
 from tandem import grpc_edge
 from tandem.ids import Incarnation, WorkerId

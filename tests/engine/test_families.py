@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from engine.cpu_attention import group_by_length
-from engine.linear import stored_linear
-from engine.model_config import ModelConfig, RopeKind, read_model_config
-from engine.weights import read_weights
+from engine.cpu.attention import group_by_length
+from engine.cpu.linear import stored_linear
+from engine.models.model_config import ModelConfig, RopeKind, read_model_config
+from engine.models.weights import read_weights
 from tandem.errors import ModelError
 from tests.engine.tiny_models import (
     family_configs,

@@ -12,12 +12,12 @@ import transformers
 from benchmarks.decode_alone import decode_alone
 from benchmarks.speculative import repetitive_prompt
 from decode_worker.speculation import Speculation
-from engine.blocks import BlockPool
 from engine.drafting.ngram import NgramDrafter
+from engine.kv.blocks import BlockPool
 from engine.loading import LoadedEngine, load_engine
-from engine.model_source import resolve_model
+from engine.models.model_source import resolve_model
+from engine.models.tokenizer import IncrementalDetokenizer, Tokenizer
 from engine.step import SampleRequest, SequenceSlice, StepPlan
-from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from tandem.ids import BlockId, Incarnation, WorkerId
 from tandem.sampling import SamplingParams
 from tandem.worker import Role

@@ -9,8 +9,8 @@ import pytest
 
 from decode_worker.pipelined_scheduler import PipelinedScheduler
 from decode_worker.scheduler import DecodeLeg, DecodeOutcome, DecodeScheduler, SampleStart
-from engine.blocks import BlockPool
 from engine.contract import LayerListener
+from engine.kv.blocks import BlockPool
 from engine.leg import DroppedLeg, DropReason
 from engine.step import StepPlan, StepResult
 from engine.step_loop import StepLoop

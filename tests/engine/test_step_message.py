@@ -1,7 +1,7 @@
 """A step's tokens travel in one message; several tokens of one sample in one entry."""
 
 from engine.leg import LegToken
-from engine.worker_service import step_message
+from engine.worker_process.worker_service import step_message
 from tandem.ids import LegId
 from tandem.sampling import FinishReason, TokenLogprob
 from tandem.v1 import inference_pb2 as pb

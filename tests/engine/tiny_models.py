@@ -10,15 +10,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
+from engine.cpu.linear import MakeProduct, packed_linear
 from engine.decoder import Decoder
-from engine.kv_cache import KvCache
-from engine.linear import MakeProduct, packed_linear
-from engine.model_config import ModelConfig, read_model_config
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import ModelConfig, read_model_config
+from engine.models.weights import read_weights
 from engine.native.team import team_of_torch
 from engine.step import SampledToken, SampleRequest, SequenceSlice, StepPlan
 from engine.torch_runner import TorchStepRunner
-from engine.weights import read_weights
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams
 

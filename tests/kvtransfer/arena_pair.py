@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from kvtransfer.contract import (
     BlockMemory,
     BlockRange,

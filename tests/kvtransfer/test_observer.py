@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client import CollectorRegistry
 
-from engine.transfer_metrics import TransferMetrics
+from engine.worker_process.transfer_metrics import TransferMetrics
 from kvtransfer.contract import BlockMemory, BlockRange, PeerId, SinkTransport, TransferObserver
 from kvtransfer.faults import Fault, FaultSchedule, FaultySink
 from tandem.errors import TransferError, TransferFault

@@ -1,6 +1,6 @@
 """Which blocks of a leg may change owners, and what the scheduler has of it afterwards."""
 
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.step import SampledToken, StepResult
 from prefill_worker.scheduler import PrefillLeg, PrefillScheduler
 from tandem.ids import BlockId, LegId

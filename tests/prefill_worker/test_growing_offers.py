@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg import DropReason
 from prefill_worker.scheduler import LegState, PrefillScheduler
 from tandem.ids import LegId

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg import DropReason
 from engine.step import SampledToken, StepPlan, StepResult
 from prefill_worker.scheduler import LegState, PrefillLeg, PrefillOutcome, PrefillScheduler

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.blocks import BlockPool
+from engine.kv.blocks import BlockPool
 from engine.leg import DropReason
 from engine.step import StepPlan
 from prefill_worker.scheduler import LegState, OfferedLeg, PrefillLeg, PrefillOutcome, PrefillScheduler

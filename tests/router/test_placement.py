@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.block_hash import chain_hashes
+from engine.kv.block_hash import chain_hashes
 from router.admission import Admission, WaitingQueue, fit_context
 from router.dispatch import (
     POLICIES,

@@ -1,9 +1,9 @@
 """Edge: the next token of every row of logits: the best one, or a draw by temperature with a given uniform.
 
 Two passes: every chunk of the vocabulary gives its maximum and its sum of weights, then one program a row
-finds the chunk and the token. The draw is the inverse CDF in token-id order, as engine.token_weights does it
-on the CPU, so that a token depends on (seed, sample, output index) alone wherever it is drawn; at a chunk's
-border the two may round differently.
+finds the chunk and the token. The draw is the inverse CDF in token-id order, as
+engine.sampling.token_weights does it on the CPU, so that a token depends on (seed, sample, output index)
+alone wherever it is drawn; at a chunk's border the two may round differently.
 """
 
 import torch

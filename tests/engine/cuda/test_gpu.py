@@ -10,15 +10,15 @@ from benchmarks.gpu_engine import Load, step_figures
 from benchmarks.gpu_kernels import LLAMA_3_8B, DeviceLimits
 from engine.computing import Computing
 from engine.contract import StepRunner
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
+from engine.cpu.linear import stored_linear
 from engine.cuda.accelerator import CudaAccelerator
 from engine.cuda.loading import load_on_device
 from engine.decoder import Decoder
 from engine.drafting.loading import SmallEngine
-from engine.kv_cache import KvCache
-from engine.linear import stored_linear
-from engine.random_weights import random_weights
-from engine.sampler import Sampler
+from engine.kv.kv_cache import KvCache
+from engine.models.random_weights import random_weights
+from engine.sampling.sampler import Sampler
 from engine.step import SampleRequest, SequenceSlice, StepPlan
 from engine.torch_runner import TorchStepRunner
 from tandem.errors import ConfigError

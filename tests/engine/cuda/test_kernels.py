@@ -15,7 +15,7 @@ from engine.cuda.kernels.activation import swiglu
 from engine.cuda.kernels.draw import CHUNK, draw_tokens
 from engine.cuda.kernels.norm import rms_norm
 from engine.cuda.kernels.rope_write import HeadNorms, rope_write
-from engine.token_weights import draw, filtered_weights
+from engine.sampling.token_weights import draw, filtered_weights
 from tandem.sampling import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,7 +125,7 @@ VOCABULARIES = [10, CHUNK, CHUNK + 1, 3 * CHUNK + 77]
 def test_a_drawn_token_is_the_one_the_cpu_draws(
     rows: int, vocabulary: int, temperature: float, seed: int
 ) -> None:
-    """Equal to engine.token_weights.draw, but where the uniform lies within rounding of a token's border."""
+    """Equal to token_weights.draw, but where the uniform lies within rounding of a token's border."""
     logits = numbers(rows, vocabulary, seed=seed) * 3
     uniforms = torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     tokens = torch.empty(rows, dtype=torch.int64, device=DEVICE)

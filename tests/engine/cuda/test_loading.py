@@ -12,9 +12,9 @@ from engine.cuda.attention_choice import ATTENTIONS, AUTO, choose_attention
 from engine.cuda.loading import MEMORY_SHARE, dry_run_plan, load_on_device
 from engine.cuda.memory_plan import GRAPH_BYTES
 from engine.loading import LoadedEngine, load_engine
-from engine.model_config import ModelConfig, read_model_config
+from engine.models.model_config import ModelConfig, read_model_config
+from engine.models.weights import read_weights
 from engine.step import SampleRequest, SequenceSlice, StepPlan
-from engine.weights import read_weights
 from tandem.errors import ConfigError
 from tandem.ids import BlockId, Incarnation, WorkerId
 from tandem.sampling import SamplingParams

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
+from engine.cpu.linear import stored_linear
 from engine.cuda.attention import GatherAttention, PagedAttention, TritonAttention
 from engine.cuda.decoder import CudaDecoder
 from engine.cuda.flashinfer_attention import FlashInferAttention
@@ -20,13 +21,12 @@ from engine.cuda.graphs import Capture, CudaCapture, DecodeGraphs
 from engine.cuda.runner import CudaStepRunner
 from engine.decoder import Decoder
 from engine.drafting.draft import ROOT, Draft
-from engine.kv_cache import KvCache
-from engine.linear import stored_linear
-from engine.model_config import ModelConfig, read_model_config
-from engine.sampler import Sampler
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import ModelConfig, read_model_config
+from engine.models.weights import read_weights
+from engine.sampling.sampler import Sampler
 from engine.step import PENDING, SampleRequest, SequenceSlice, StepPlan, StepResult
 from engine.torch_runner import TorchStepRunner
-from engine.weights import read_weights
 from tandem.errors import ProtocolError
 from tandem.ids import BlockId
 from tandem.sampling import SamplingParams

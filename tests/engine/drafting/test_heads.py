@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.blocks import BlockPool
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
 from engine.drafting.draft import DraftRequest
 from engine.drafting.eagle import EagleDrafter, EagleHead, eagle_config
 from engine.drafting.medusa import MedusaDrafter, MedusaHead, read_medusa
 from engine.drafting.runner_drafter import GrownSequence
-from engine.kv_cache import KvCache
-from engine.model_config import read_model_config
+from engine.kv.blocks import BlockPool
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import read_model_config
 from tandem.sampling import SamplingParams
 from tests.engine.drafting.folders import HIDDEN, SIZE, VOCABULARY, save_eagle, save_medusa, save_model
 

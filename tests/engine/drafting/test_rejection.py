@@ -11,14 +11,14 @@ from scipy import stats
 
 from benchmarks.decode_alone import Decoded, decode_alone
 from decode_worker.speculation import Speculation
-from engine.blocks import BlockPool
 from engine.drafting.contract import RunnerDrafts
 from engine.drafting.rejection import GuessedWeights, GuessSampler, RejectionSampler
+from engine.kv.blocks import BlockPool
 from engine.loading import load_engine
-from engine.random_numbers import Purpose, uniform, uniform_for
-from engine.sampler import Sampler
+from engine.sampling.random_numbers import Purpose, uniform, uniform_for
+from engine.sampling.sampler import Sampler
+from engine.sampling.token_weights import filtered_weights
 from engine.step import SampleRequest
-from engine.token_weights import filtered_weights
 from tandem.sampling import SamplingParams
 from tandem.worker_config import SpeculativeConfig, WorkerConfig
 from tests.engine.drafting.always import Always

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.decode_alone import Decoded, decode_alone
 from decode_worker.speculation import Speculation
-from engine.blocks import BlockPool
 from engine.drafting.contract import RunnerDrafts
+from engine.kv.blocks import BlockPool
 from engine.loading import load_engine
 from tandem.errors import ConfigError, ModelError
 from tandem.sampling import SamplingParams

@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.decode_alone import Decoded, decode_alone
 from decode_worker.speculation import Speculation
-from engine.blocks import BlockPool
 from engine.drafting.contract import Drafter
 from engine.drafting.draft import ROOT, Draft, Proposal
 from engine.drafting.ngram import NgramDrafter
+from engine.kv.blocks import BlockPool
 from engine.leg import LegToken
 from engine.loading import LoadedEngine, load_engine
 from engine.step import SampleRequest, SequenceSlice

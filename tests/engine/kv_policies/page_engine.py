@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.cpu.linear import stored_linear
 from engine.decoder import Decoder
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from engine.kv_policies.bounded_kv import NO_DROPS, KvDrops
 from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_runner import PageRunner
-from engine.linear import stored_linear
-from engine.model_config import read_model_config
+from engine.models.model_config import read_model_config
+from engine.models.weights import read_weights
 from engine.native.team import Team, team_of_torch
 from engine.step import SequenceSlice, StepPlan
 from engine.torch_runner import TorchStepRunner
-from engine.weights import read_weights
 from tandem.ids import BlockId
 from tests.engine.tiny_models import SIZES, RecordingSampler
 

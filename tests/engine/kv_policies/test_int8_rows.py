@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from engine.kv_policies.paged_rows import PagedRows, Places
 from engine.kv_policies.quantised_rows import quantised_row
-from engine.model_config import ModelConfig, RopeConfig
+from engine.models.model_config import ModelConfig, RopeConfig
 from tandem.errors import ModelError
 from tandem.ids import BlockId
 from tests.engine.kv_policies.page_engine import team_of

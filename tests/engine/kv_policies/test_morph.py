@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention import Span
-from engine.blocks import BlockPool
-from engine.kv_cache import KvCache
+from engine.kv.blocks import BlockPool
+from engine.kv.kv_cache import KvCache
 from engine.kv_policies.bounded_kv import BoundedKv, KvBudget, KvDrop, KvDrops
 from engine.kv_policies.bounded_sequence import BoundedSequence
 from engine.kv_policies.page_attention import PageAttention, Reading

@@ -13,11 +13,11 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from engine.attention import Span
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from engine.kv_policies.page_attention import PageAttention, Reading
 from engine.kv_policies.page_bounds import FULL_LAYERS, PageBounds
 from engine.kv_policies.paged_rows import PagedRows, Places
-from engine.model_config import ModelConfig, RopeConfig
+from engine.models.model_config import ModelConfig, RopeConfig
 from engine.native.kernels.pages import choose_pages, largest_places
 from tandem.ids import BlockId
 from tests.engine.kv_policies.page_engine import open_pages, scattered, team_of, tokens

@@ -1,6 +1,6 @@
 """Edge: a model of any shape, of which the tests need its cache and attention alone."""
 
-from engine.model_config import ModelConfig, RopeConfig
+from engine.models.model_config import ModelConfig, RopeConfig
 
 
 def shape(heads: int, kv_heads: int, head_dim: int, windows: tuple[int | None, ...]) -> ModelConfig:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.attention import Span
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
 from engine.drafting.draft import Draft
-from engine.kv_cache import KvCache
+from engine.kv.kv_cache import KvCache
 from engine.native.attention import MOST_TOKENS
 from engine.native.team import team_of_torch
 from tandem.ids import BlockId

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.model_config import RopeConfig
+from engine.cpu.rope import inverse_frequencies, rotation
+from engine.models.model_config import RopeConfig
 from engine.native.block_tables import BlockTables
 from engine.native.rotation_table import RotationTable
-from engine.rope import inverse_frequencies, rotation
 from tandem.ids import BlockId
 
 BLOCKS = 50

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from engine.attention import Span
-from engine.cpu_attention import CpuAttention
+from engine.cpu.attention import CpuAttention
+from engine.cpu.linear import onednn_for, packed_linear
 from engine.decoder import Decoder
-from engine.kv_cache import KvCache
-from engine.linear import onednn_for, packed_linear
-from engine.model_config import ModelConfig
+from engine.kv.kv_cache import KvCache
+from engine.models.model_config import ModelConfig
+from engine.models.random_weights import random_weights
 from engine.native.product import MOST_ROWS, lies_in_tiles
 from engine.native.team import Team, team_of_torch
-from engine.random_weights import random_weights
 from tandem.ids import BlockId
 from tests.engine.native.shapes import shape
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.linear import onednn_for, packed_linear
+from engine.cpu.linear import onednn_for, packed_linear
 from engine.native.product import MOST_ROWS, PackedProduct, lies_in_tiles, with_few_rows
 from engine.native.team import team_of_torch
 

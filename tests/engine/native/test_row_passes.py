@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.model_config import RopeConfig
+from engine.cpu.rope import inverse_frequencies, rotation
+from engine.cpu.row_passes import TorchRows
+from engine.models.model_config import RopeConfig
 from engine.native.kernels.arithmetic import exponential
 from engine.native.row_passes import NativeRows
 from engine.native.team import team_of_torch
-from engine.rope import inverse_frequencies, rotation
-from engine.row_passes import TorchRows
 
 EPSILON = 1e-5
 FLOAT32_STEP = 2.0**-23

@@ -1,0 +1,1 @@
+"""What the CPU computes with: attention, matrix products in measured layouts, and the passes between."""

@@ -1,0 +1,1 @@
+"""The paged KV cache: its tensor, its blocks, and which prefix each holds."""

@@ -1,0 +1,1 @@
+"""A model's files: found, converted, read; its tokenizer and chat template."""

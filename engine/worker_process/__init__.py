@@ -1,0 +1,1 @@
+"""What both kinds of worker process share: the loaded engine, its routers, its metrics."""
