@@ -14,7 +14,7 @@ import secrets
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -255,6 +255,9 @@ class ArenaFile:
         if self._fresh:
             self.remove()
         if self.descriptor >= 0:
+            # A mapping that goes only with its last reference would keep the lock; no other file has one.
+            with suppress(OSError):
+                self.end_joining()
             os.close(self.descriptor)
             self.descriptor = -1
 

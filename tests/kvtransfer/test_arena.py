@@ -238,6 +238,15 @@ def test_arena_that_cannot_be_made_leaves_nothing_behind(path: Path) -> None:
     assert not list(path.parent.iterdir())
 
 
+def test_who_was_refused_holds_nobody_up_while_its_error_is_kept(path: Path) -> None:
+    with joined(path):
+        with pytest.raises(TransferError, match="blocks of") as kept:
+            Arena(path, NUM_BLOCKS, BLOCK_BYTES + 1)
+        with joined(path) as next_one:
+            assert next_one.member
+        assert kept.value.fault is TransferFault.UNSUPPORTED
+
+
 def test_frame_that_is_taken_from_who_leaves_keeps_its_content(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
