@@ -238,6 +238,14 @@ def test_arena_that_cannot_be_made_leaves_nothing_behind(path: Path) -> None:
     assert not list(path.parent.iterdir())
 
 
+def test_file_that_is_no_arena_is_left_as_it_is(path: Path) -> None:
+    path.touch(mode=0o600)
+    path.write_bytes(b"somebody's" * 1000)
+    with pytest.raises(TransferError, match="no arena"):
+        joined(path)
+    assert path.read_bytes() == b"somebody's" * 1000
+
+
 def test_who_was_refused_holds_nobody_up_while_its_error_is_kept(path: Path) -> None:
     with joined(path):
         with pytest.raises(TransferError, match="blocks of") as kept:
