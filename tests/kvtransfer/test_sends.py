@@ -68,8 +68,9 @@ async def test_send_that_fails_is_told_and_leaves_the_blocks_unread(
     sends = Sends(time.monotonic, lambda _offer: ended.set())
     with capture_logs() as told:
         sends.begin(offer, ask, Breaking(error), Piece(BlockRange(0, 1), blocks(0), 0, 1))
-        assert machine.reads_running
+        reads = [machine.reads_running]
         await asyncio.wait_for(ended.wait(), 5.0)
+        reads.append(machine.reads_running)
     assert [(line["event"], line["log_level"]) for line in told] == [(event, level)]
-    assert not machine.reads_running
+    assert reads == [True, False]
     assert machine.state is HandoffState.ACCEPTED
