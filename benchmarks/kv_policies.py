@@ -48,6 +48,7 @@ from tandem.logs import configure_logging
 
 SPEED_STEPS = 32
 DEPTHS = len(FACTS)
+_NAMES = [policy.name for policy in POLICIES]
 LEAD = WINDOW
 """Tokens after a prompt that are not scored: morph keeps all of it for a window."""
 
@@ -239,11 +240,14 @@ def main() -> int:
     parser.add_argument("--needles", type=int, default=len(PLACES), help=f"to find, a multiple of {DEPTHS}")
     parser.add_argument("--parts", type=int, default=4, help="parts of the text whose perplexity is taken")
     parser.add_argument("--scored", type=int, default=176, help="tokens of each part that are scored")
-    parser.add_argument("--policies", nargs="+", default=[policy.name for policy in POLICIES])
+    parser.add_argument("--policies", nargs="+", default=_NAMES)
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     if chosen.needles % DEPTHS or not 0 < chosen.needles <= len(PLACES):
         parser.error(f"--needles: a multiple of {DEPTHS} up to {len(PLACES)}")
+    unknown = set(chosen.policies) - set(_NAMES)
+    if unknown:
+        parser.error(f"--policies: no {', '.join(sorted(unknown))}; there are {', '.join(_NAMES)}")
     configure_logging(logging.WARNING)
     try:
         torch.set_num_threads(chosen.threads)

@@ -21,7 +21,8 @@ class Giving:
         return (
             record is not None
             and record.slice_tokens == 0
-            and all(block in record.table and self._pool.private(block) for block in blocks)
+            and set(record.table).issuperset(blocks)
+            and all(map(self._pool.private, blocks))
         )
 
     def gave(self, leg_id: LegId, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:

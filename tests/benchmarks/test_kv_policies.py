@@ -1,5 +1,6 @@
 """What the benchmark of KV policies hides, asks, counts and scores."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kv_policies import needles, perplexity
+from benchmarks.kv_policies import main, needles, perplexity
 from benchmarks.kv_policy_reader import CPU, DEFAULT, POLICIES, Model, Policy, Reader, held_bytes, read_bytes
 from benchmarks.kv_policy_scores import expectation
 from benchmarks.kv_policy_tasks import BLOCK_SIZE, FACTS, PLACES, digest, fixed_text, haystacks, pieces
@@ -128,6 +129,15 @@ def test_a_text_that_is_too_short_is_refused() -> None:
         haystacks(tokenizer, "short", 64, 1)
     with pytest.raises(InvalidRequest, match="fewer than 170"):
         pieces(tokenizer, "short", 64, 2, 21)
+
+
+def test_a_policy_that_there_is_not_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kv_policies", "speed", "--policies", "full, float32", "half"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "no half; there are full, float32, quest 64" in capsys.readouterr().err
 
 
 def test_the_text_is_the_same_in_every_run() -> None:
