@@ -11,7 +11,7 @@ import yaml
 from cluster.config_file import parse_cluster_config
 from planner.placements.goodput import Goodput, Probe, find_goodput
 from planner.placements.mix import Mix
-from planner.placements.placement import Mode
+from planner.placements.placement import Candidate, Mode, WorkerKind
 from planner.placements.search import bounded
 from planner.placements.simulated_candidate import SimulatedCandidate
 from planner.placements.space import candidates, worker_kinds
@@ -122,6 +122,17 @@ def test_the_cluster_yaml_is_one_that_tandem_up_accepts(tmp_path: Path) -> None:
     assert config.pools.decode.replicas == count * candidate.decode_workers
     assert config.pools.decode.memory == workers.kv_tokens(candidate.prefill) * 819_200
     assert config.slo_classes[config.default_slo_class].ttft_s == 0.3
+
+
+def test_kv_moves_early_in_the_cluster_as_it_did_in_the_plan(tmp_path: Path) -> None:
+    problem = _problem(tmp_path)
+    kind = WorkerKind("a100-80g")
+    mix = Mix(((Candidate(Mode.DISAGGREGATED, kind, 1, kind, 1), 1),), 1.0, 2.0)
+    found = [
+        parse_cluster_config(cluster_yaml(plan, mix, problem.workers, 819_200, "m"), "planned")
+        for plan in (problem.plan, problem.plan.model_copy(update={"overlap_min_tokens": 1024}))
+    ]
+    assert [config.pools.prefill.overlap_min_tokens for config in found] == [256, 1024]
 
 
 def test_a_mix_that_tandem_up_cannot_run_is_refused(tmp_path: Path) -> None:
