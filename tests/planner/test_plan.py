@@ -209,6 +209,18 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert said.err.count("\n") == 1
 
 
+def test_a_table_that_is_none_of_operators_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ops.csv").write_text("a,b\n1,2\n")
+    latency = {"kind": "operators", "file": "ops.csv"}
+    hardware = [{"device": "a100-80g", "nodes": 1, "devices_per_node": 2, "latency": latency}]
+    assert main(["plan", "-f", str(_written(tmp_path, _document(hardware=hardware)))]) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert "not a table of operators" in error
+    assert error.count("\n") == 1
+
+
 def test_an_empty_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.csv").write_text("num_prefill_tokens,num_decode_tokens\n")
     path = _written(tmp_path, _document(workload={"trace": "empty.csv"}))
