@@ -1,9 +1,9 @@
 """Pure: step times interpolated between the points of a measured profile.
 
 Decode: linear in the tokens read at each measured batch, and linear between batches at equal context.
-Prompts: one prompt without context is linear between measured lengths; what context adds, and what cutting
-the same tokens into several prompts saves, is attention, priced by the time of a (token, earlier token)
-pair that the other prompt points show by least squares. Mixed steps: the decoding tokens pass the linear
+Prompts: what a prompt takes beside attention is linear between measured lengths and beyond them; attention is
+priced by the time of a (token, earlier token) pair, which the points with context or with several prompts
+show by least squares. Mixed steps: the decoding tokens pass the linear
 layers with the prompt.
 """
 
@@ -26,6 +26,7 @@ class ProfileModel:
         """Raises ConfigError when the profile has no prompt or no decode points."""
         self._overhead_s = profile.step_overhead_s
         self._prompt_times = _mean_by(_prompt_points(profile.points))
+        self._own_pairs = {tokens: tokens * tokens / 2 for tokens in self._prompt_times}
         self._batches = _decode_points(profile.points)
         if not self._prompt_times or not self._batches:
             raise ConfigError(
@@ -69,7 +70,11 @@ class ProfileModel:
     def _prompts_s(self, shape: StepShape, tokens: int) -> float:
         pairs = sum(part.tokens * (part.context_tokens + part.tokens / 2) for part in shape.prompts)
         whole_s = _interpolated(self._prompt_times, tokens)
-        return max(whole_s + self._pair_s * (pairs - tokens * tokens / 2), whole_s * 0.1)
+        return max(whole_s + self._pair_s * self._other_pairs(pairs, tokens), whole_s * 0.1)
+
+    def _other_pairs(self, pairs: float, tokens: float) -> float:
+        """What the pairs of a step are more than those within the interpolated time of one prompt as long."""
+        return pairs - _interpolated(self._own_pairs, tokens)
 
     def _fitted_pair_s(self, points: Sequence[MeasuredStep]) -> float:
         """Least squares over prompt points with context or with several prompts; never negative."""
@@ -82,7 +87,8 @@ class ProfileModel:
             ):
                 continue
             tokens = sum(length for length, _ in point.prompts)
-            extra_pairs = sum(n * (context + n / 2) for n, context in point.prompts) - tokens * tokens / 2
+            pairs = sum(n * (context + n / 2) for n, context in point.prompts)
+            extra_pairs = self._other_pairs(pairs, tokens)
             extra_s = point.seconds - _interpolated(self._prompt_times, tokens)
             products += extra_pairs * extra_s
             squares += extra_pairs * extra_pairs

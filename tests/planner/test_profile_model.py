@@ -35,6 +35,15 @@ def test_several_prompts_save_attention_over_one_of_the_same_tokens(model: Profi
     assert model.step_s(step) == pytest.approx(prompt_s(parts), rel=0.02)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 6, 64])
+@pytest.mark.parametrize("tokens", [40, 300, 1400])
+def test_prompts_follow_the_law_between_and_beyond_the_points(
+    model: ProfileModel, count: int, tokens: int
+) -> None:
+    step = StepShape((PromptPart(tokens),) * count)
+    assert model.step_s(step) == pytest.approx(prompt_s([(tokens, 0)] * count), rel=0.001)
+
+
 def test_the_overhead_of_the_step_loop_is_in_every_step() -> None:
     document = profile_document() | {"step_overhead_s": 0.003}
     with_overhead, without = ProfileModel(read_profile(document, "test")), ProfileModel(profile())
