@@ -35,7 +35,9 @@ def add_serve(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--address", default="localhost:50051", metavar="HOST:PORT", help="gRPC address")
     parser.add_argument("--http-address", default="localhost:8000", metavar="HOST:PORT")
     parser.add_argument("--api", choices=("grpc", "http"), default="grpc", help="which one is driven")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="Azure, arXiv or Mooncake format")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="Azure, arXiv or Mooncake format, or a request log"
+    )
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="requests (100)")
     parser.add_argument("--arrivals", choices=("poisson", "gamma", "fixed"), default="poisson")
     parser.add_argument("--rate", type=float, metavar="RPS", help="mean requests a second")

@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -41,10 +40,11 @@ from planner.forecast.live_profile import LiveProfile, beside
 from planner.latency import PromptPart, StepShape
 from planner.step_times.profile_model import ProfileModel
 from planner.workloads.arrivals import ArrivalProcess
-from planner.workloads.traces import TraceRow, read_trace
+from planner.workloads.trace_file import read_trace_file
+from planner.workloads.traces import TraceRow
 from planner.workloads.workload import SimRequest
 from tandem.client import AsyncTandemClient
-from tandem.errors import ConfigError, InvalidRequest
+from tandem.errors import InvalidRequest
 from tandem.slo import SloClass
 
 SHARES = (0.25, 0.35, 0.45)
@@ -128,14 +128,9 @@ def _rows(chosen: argparse.Namespace) -> Sequence[TraceRow]:
     if chosen.trace is None:
         raise InvalidRequest("--live needs --trace, a file of requests.", "--trace")
     count = 300 if chosen.requests is None else chosen.requests
-    path: Path = chosen.trace
-    try:
-        with path.open(newline="") as file:
-            rows = read_trace(file, count)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    rows = read_trace_file(chosen.trace, count)
     if len(rows) < 2 or any(row.arrived_s is None for row in rows):
-        raise InvalidRequest(f"{path} needs two rows or more, with times.", "--trace")
+        raise InvalidRequest(f"{chosen.trace} needs two rows or more, with times.", "--trace")
     return rows
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bench_arguments import check_positive
 from benchmarks.kv_policy_reader import (
     DEFAULT,
     POLICIES,
@@ -48,7 +49,6 @@ from tandem.logs import configure_logging
 
 SPEED_STEPS = 32
 DEPTHS = len(FACTS)
-_NAMES = [policy.name for policy in POLICIES]
 LEAD = WINDOW
 """Tokens after a prompt that are not scored: morph keeps all of it for a window."""
 
@@ -240,21 +240,21 @@ def main() -> int:
     parser.add_argument("--needles", type=int, default=len(PLACES), help=f"to find, a multiple of {DEPTHS}")
     parser.add_argument("--parts", type=int, default=4, help="parts of the text whose perplexity is taken")
     parser.add_argument("--scored", type=int, default=176, help="tokens of each part that are scored")
-    parser.add_argument("--policies", nargs="+", default=_NAMES)
+    names = [policy.name for policy in POLICIES]
+    parser.add_argument("--policies", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     if chosen.needles % DEPTHS or not 0 < chosen.needles <= len(PLACES):
         parser.error(f"--needles: a multiple of {DEPTHS} up to {len(PLACES)}")
-    unknown = set(chosen.policies) - set(_NAMES)
-    if unknown:
-        parser.error(f"--policies: no {', '.join(sorted(unknown))}; there are {', '.join(_NAMES)}")
     configure_logging(logging.WARNING)
     try:
+        counts = {f"--{name}": getattr(chosen, name) for name in ("threads", "parts", "scored")}
+        check_positive({**counts, "--tokens": min(chosen.tokens)})
         torch.set_num_threads(chosen.threads)
         with torch.inference_mode():
             for figures in _measure(chosen):
                 print(json.dumps(figures), flush=True)
-    except (TandemError, OSError) as error:
+    except (TandemError, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +21,8 @@ from benchmarks.load_generator import offer
 from benchmarks.targets import GrpcTarget, HttpTarget, Target
 from benchmarks.workload import Arrivals, LengthLimits, PlannedRequest, TokenDraws, plan
 from planner.workloads.arrivals import ArrivalProcess
-from planner.workloads.traces import TraceRow, read_trace
+from planner.workloads.trace_file import read_trace_file
+from planner.workloads.traces import TraceRow
 from planner.workloads.workload import fixed_lengths
 from tandem.client import AsyncTandemClient
 from tandem.errors import InvalidRequest, TandemError
@@ -157,15 +157,7 @@ def _rows(chosen: argparse.Namespace) -> Sequence[TraceRow]:
         raise InvalidRequest("Without --trace, --rate is needed.", "--rate")
     if chosen.trace is None:
         return tuple(islice(fixed_lengths(chosen.prompt_tokens, chosen.output_tokens), chosen.limit))
-    path: Path = chosen.trace
-    try:
-        with path.open() as lines:
-            rows = read_trace(lines, chosen.limit)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} cannot be read: {error}.", "--trace") from error
-    if not rows:
-        raise InvalidRequest(f"{path} has no rows.", "--trace")
-    return rows
+    return read_trace_file(chosen.trace, chosen.limit)
 
 
 def _shares(texts: Sequence[str]) -> dict[str, float]:

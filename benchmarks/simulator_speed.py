@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_arguments import check_positive
@@ -21,9 +20,9 @@ from planner.step_times.model_shape import kv_capacity_tokens, model_named
 from planner.step_times.roofline import Layout, Roofline
 from planner.step_times.transfer_links import LinkTransfer, link_of_rate
 from planner.workloads.arrivals import ArrivalProcess, arrival_times_s
-from planner.workloads.traces import TraceRow, read_trace
+from planner.workloads.trace_file import read_trace_file
+from planner.workloads.traces import TraceRow
 from planner.workloads.workload import Lognormal, SimRequest, lognormal_lengths, rate_scaled, requests
-from tandem.errors import ConfigError
 from tandem.ids import WorkerId
 from tandem.slo import SloClass
 
@@ -45,7 +44,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Prints medians over the runs. Raises ConfigError, InvalidRequest."""
     count = REQUESTS if chosen.requests is None else chosen.requests
     check_positive({"--requests": count, "--runs": chosen.runs, "--rate": chosen.rate})
-    rows = None if chosen.trace is None else _read(chosen.trace)
+    rows = None if chosen.trace is None else read_trace_file(chosen.trace, None)
     result = measure(rows, count, chosen.rate, chosen.runs)
     print(json.dumps(result) if chosen.json else _text(result))
     return 0
@@ -120,14 +119,6 @@ def _timed(setup: Setup, asked: Iterator[SimRequest]) -> tuple[float, Records]:
     began_s = time.process_time()
     records = simulate(setup, asked).records
     return len(records) / (time.process_time() - began_s), records
-
-
-def _read(path: Path) -> Sequence[TraceRow]:
-    try:
-        with path.open(newline="") as file:
-            return read_trace(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from typing import Any, Final, Protocol
 import torch
 from pydantic import TypeAdapter
 
+from benchmarks.bench_arguments import check_positive
 from benchmarks.engine_drive import EngineDrive
 from benchmarks.machine_limits import machine_name
 from benchmarks.processes import exchange, running_command
@@ -201,6 +202,7 @@ def case_json(case: Case, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]
 
 async def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """The output of --json; its keys are in docs/json-output.md. Raises TandemError, OSError."""
+    check_positive({"--threads": chosen.threads, "--rounds": chosen.rounds})
     config = WorkerConfig(
         *(WorkerId("bench"), Incarnation(1), Role.MIXED, resolve_model(chosen.model), chosen.model),
         pool_blocks=1024,

@@ -18,12 +18,9 @@ class Giving:
     def may_give(self, leg_id: LegId, blocks: Sequence[BlockId]) -> bool:
         """Whether no step touches a leg's blocks and nobody else, nor the prefix cache, has these."""
         record = self._legs.get(leg_id)
-        return (
-            record is not None
-            and record.slice_tokens == 0
-            and set(record.table).issuperset(blocks)
-            and all(map(self._pool.private, blocks))
-        )
+        if record is None or record.slice_tokens:
+            return False
+        return set(record.table).issuperset(blocks) and all(map(self._pool.private, blocks))
 
     def gave(self, leg_id: LegId, pairs: Sequence[tuple[BlockId, BlockId]]) -> None:
         """(block that left, block that came): the latter are the leg's, until its offer is released."""

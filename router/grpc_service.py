@@ -35,10 +35,7 @@ class GrpcDoor:
 
     async def start(self, host: str, port: int) -> int:
         """Binds and serves; returns the bound port (0 lets the system choose). Raises OSError if taken."""
-        try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise OSError(f"gRPC port {host}:{port} cannot be bound.") from error
+        bound = grpc_edge.bind(self._server, host, port)
         await self._server.start()
         return bound
 

@@ -132,6 +132,14 @@ def server(
     return grpc.aio.server(interceptors=guards, options=_OPTIONS)
 
 
+def bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    """Opens a port of a server; returns it (0 lets the system choose). Raises OSError when it is taken."""
+    try:
+        return server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise OSError(f"gRPC port {host}:{port} cannot be bound.") from error
+
+
 def channel(address: str) -> grpc.aio.Channel:
     """A channel with our limits. TCP_NODELAY is gRPC's own default."""
     return grpc.aio.insecure_channel(address, options=_OPTIONS)

@@ -59,7 +59,7 @@ def run_by_hand(role: Role, open_worker: OpenWorker, arguments: Sequence[str] | 
             kv_selection=_kv_selection(options),
         )
         asyncio.run(_serve(open_worker, config))
-    except TandemError as error:
+    except (TandemError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -339,7 +339,7 @@ async def open_worker(
         ending.enter_context(engine)
         metrics = parts.enter_context(WorkerMetrics.open(config))
         server = grpc_edge.server(token)
-        port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
+        port = grpc_edge.bind(server, config.bind_host, config.port)
         address = f"{config.advertise_host}:{port}"
         record = WorkerRecord(config.worker_id, config.incarnation, config.role, address, engine.digest)
         cache = engine.cache

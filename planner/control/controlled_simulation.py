@@ -7,6 +7,7 @@ one run is enough.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from planner.control.controller import Action, ActionKind, Controller, ControllerRules, Decision
 from planner.control.load_window import LoadWindow, RolePlacement
@@ -40,10 +41,12 @@ def simulate_controlled(
 ) -> Controlled:
     """Role flips alone are carried out; the simulated cluster gets no new workers.
 
-    Raises InvalidRequest unless the window is positive, there are requests, and both roles have a worker.
+    Raises InvalidRequest unless the window is positive and finite, there are requests, and both roles have
+    workers.
     """
     roles = {spec.worker_id: spec.role for spec in setup.workers}
-    if window_s <= 0 or not requests or set(roles.values()) != {SimRole.PREFILL, SimRole.DECODE}:
+    both = set(roles.values()) == {SimRole.PREFILL, SimRole.DECODE}
+    if not (0 < window_s < inf and requests and both):
         raise InvalidRequest(
             "A controlled simulation needs a positive window, requests, prefill and decode workers.", "window"
         )

@@ -33,6 +33,7 @@ def cluster_yaml(
                 "replicas": count * candidate.prefill_workers,
                 **_pool(candidate.prefill, workers, kv_bytes_per_token),
                 "token_budget": plan.token_budget,
+                **_overlap(plan),
             },
             "decode": {
                 "replicas": count * candidate.decode_workers,
@@ -51,6 +52,12 @@ def cluster_yaml(
     }
     said = f"# tandem plan: {mix.rate_rps:.4g} req/s at {plan.slo.attainment:.0%} attainment, simulated\n"
     return said + yaml.safe_dump(document, sort_keys=False)
+
+
+def _overlap(plan: PlanFile) -> dict[str, Any]:
+    """From which length on KV moves early, as it was simulated; else the cluster's own default stands."""
+    least = plan.overlap_min_tokens
+    return {} if least is None else {"overlap_min_tokens": least}
 
 
 def _pool(kind: WorkerKind, workers: Workers, kv_bytes_per_token: int) -> dict[str, Any]:

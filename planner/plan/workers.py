@@ -17,7 +17,7 @@ from planner.step_times.distserve_fit import DistServeFit, FitCoefficients, read
 from planner.step_times.hardware import Device, device_named
 from planner.step_times.micro_batches import MicroBatches
 from planner.step_times.model_shape import ModelShape, kv_capacity_tokens, model_named
-from planner.step_times.operator_tables import ComposedModel, OperatorTable, collective_link
+from planner.step_times.operator_tables import ComposedModel, OperatorTable, collective_link, degrees
 from planner.step_times.profile_file import Profile, measured_link, read_profile
 from planner.step_times.profile_model import ProfileModel
 from planner.step_times.roofline import Layout, Roofline
@@ -140,7 +140,7 @@ class PlannedWorkers:
 
     def _composed(self, source: LatencySection, layout: Layout) -> LatencyModel | None:
         rows = _rows(self._path(source.file))
-        if not any(int(row["num_tensor_parallel_workers"]) == layout.tp for row in rows):
+        if layout.tp not in degrees(rows):
             return None
         reduce = sends = None
         if layout.tp > 1:
@@ -167,7 +167,10 @@ def _json(path: Path) -> Any:
 
 @lru_cache(maxsize=32)
 def _rows(path: Path) -> Sequence[Mapping[str, str]]:
-    return tuple(csv.DictReader(_text(path).splitlines()))
+    try:
+        return tuple(csv.DictReader(_text(path).splitlines()))
+    except csv.Error as error:
+        raise ConfigError(f"{path}: not CSV: {error}") from error
 
 
 def _text(path: Path) -> str:

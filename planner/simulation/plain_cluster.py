@@ -3,7 +3,7 @@
 Driven through: admission, dispatch policies, the router's books on workers, timelines. Counted in bulk:
 sessions and hand-offs (on the plain course each walks one fixed way) and blocks (whose names don't matter).
 Whatever leaves the course raises NotPlainError, and planner/simulator.py drives the full objects instead;
-tests/planner/test_plain.py holds both to the same records, byte for byte.
+tests/planner/test_simulator.py holds both to the same records, byte for byte.
 """
 
 import heapq

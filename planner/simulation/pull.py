@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,11 +90,6 @@ class Pulls:
         self._numbers = 0
         self.committed = 0
         self.failed = 0
-
-    @property
-    def under_way(self) -> Mapping[LegId, Pull]:
-        """Pulls that are not over, by leg."""
-        return self._under_way
 
     def begin(
         self,

@@ -6,6 +6,7 @@ degree. The tables have no attention: its time is the roofline's, from the same 
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
+from math import inf
 from statistics import median
 
 from planner.latency import StepShape, total_tokens
@@ -28,6 +29,25 @@ LAYER_OPS = (
 )
 """Ops of one layer; `add` runs twice, `emb` once a step and not a layer."""
 
+_NO_ROW = (KeyError, ValueError, TypeError)
+"""What reading a row raises that lacks a column, a number, or its end."""
+
+
+def _seconds(milliseconds: str) -> float:
+    """Raises ValueError for what is no time."""
+    found = float(milliseconds) / 1e3
+    if not 0 <= found < inf:
+        raise ValueError(f"{milliseconds} ms is no time")
+    return found
+
+
+def degrees(rows: Iterable[Mapping[str, str]]) -> set[int]:
+    """Tensor-parallel degrees that a table has rows for. Raises ConfigError for rows of something else."""
+    try:
+        return {int(row["num_tensor_parallel_workers"]) for row in rows}
+    except _NO_ROW as error:
+        raise ConfigError(f"not a table of operators: {error!r}") from error
+
 
 class OperatorTable:
     """Seconds of each op by number of tokens, for one tensor-parallel degree."""
@@ -40,9 +60,9 @@ class OperatorTable:
                 if int(row["num_tensor_parallel_workers"]) == tp:
                     for op, times in seen.items():
                         times.setdefault(int(row["num_tokens"]), []).append(
-                            float(row[f"time_stats.{op}.median"]) / 1e3
+                            _seconds(row[f"time_stats.{op}.median"])
                         )
-        except (KeyError, ValueError) as error:
+        except _NO_ROW as error:
             raise ConfigError(f"not a table of operators: {error!r}") from error
         if not seen["emb"]:
             raise ConfigError(f"the table of operators has no rows for tp {tp}")
@@ -70,11 +90,14 @@ def collective_link(
 ) -> LinkTable:
     """Measured times of a collective by its bytes (columns as in vidur's tables, ms). Raises ConfigError
     without."""
-    points = [
-        (float(row["size"]), float(row[f"time_stats.{collective}.median"]) / 1e3)
-        for row in rows
-        if int(row["num_workers"]) == workers and int(row["devices_per_node"]) == devices_per_node
-    ]
+    try:
+        points = [
+            (float(row["size"]), _seconds(row[f"time_stats.{collective}.median"]))
+            for row in rows
+            if int(row["num_workers"]) == workers and int(row["devices_per_node"]) == devices_per_node
+        ]
+    except _NO_ROW as error:
+        raise ConfigError(f"not a table of {collective}: {error!r}") from error
     if not points:
         raise ConfigError(f"no row of {collective} for {workers} workers, {devices_per_node} in a node")
     return LinkTable(points)

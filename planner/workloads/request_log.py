@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from planner.workloads.traces import TraceRow
+from planner.workloads.traces import TraceRow, trace_row
 from tandem.errors import InvalidRequest
 
 
@@ -27,9 +27,7 @@ def read_request_log(lines: Iterable[str], limit: int | None) -> Sequence[TraceR
 def _row(number: int, line: str) -> TraceRow:
     try:
         entry: dict[str, Any] = json.loads(line)
-        row = TraceRow(float(entry["arrival_s"]), int(entry["prompt_tokens"]), int(entry["output_tokens"]))
-    except (ValueError, KeyError, TypeError) as error:
+        arrived_s = float(entry["arrival_s"])
+        return trace_row(number, arrived_s, entry["prompt_tokens"], entry["output_tokens"], ())
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InvalidRequest(f"Line {number} of the request log is none: {error}.", "trace") from error
-    if row.prompt_tokens < 0 or row.output_tokens < 0:
-        raise InvalidRequest(f"Line {number} of the request log has negative lengths.", "trace")
-    return row

@@ -1,5 +1,6 @@
 """Edge: reads a file of requests: a trace of a known form, or the cluster's own request log."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def read_trace_file(path: Path, limit: int | None) -> Sequence[TraceRow]:
             first = file.readline()
             file.seek(0)
             rows = read_request_log(file, limit) if is_request_log(first) else read_trace(file, limit)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not rows:
         raise InvalidRequest(f"The trace {path} is empty: at least one request is needed.", "trace")

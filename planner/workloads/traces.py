@@ -89,7 +89,7 @@ def _csv_rows(header: str, lines: Iterable[str]) -> Iterator[TraceRow]:
         if form.dated and arrived_s is not None:
             began_s = arrived_s if began_s is None else began_s
             arrived_s -= began_s
-        yield _row(number, arrived_s, row[form.prompt], row[form.output], ())
+        yield trace_row(number, arrived_s, row[form.prompt], row[form.output], ())
 
 
 def _seconds(number: int, text: str | None, form: CsvForm) -> float:
@@ -111,26 +111,27 @@ def _json_rows(lines: Iterable[str]) -> Iterator[TraceRow]:
             continue
         try:
             entry: dict[str, Any] = json.loads(line)
-            yield _row(
+            yield trace_row(
                 number,
                 float(entry["timestamp"]) * 1e-3,
                 entry["input_length"],
                 entry["output_length"],
                 entry.get("hash_ids", ()),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InvalidRequest(
                 f"Line {number} of the trace is no Mooncake row: {error}.", "trace"
             ) from error
 
 
-def _row(
+def trace_row(
     number: int,
     arrived_s: float | None,
     prompt_tokens: Any,
     output_tokens: Any,
     prefix_ids: Iterable[Any],
 ) -> TraceRow:
+    """A row as a file has it. Raises InvalidRequest, naming its line, for what is no time or no length."""
     try:
         row = TraceRow(
             arrived_s,

@@ -147,7 +147,7 @@ WRONG = {
     ("--rate", "1", "--api", "http", "--http-address", "here:there"): "'here:there' is no HOST:PORT",
     ("--rate", "-1"): "rate must be positive",
     ("--rate", "1", "--limit", "0"): "--limit must be positive",
-    ("--trace", "/no/trace.csv"): "/no/trace.csv cannot be read",
+    ("--trace", "/no/trace.csv"): "/no/trace.csv: cannot be read",
 }
 
 

@@ -1,15 +1,15 @@
 """What the benchmark of KV policies hides, asks, counts and scores."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.kv_policies import main, needles, perplexity
+from benchmarks.kv_policies import NeedleFigures, StepFigures, TextFigures, main, needles, perplexity
 from benchmarks.kv_policy_reader import CPU, DEFAULT, POLICIES, Model, Policy, Reader, held_bytes, read_bytes
 from benchmarks.kv_policy_scores import expectation
 from benchmarks.kv_policy_tasks import BLOCK_SIZE, FACTS, PLACES, digest, fixed_text, haystacks, pieces
@@ -25,6 +25,7 @@ from engine.models.weights import read_weights
 from tandem.errors import InvalidRequest
 from tests.engine.kv_policies.page_engine import team_of
 from tests.engine.tiny_models import family_configs, random_model, reference_logits
+from tests.tandem.test_json_output import documented
 
 QUEST = Policy("quest 2", reading=Reading(2))
 MORPH = Policy("morph 64", reading=Reading(budget=KvBudget(64, 16)))
@@ -131,13 +132,49 @@ def test_a_text_that_is_too_short_is_refused() -> None:
         pieces(tokenizer, "short", 64, 2, 21)
 
 
-def test_a_policy_that_there_is_not_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--threads", "0"], "--threads must be positive"),
+        (["--tokens", "64", "-16"], "--tokens must be positive"),
+        (["--text", "{binary}"], "utf-8"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_sentence(
+    options: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["kv_policies", "speed", "--policies", "full, float32", "half"])
-    with pytest.raises(SystemExit):
+    torch.set_num_threads(1)
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    given = [option.format(binary=binary) for option in options]
+    monkeypatch.setattr("benchmarks.kv_policies.configure_logging", lambda level: None)
+    monkeypatch.setattr("sys.argv", ["kv_policies", "speed", *given])
+    assert main() == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert says in said.err
+
+
+@pytest.mark.parametrize(
+    ("part", "figures"), [("needles", NeedleFigures), ("perplexity", TextFigures), ("speed", StepFigures)]
+)
+def test_every_figure_is_documented(
+    part: str, figures: type[NeedleFigures | TextFigures | StepFigures]
+) -> None:
+    keys = [field.name for field in fields(figures)]
+    assert documented(f"python -m benchmarks.kv_policies {part}") == keys
+
+
+def test_a_policy_that_is_none_is_not_left_out_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["kv_policies", "speed", "--policies", "quest 33, float32"])
+    with pytest.raises(SystemExit) as refused:
         main()
-    assert "no half; there are full, float32, quest 64" in capsys.readouterr().err
+    assert refused.value.code == 2
 
 
 def test_the_text_is_the_same_in_every_run() -> None:

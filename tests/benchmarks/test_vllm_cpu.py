@@ -106,6 +106,16 @@ async def test_an_environment_without_vllm_is_an_error(tmp_path: Path, model: Pa
         await measure(chosen(venv_with(tmp_path / "venv", "raise ImportError('broken')"), model))
 
 
+@pytest.mark.parametrize("option", ["threads", "rounds"])
+async def test_a_number_that_measures_nothing_is_refused_before_vllm_starts(
+    option: str, tmp_path: Path, model: Path
+) -> None:
+    asked = chosen(tmp_path / "no such environment", model)
+    setattr(asked, option, 0)
+    with pytest.raises(TandemError, match=f"--{option} must be positive"):
+        await measure(asked)
+
+
 def turn(first_s: float, whole_s: float, *outputs: tuple[int, ...]) -> Turn:
     return Turn(first_s, Generated(whole_s, outputs))
 

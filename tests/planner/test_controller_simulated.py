@@ -73,6 +73,7 @@ def test_no_request_is_lost_while_workers_flip() -> None:
     assert course.result.records.names("outcome").count("finished") == len(asked)
 
 
-def test_a_window_without_length_is_refused() -> None:
+@pytest.mark.parametrize("window_s", [0.0, float("nan"), float("inf")])
+def test_a_window_that_is_no_time_is_refused(window_s: float) -> None:
     with pytest.raises(InvalidRequest, match="positive window"):
-        simulate_controlled(six_workers(3), shifting_load([(CHAT, 10.0)], 1), RULES, opt_capacity(), 0.0)
+        simulate_controlled(six_workers(3), shifting_load([(CHAT, 10.0)], 1), RULES, opt_capacity(), window_s)

@@ -8,7 +8,13 @@ import pytest
 from planner.latency import PromptPart, StepShape
 from planner.step_times.hardware import device_named
 from planner.step_times.model_shape import model_named
-from planner.step_times.operator_tables import LAYER_OPS, ComposedModel, OperatorTable, collective_link
+from planner.step_times.operator_tables import (
+    LAYER_OPS,
+    ComposedModel,
+    OperatorTable,
+    collective_link,
+    degrees,
+)
 from planner.step_times.roofline import Layout, Roofline
 from planner.step_times.transfer_links import LinkTable
 from tandem.errors import ConfigError
@@ -105,7 +111,23 @@ def test_parallelism_without_its_links_is_refused() -> None:
         OperatorTable(ROWS, 4)
 
 
-@pytest.mark.parametrize("rows", [[{"num_tokens": "1"}], [{**ROWS[0], "num_tokens": "many"}]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"num_tokens": "1"}],
+        [{**ROWS[0], "num_tokens": "many"}],
+        [{**ROWS[0], "time_stats.emb.median": "nan"}],
+        [{**ROWS[0], "time_stats.add.median": "-1"}],
+    ],
+)
 def test_another_table_is_refused(rows: list[Mapping[str, str]]) -> None:
     with pytest.raises(ConfigError, match="not a table of operators"):
         OperatorTable(rows, 1)
+    with pytest.raises(ConfigError, match="not a table of all_reduce"):
+        collective_link(rows, "all_reduce", 2, 2)
+
+
+def test_a_table_says_for_which_degrees_it_has_rows() -> None:
+    assert degrees(ROWS) == {1}
+    with pytest.raises(ConfigError, match="not a table of operators"):
+        degrees([{"a": "1"}])

@@ -11,7 +11,7 @@ import yaml
 from cluster.config_file import parse_cluster_config
 from planner.placements.goodput import Goodput, Probe, find_goodput
 from planner.placements.mix import Mix
-from planner.placements.placement import Mode
+from planner.placements.placement import Candidate, Mode, WorkerKind
 from planner.placements.search import bounded
 from planner.placements.simulated_candidate import SimulatedCandidate
 from planner.placements.space import candidates, worker_kinds
@@ -124,6 +124,17 @@ def test_the_cluster_yaml_is_one_that_tandem_up_accepts(tmp_path: Path) -> None:
     assert config.slo_classes[config.default_slo_class].ttft_s == 0.3
 
 
+def test_kv_moves_early_in_the_cluster_as_it_did_in_the_plan(tmp_path: Path) -> None:
+    problem = _problem(tmp_path)
+    kind = WorkerKind("a100-80g")
+    mix = Mix(((Candidate(Mode.DISAGGREGATED, kind, 1, kind, 1), 1),), 1.0, 2.0)
+    found = [
+        parse_cluster_config(cluster_yaml(plan, mix, problem.workers, 819_200, "m"), "planned")
+        for plan in (problem.plan, problem.plan.model_copy(update={"overlap_min_tokens": 1024}))
+    ]
+    assert [config.pools.prefill.overlap_min_tokens for config in found] == [256, 1024]
+
+
 def test_a_mix_that_tandem_up_cannot_run_is_refused(tmp_path: Path) -> None:
     problem = _problem(tmp_path)
     candidate = _planned(problem, tmp_path).ranked[0].candidate
@@ -196,6 +207,18 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert said.out == ""
     assert expected in said.err
     assert said.err.count("\n") == 1
+
+
+def test_a_table_that_is_none_of_operators_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ops.csv").write_text("a,b\n1,2\n")
+    latency = {"kind": "operators", "file": "ops.csv"}
+    hardware = [{"device": "a100-80g", "nodes": 1, "devices_per_node": 2, "latency": latency}]
+    assert main(["plan", "-f", str(_written(tmp_path, _document(hardware=hardware)))]) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert "not a table of operators" in error
+    assert error.count("\n") == 1
 
 
 def test_an_empty_trace_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,7 @@ def test_limit_cuts_without_reading_on() -> None:
         ([AZURE[0], "nan,1,3\n"], "Line 2 of the trace has no valid time: nan"),
         ([AZURE_DATES[0], "yesterday,1,3\n"], "Line 2 of the trace has no valid time"),
         ([AZURE_DATES[0], "2023-11-16 18:15:46,1\n"], "Line 2 of the trace has no valid numbers"),
+        ([f'{{"timestamp": {10**400}, "input_length": 1, "output_length": 1}}'], "Line 1 of the trace"),
         (['{"timestamp": Infinity, "input_length": 1, "output_length": 1}\n'], "Line 1 of the trace"),
         ([AZURE[0], "0.0,many,3\n"], "Line 2 of the trace has no valid numbers"),
         ([AZURE[0], "0.0,1\n"], "Line 2 of the trace has no valid numbers"),

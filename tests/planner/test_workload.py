@@ -99,6 +99,18 @@ def test_the_request_log_is_read_in_order_of_arrival() -> None:
     assert read_request_log(lines, None) == [TraceRow(1.5, 9, 4), TraceRow(2.5, 5, 3)]
 
 
-def test_a_broken_line_of_the_request_log_is_named() -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"arrival_s": 1}',
+        '{"arrival_s": NaN, "prompt_tokens": 5, "output_tokens": 3}',
+        '{"arrival_s": 1e999, "prompt_tokens": 5, "output_tokens": 3}',
+        '{"arrival_s": 1, "prompt_tokens": Infinity, "output_tokens": 3}',
+        f'{{"arrival_s": {10**400}, "prompt_tokens": 5, "output_tokens": 3}}',
+        '{"arrival_s": 1, "prompt_tokens": 5, "output_tokens": -3}',
+        '["arrival_s"]',
+    ],
+)
+def test_a_broken_line_of_the_request_log_is_named(line: str) -> None:
     with pytest.raises(InvalidRequest, match="Line 1 "):
-        read_request_log(['{"arrival_s": 1}'], None)
+        read_request_log([line], None)

@@ -104,6 +104,27 @@ def test_error_is_one_sentence_and_an_exit_code(
     assert "Traceback" not in shown
 
 
+@pytest.mark.parametrize("command", [["sim"], ["sim", "--live"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("trace", "sentence"),
+    [
+        ("num_prefill_tokens,num_decode_tokens\n", "is empty"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n5,9,9\n2,9,9\n", "is not sorted"),
+        (f"{'a' * 200_000}\n", "cannot be read"),
+    ],
+    ids=["empty", "unsorted", "one long word"],
+)
+def test_a_trace_that_is_none_is_refused_in_a_sentence(
+    command: list[str], trace: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(trace)
+    assert main(["bench", *command, "--trace", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("tandem: ")
+    assert sentence in shown
+
+
 def test_every_command_can_be_run() -> None:
     for line in ("up", "demo", "generate x", "chat", "status", "bench serve", "bench router"):
         assert callable(parser().parse_args(line.split()).run)
