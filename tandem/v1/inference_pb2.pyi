@@ -626,9 +626,9 @@ class Timeline(_message.Message):
     decode_worker: _builtins.str
     """Decode worker that wrote the last token; empty when none was needed."""
     transport: _builtins.str
-    """Transport that moved the KV: shm, tcp; empty when none was needed."""
+    """Transport that handed the KV over: adopt, nccl, cuda_ipc, shm, tcp; empty when none was needed."""
     handoff_bytes: _builtins.int
-    """KV bytes moved, over all hand-offs of the request."""
+    """KV bytes handed over, over all hand-offs of the request; what was adopted counts, though nothing copied it."""
     replacements: _builtins.int
     """How often the request was placed anew (worker lost, transfer lost, preempted)."""
     slo_met: _builtins.bool
