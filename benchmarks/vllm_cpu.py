@@ -171,6 +171,8 @@ async def _turn(side: Side, case: Case, prompts: Prompts) -> Turn:
     """The first half of the prompts for the first tokens alone, the second for everything."""
     first_s = 0.0
     if case.output_tokens > 1:
+        # The other's threads may still spin on our cores, which would make the first tokens alone too slow.
+        await side.generate(prompts[: case.batch], WARM_TOKENS)
         first_s = (await side.generate(prompts[: case.batch], 1)).seconds
     return Turn(first_s, await side.generate(prompts[case.batch :], case.output_tokens))
 

@@ -39,7 +39,10 @@ class Sends:
 
     def _ended(self, offer: Offer, number: int, task: asyncio.Task[bool]) -> None:
         self._running.discard(task)
-        succeeded = not task.cancelled() and task.exception() is None and task.result()
+        failure = None if task.cancelled() else task.exception()
+        if failure is not None:
+            _log.error("send broke", leg=offer.machine.key.leg_id, exc_info=failure)
+        succeeded = not task.cancelled() and failure is None and task.result()
         offer.machine.send_ended(number, succeeded, self._clock())
         self._on_ended(offer)
 

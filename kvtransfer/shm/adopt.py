@@ -61,14 +61,7 @@ class AdoptSource:
 
     async def start(self, on_link_lost: Callable[[PeerId], None], on_refused: OnRefused) -> None:
         """Raises OSError when abstract sockets are not to be had."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(b"\0" + self._address.encode())
-            listener.listen(64)
-        except OSError:
-            listener.close()
-            raise
-        self._listener.start(listener, on_link_lost, on_refused)
+        self._listener.start(links.listening_as(self._address), on_link_lost, on_refused)
 
     def endpoint(self, sink: PeerId, ticket: bytes) -> str | None:
         """The arena, our number in it and the socket."""
@@ -98,8 +91,7 @@ class AdoptSource:
         if accepted:
             # What the sink gives in exchange is written by our steps, which should not meet unmapped pages.
             await loop.run_in_executor(self._mapper, self._arena.populate)
-            # Nothing follows on the link: the first bytes, or its end, end it.
-            await loop.sock_recv(connection, 1)
+            await self._listener.until_end(connection)
 
 
 class AdoptSink:

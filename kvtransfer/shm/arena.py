@@ -93,10 +93,6 @@ class Arena:
         mine = np.flatnonzero(owner_of_each(self._file.words) == self.member)
         return tuple(BlockId(int(frame)) for frame in mine)
 
-    def lives(self, member: int) -> bool:
-        """Whether a member's process may still touch the arena."""
-        return member == self.member or self._file.lives(member)
-
     def offer(self, giver: int, taken: Sequence[BlockId]) -> None:
         """The giver may have these frames of ours, each for one of its own; `settle` ends that.
 
@@ -181,19 +177,17 @@ class Arena:
         for word in np.unique(words[words != NOBODY]).tolist():
             owes = word == leaving(owner_of(word), other_of(word)) and self._file.lives(other_of(word))
             if not self._file.lives(owner_of(word)) and not owes:
-                frames = np.flatnonzero(words == word)
-                left.append(frames[swap(words, frames, word, NOBODY)])
-        return np.concatenate(left) if left else np.empty(0, dtype=np.int64)
+                left.append(word)
+        return _forsaken(words, left)
 
     def _leave(self) -> None:
         member, self.member = self.member, 0
         try:
             with self._file.joining(LEAVE_S):
                 words = self._file.words
-                mine = owner_of_each(words) == member
-                for word in np.unique(words[mine]).tolist():
-                    swap(words, np.flatnonzero(words == word), word, NOBODY)
-                self._file.give_back(runs_of(np.flatnonzero(mine)))
+                mine = np.unique(words[owner_of_each(words) == member]).tolist()
+                # A frame that a giver takes meanwhile is the giver's, with its content.
+                self._file.give_back(runs_of(np.sort(_forsaken(words, mine))))
                 if not self._file.others_live():
                     self._file.remove()
         except OSError as error:
@@ -207,6 +201,13 @@ class Arena:
         if len(frames) and not 0 <= frames.min() <= frames.max() < self.num_blocks:
             raise TransferError(TransferFault.LENGTH, "A frame lies outside of the arena.")
         return frames
+
+
+def _forsaken(words: Words, left: Sequence[int]) -> Words:
+    """The frames that had these words, one word's after the other; they are nobody's now."""
+    frames = [np.flatnonzero(words == word) for word in left]
+    done = [some[swap(words, some, word, NOBODY)] for word, some in zip(left, frames, strict=True)]
+    return np.concatenate(done) if done else np.empty(0, dtype=np.int64)
 
 
 def _pairs(

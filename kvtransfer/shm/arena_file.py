@@ -14,7 +14,7 @@ import secrets
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -187,9 +187,11 @@ class ArenaFile:
 
     def _map(self, wanted: ArenaShape) -> None:
         size = os.fstat(self.descriptor).st_size
-        # What the dead have left may be of other sizes, and its memory is not wanted.
-        fresh = self._fresh = not self.others_live()
+        fresh = not self.others_live()
         if fresh:
+            self._check_left(size)
+            # What the dead have left may be of other sizes, and its memory is not wanted.
+            self._fresh = True
             grain = max(_GRAIN_BYTES, os.fstatvfs(self.descriptor).f_bsize)
             size = wanted.file_bytes(grain)
             if not 0 < size <= MOST_BYTES:
@@ -211,6 +213,12 @@ class ArenaFile:
         if self.shape.block_bytes != wanted.block_bytes:
             message = f"{self.path} has blocks of {self.shape.block_bytes} bytes, not {wanted.block_bytes}"
             raise _unsupported(message)
+
+    def _check_left(self, size: int) -> None:
+        """Raises TransferError (UNSUPPORTED) for a file that no arena can be: somebody wants it as it is."""
+        begun = os.pread(self.descriptor, len(_MAGIC), max(0, size - _HEADER_ROOM))
+        if begun.strip(b"\0") and begun != _MAGIC:
+            raise _unsupported(f"{self.path} is there and no arena")
 
     def _read_header(self, size: int) -> None:
         magic, version, frames, block_bytes, _, name = _HEADER.unpack_from(self.bytes, size - _HEADER_ROOM)
@@ -255,6 +263,9 @@ class ArenaFile:
         if self._fresh:
             self.remove()
         if self.descriptor >= 0:
+            # A mapping that goes only with its last reference would keep the lock; no other file has one.
+            with suppress(OSError):
+                self.end_joining()
             os.close(self.descriptor)
             self.descriptor = -1
 

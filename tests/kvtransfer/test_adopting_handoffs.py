@@ -22,10 +22,13 @@ from kvtransfer.handoffs.offers import FrameExchange, PullAsk
 from kvtransfer.handoffs.pairing import Introduction
 from kvtransfer.handoffs.words import ReleaseReason
 from kvtransfer.host import host_id
+from kvtransfer.shm.adopt import AdoptAddress, AdoptSource
+from kvtransfer.tcp import framing
 from tandem.errors import TransferError, TransferFault
 from tandem.ids import BlockId
 from tandem.worker import Role
 from tests.kvtransfer.arena_pair import ArenaPair, arena_pair
+from tests.kvtransfer.bad_peers import say
 from tests.kvtransfer.pair import config, eventually, key, outcome_of, record
 
 BOTH = config("adopt", "shm")
@@ -164,6 +167,21 @@ async def test_exchange_that_makes_no_sense_is_refused_and_changes_nothing(
         assert arena.settle(pair.source_pool.memory.member, frames, frames) == ()
         pair.source.abort(key("a"), sink)
         await pair.settled()
+
+
+async def test_sink_that_speaks_on_a_link_of_adoption_loses_it_and_is_counted() -> None:
+    async with arena_pair(BOTH) as pair:
+        sink, ticket = PeerId.of(record("decode-0", Role.DECODE)), bytes(32)
+        lost, refused = list[PeerId](), list[TransferFault]()
+        source = AdoptSource(pair.source_pool.memory, BOTH)
+        await source.start(lost.append, refused.append)
+        try:
+            address = AdoptAddress.decode(source.endpoint(sink, ticket) or "")
+            heard = await say(b"\0" + address.link.encode(), framing.encode_greeting(ticket) + b"?", False)
+            framing.check_welcome(heard)
+            assert (lost, refused) == ([sink], [TransferFault.UNSUPPORTED])
+        finally:
+            await source.close()
 
 
 async def test_sink_that_is_killed_leaves_the_source_a_whole_pool_within_two_seconds() -> None:

@@ -114,7 +114,7 @@ async def test_giver_that_dies_before_it_gives_leaves_us_our_frames(path: Path) 
         async with other_member(path) as giver:
             arena.offer(giver.member, arena.blocks)
             await giver.kill()
-            assert not arena.lives(giver.member)
+            assert not arena._file.lives(giver.member)
             assert arena.settle(giver.member, giver.blocks, arena.blocks) == ()
             assert arena.owned() == arena.blocks
 
@@ -236,6 +236,47 @@ def test_arena_that_cannot_be_made_leaves_nothing_behind(path: Path) -> None:
         Arena(path, 1 << 40, 1 << 20)
     assert caught.value.fault is TransferFault.UNSUPPORTED
     assert not list(path.parent.iterdir())
+
+
+def test_file_that_is_no_arena_is_left_as_it_is(path: Path) -> None:
+    path.touch(mode=0o600)
+    path.write_bytes(b"somebody's" * 1000)
+    with pytest.raises(TransferError, match="no arena"):
+        joined(path)
+    assert path.read_bytes() == b"somebody's" * 1000
+
+
+def test_who_was_refused_holds_nobody_up_while_its_error_is_kept(path: Path) -> None:
+    with joined(path):
+        with pytest.raises(TransferError, match="blocks of") as kept:
+            Arena(path, NUM_BLOCKS, BLOCK_BYTES + 1)
+        with joined(path) as next_one:
+            assert next_one.member
+        assert kept.value.fault is TransferFault.UNSUPPORTED
+
+
+def test_frame_that_is_taken_from_who_leaves_keeps_its_content(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The giver takes it after the leaving member has looked at what it owns."""
+    size = 1 << 16
+    with Arena(path, 2, size) as giver:
+        taker = Arena(path, 2, size)
+        mark(taker, size, THEIRS)
+        taken = taker.blocks[:1]
+        taker.offer(giver.member, taken)
+        member, sort = taker.member, np.unique
+
+        def looked(words: frame_words.Words) -> frame_words.Words:
+            seen: frame_words.Words = sort(words)
+            giver.give(member, giver.blocks[:1], taken)
+            return seen
+
+        monkeypatch.setattr(np, "unique", looked)
+        taker.close()
+        monkeypatch.undo()
+        assert set(giver.owned()) == {*giver.blocks[1:], *taken}
+        assert giver.bytes[taken[0] * size] == THEIRS
 
 
 FRAMES = 5
