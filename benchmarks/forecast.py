@@ -72,7 +72,8 @@ SETTINGS: dict[str, Any] = {
 
 def run(chosen: argparse.Namespace) -> int:
     """Prints, and writes the files that were asked for. Raises TandemError."""
-    check_positive({"--runs": chosen.runs, "--length-scale": chosen.length_scale})
+    counts = {"--runs": chosen.runs, "--requests": chosen.requests}
+    check_positive({**counts, "--length-scale": chosen.length_scale})
     check_writable({"--profile": chosen.profile, "--page": chosen.page})
     rows = _rows(chosen)
     result = asyncio.run(_until_terminated(_measure(chosen, rows)))

@@ -1,4 +1,4 @@
-"""Pure: what transports of device memory ask of a device; cuda_device.py is one, the tests have another."""
+"""Pure: what transports of device memory ask of a device; cuda/device.py is one, the tests have another."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

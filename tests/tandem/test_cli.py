@@ -83,6 +83,11 @@ def test_a_library_that_only_some_commands_need_is_named(tmp_path: Path) -> None
         (["bench", "router", "--runs", "0"], 2, "--runs must be positive"),
         (["bench", "router", "--seconds", "nan"], 2, "--seconds must be positive and finite"),
         (["bench", "sim", "--rate", "inf"], 2, "--rate must be positive and finite"),
+        (
+            ["bench", "sim", "--live", "--trace", "t.csv", "--requests", "-5"],
+            2,
+            "--requests must be positive",
+        ),
         (["bench", "serve", "--rate", "nan"], 2, "--rate must be positive and finite"),
         (["bench", "serve", "--rate", "1", "--length-scale", "nan"], 2, "--length-scale must be positive"),
         (["bench", "serve", "--rate", "1", "--timeout", "0"], 2, "--timeout must be positive"),
