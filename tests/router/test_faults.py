@@ -201,7 +201,7 @@ async def test_request_waits_boundedly_for_a_decode_worker(folder: Path) -> None
         assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "No decode worker" in (failed.value.details() or "")
         assert 0.4 < time.monotonic() - began_s < 3.0
-        assert running.stubs["p0"].cancels
+        await until(lambda: running.stubs["p0"].cancels, within_s=1.0)
 
 
 async def test_fifty_requests_at_once_survive_a_dying_worker(folder: Path) -> None:
