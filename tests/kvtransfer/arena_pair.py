@@ -72,17 +72,19 @@ class ArenaPool:
 
 @dataclass(slots=True)
 class Legs:
-    """The source's legs, as its scheduler has them; `busy` while a step touches them."""
+    """The source's legs, as its scheduler has them; `busy` while a step touches them (`refused` so often)."""
 
     pool: ArenaPool
     tables: dict[LegId, tuple[BlockId, ...]] = field(default_factory=dict)
     released: list[tuple[HandoffKey, ReleaseReason]] = field(default_factory=list)
     busy: bool = False
+    refused: int = 0
     before_giving: Callable[[], object] = lambda: None
 
     def give(self, leg_id: LegId, taker: int, given: Sequence[BlockId], taken: Sequence[BlockId]) -> bool:
         """See KvGiver."""
         if self.busy:
+            self.refused += 1
             return False
         self.before_giving()
         pairs = self.pool.memory.give(taker, given, taken)

@@ -96,7 +96,7 @@ async def test_blocks_that_a_step_touches_are_given_when_it_has_ended() -> None:
         pair.source.offer(key("a"), pair.legs.tables[key("a").leg_id])
         pair.legs.busy = True
         pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, COUNT)))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: pair.legs.refused > 0, 5.0)
         assert not pulling.done()
         assert not pair.legs.released
         pair.legs.busy = False
@@ -112,7 +112,7 @@ async def test_pull_that_is_cancelled_before_the_commit_leaves_both_sides_their_
         pair.source.offer(key("a"), pair.legs.tables[key("a").leg_id])
         pair.legs.busy = True
         pulling = asyncio.create_task(pair.pull(key("a"), BlockRange(0, COUNT)))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: pair.legs.refused > 0, 5.0)
         pulling.cancel()
         assert isinstance(await outcome_of(pulling), asyncio.CancelledError)
         await pair.settled()
